@@ -1,0 +1,37 @@
+# make demo    set up, fine-tune the mini model, show what changed
+# make test    set up, run every test, quick ones first
+#
+# Both create .venv if there is none. PYTHON=python3.12 chooses the interpreter, VENV=... another place.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+BUILD  := pyproject.toml setup.py $(shell find csrc rfsr_ext/_build -type f -not -name '*.pyc')
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	$(BIN)/rfsr demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "slow"
+
+# Stamps: an unchanged second run installs nothing. torch comes first so that the extension is compiled against
+# the torch that stays, instead of a second copy in a temporary build environment.
+$(VENV)/.installed: $(BUILD) | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "torch>=2.11"
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install -e ".[test]"
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	  || { echo "rfsr_ext needs Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build dist *.egg-info rfsr_ext/ops/_C_* rfsr_ext/ops/_build_record.json $(VENV)/.installed*

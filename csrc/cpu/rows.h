@@ -1,0 +1,59 @@
+// Helpers of the CPU kernels: function clones for newer instruction sets, and rows of numbers.
+#pragma once
+
+#include <memory>
+#include <new>
+
+#include "../tensors.h"
+
+// One binary, several instruction sets: the loader picks the clone the processor can run. Without this
+// a portable build would stop at SSE2, a quarter of what today's processors add up in one instruction.
+// Features, not arch=...: the latter is matched against the exact processor model. "fma" comes with AVX.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define RFSR_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
+#else
+#define RFSR_CLONES
+#endif
+#if defined(__GNUC__)
+#define RFSR_INLINE inline __attribute__((always_inline))
+#else
+#define RFSR_INLINE inline
+#endif
+
+namespace rfsr {
+
+// Uninitialised memory at a cache-line boundary.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(i64 count)
+      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(larger(count, 1)), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// `count` elements from p on as contiguous Acc values: the memory itself where it already is that,
+// else a converted copy in `scratch`. Converting a tile at a time keeps the arithmetic below free of
+// dtypes and strides, and the copy never leaves the L1 cache.
+template <class T, class Acc>
+RFSR_INLINE const Acc* load_row(const T* p, i64 stride, i64 count, Acc* scratch) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    if (stride == 1) return p;
+  }
+  if (stride == 1) {
+    for (i64 k = 0; k < count; ++k) scratch[k] = static_cast<Acc>(p[k]);
+  } else {
+    for (i64 k = 0; k < count; ++k) scratch[k] = static_cast<Acc>(p[k * stride]);
+  }
+  return scratch;
+}
+
+// Iterations per thread so that waking one is worth it: about 32k elementary operations.
+inline i64 grain(i64 work_per_item) { return larger(1, 32768 / larger(1, work_per_item)); }
+
+}  // namespace rfsr

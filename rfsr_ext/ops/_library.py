@@ -1,0 +1,92 @@
+"""The operator namespace ``torch.ops.rfsr_ext`` and the compiled libraries behind it.
+
+Schemas, fake kernels, gradients and a PyTorch kernel for every device are registered from Python, so every
+operator exists whatever was built. Each compiled library then only adds faster kernels for its device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "rfsr_ext"
+MIN_TORCH = (2, 11)
+HERE = Path(__file__).parent
+RECORD = HERE / "_build_record.json"  # written by setup.py: what was built, with what, and why not
+
+_namespace = torch.library.Library(NAMESPACE, "FRAGMENT")  # FRAGMENT: a reloaded module may define it again
+OPERATORS = ("haar_ll", "haar_ll_l1_loss", "gram_matrix", "gram_loss")
+
+
+def define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
+    """Registers ``rfsr_ext::name`` with its PyTorch kernel (any device) and its fake kernel (shapes only)."""
+    _namespace.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _namespace.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_namespace)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What serves one device: ``native`` with the library's path, or ``reference`` with why and the remedy."""
+
+    backend: str
+    library: str | None
+    why: str
+    remedy: str | None
+
+
+def _load(device: str, label: str) -> Backend:
+    def reference(why: str, remedy: str) -> Backend:
+        return Backend("reference", None, f"the PyTorch implementation serves because {why}", remedy)
+
+    if os.environ.get("RFSR_BACKEND") == "reference":
+        return reference("RFSR_BACKEND=reference is set", "unset RFSR_BACKEND")
+    if device == "cuda" and torch.version.cuda is None:
+        return reference(f"torch {torch.__version__} was built without CUDA", "install a CUDA build of torch")
+    if torch.torch_version.TorchVersion(torch.__version__) < MIN_TORCH:
+        return reference(f"torch {torch.__version__} is older than 2.11", "pip install 'torch>=2.11'")
+    record = build_record().get(device, {})
+    found = sorted(HERE.glob(f"_C_{device}.*"))
+    libraries = [path for path in found if path.suffix in (".so", ".dylib", ".pyd", ".dll")]
+    if not libraries:
+        why = record.get("why", f"no {label} library was built")
+        return reference(why, record.get("remedy", "install a C++17 compiler and repeat 'pip install -e .'"))
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return reference(f"{libraries[0].name} could not be loaded ({error})", "repeat 'pip install -e .'")
+    return Backend("native", str(libraries[0]), record.get("why", f"{libraries[0].name} was loaded"), None)
+
+
+def build_record() -> dict:
+    """The notes setup.py left beside the libraries; empty when there are none or they cannot be read."""
+    try:
+        return json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+_backends = {"cpu": _load("cpu", "CPU"), "cuda": _load("cuda", "CUDA")}
+_OTHER = Backend("reference", None, "the PyTorch implementation serves every device but CPU and CUDA", None)
+
+
+def build_info() -> dict:
+    """Which implementation serves each operator on each device, why, and what to do about it.
+
+    Returns:
+        ``{"torch": ..., "torch_cuda": ..., "record": {...}, "operators": {name: {device: {"backend":
+        "native" | "reference", "library": path or None, "why": sentence, "remedy": sentence or None}}}}`` with
+        the devices ``cpu``, ``cuda`` and ``other``. ``record`` is what setup.py noted when it built.
+    """
+    devices = {**_backends, "other": _OTHER}
+    return {
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "record": build_record(),
+        "operators": {name: {device: vars(b).copy() for device, b in devices.items()} for name in OPERATORS},
+    }
