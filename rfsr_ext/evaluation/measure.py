@@ -1,0 +1,178 @@
+"""Measuring models on a fixed set of samples: one row per image and seed, and what such a table says.
+
+Models are compared on the same images and the same noise, and errors are standard errors over images: an image's seeds
+are averaged first, because they are no independent evidence about other images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from rfsr_ext.data import Sample
+from rfsr_ext.evaluation.metrics import band_ssim, psnr, ssim
+from rfsr_ext.models import ISRModel
+from rfsr_ext.sampling import generators, sample, trajectory
+
+__all__ = ["Scorer", "compare", "evaluate", "evaluate_bicubic", "measure_trajectory", "summarise"]
+
+Scorer = Callable[[Tensor, list[str]], Tensor]
+"""Images ``[N, 3, H, W]`` in [0, 1] and their prompts to ``[N]`` scores: a reward's or a judge's ``score`` is one."""
+
+_KEYS = ["model", "image", "seed", "prompt"]
+
+
+def _batches(samples: Sequence[Sample], batch_size: int, desc: str, seeds: Sequence[int | None]) -> Iterator[tuple]:
+    """Yield seed, image indices, gt, lr and prompts of every batch of every seed, with a progress bar."""
+    if not samples:
+        raise ValueError("samples must hold at least one sample, got none")
+    if len({sample["gt"].shape for sample in samples}) > 1:
+        raise ValueError("samples must all have the same size, got several sizes; evaluate each size by itself")
+    with tqdm(total=len(samples) * len(seeds), desc=desc, unit="image") as progress:
+        for seed in seeds:
+            for first in range(0, len(samples), batch_size):
+                part = samples[first : first + batch_size]
+                gt, lr = (torch.stack([sample[key] for sample in part]) for key in ("gt", "lr"))
+                yield seed, range(first, first + len(part)), gt, lr, [sample["prompt"] for sample in part]
+                progress.update(len(part))
+
+
+def _rows(sr: Tensor, gt: Tensor, prompts: list[str], scorers: dict[str, Scorer], **keys) -> pd.DataFrame:
+    low, high = band_ssim(sr, gt)
+    columns = {"psnr": psnr(sr, gt), "ssim": ssim(sr, gt), "low_ssim": low, "high_ssim": high}
+    with torch.no_grad():
+        columns |= {name: scorer(sr, prompts).detach().float().cpu() for name, scorer in scorers.items()}
+    return pd.DataFrame({**keys, "prompt": prompts, **{name: values.numpy() for name, values in columns.items()}})
+
+
+def _table(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(parts, ignore_index=True).astype({"seed": "Int64"})  # nullable: bicubic has no seed
+
+
+def evaluate(
+    model: ISRModel,
+    samples: Sequence[Sample],
+    scorers: dict[str, Scorer],
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 8,
+    num_inference_steps: int | None = None,
+    name: str = "",
+) -> pd.DataFrame:
+    """Upscale every sample with every seed and measure the result.
+
+    The noise of image i with seed s is `rfsr_ext.sampling.generators` ``(s, [i])``, whatever the model and batch size.
+
+    Args:
+        model: makes the images.
+        samples: all of one size, such as `rfsr_ext.data.evaluation_crops` gives.
+        scorers: by the name their column gets.
+        seeds: of the noise.
+        batch_size: images at once.
+        num_inference_steps: the model's own by default.
+        name: what the column ``model`` says.
+
+    Returns:
+        One row per (image, seed): ``model``, ``image`` (index), ``seed``, ``prompt``, ``psnr``, ``ssim``, ``low_ssim``,
+        ``high_ssim`` and one column per scorer.
+
+    Raises:
+        ValueError: if there are no samples or their sizes differ.
+    """
+    parts = []
+    for seed, images, gt, lr, prompts in _batches(samples, batch_size, f"evaluate {name}".strip(), seeds):
+        sr = sample(model, lr.to(model.device), prompts, generators(seed, images), num_inference_steps)
+        parts.append(_rows(sr, gt, prompts, scorers, model=name, image=images, seed=seed))
+    return _table(parts)
+
+
+def evaluate_bicubic(
+    samples: Sequence[Sample], scorers: dict[str, Scorer], scale: int, batch_size: int = 8, name: str = "bicubic"
+) -> pd.DataFrame:
+    """The same table for bicubic interpolation, the floor any model must beat; its ``seed`` is missing (`pandas.NA`)."""
+    parts = []
+    for _, images, gt, lr, prompts in _batches(samples, batch_size, f"evaluate {name}".strip(), [None]):
+        sr = F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(0, 1)
+        parts.append(_rows(sr, gt, prompts, scorers, model=name, image=images, seed=pd.NA))
+    return _table(parts)
+
+
+def _per_image(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean over an image's seeds, indexed by (model, image)."""
+    return frame.drop(columns=["seed", "prompt"]).groupby(["model", "image"], sort=False).mean()
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean of every metric of every model with its standard error over images.
+
+    Args:
+        frame: what `evaluate` gave, or several of them concatenated.
+
+    Returns:
+        Indexed by (model, metric): ``mean``, ``standard_error`` (NaN for one image) and ``n``, the number of images.
+    """
+    table = _per_image(frame).groupby(level="model", sort=False).agg(["mean", "sem", "count"]).stack(0, future_stack=True)
+    return table.rename_axis(["model", "metric"]).rename(columns={"sem": "standard_error", "count": "n"})
+
+
+def compare(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
+    """Paired difference b − a of every metric: what changed between two models on the same images and noise.
+
+    Args:
+        frame: rows of both models, as `evaluate` gave them.
+        a, b: names in the column ``model``.
+
+    Returns:
+        Indexed by metric: ``difference`` (mean over image and seed), its ``standard_error`` over images, their ``ratio``
+        (beyond ±2 it is hardly chance) and ``n``, the number of images.
+
+    Raises:
+        ValueError: if a model has no rows, or both were not measured on the same images and seeds.
+    """
+    rows = {name: frame[frame["model"] == name] for name in (a, b)}
+    for name, part in rows.items():
+        if part.empty:
+            raise ValueError(f"model must be one of {sorted(frame['model'].unique())}, got {name!r}")
+    for column in ("image", "seed"):
+        first, second = (sorted(part[column].dropna().unique()) for part in rows.values())
+        if first != second and first and second:  # bicubic interpolation has no seed and pairs with any
+            raise ValueError(f"models must be measured on the same {column}s, got {first} for {a!r} and {second} for {b!r}")
+    difference = _per_image(rows[b]).droplevel("model") - _per_image(rows[a]).droplevel("model")
+    table = difference.agg(["mean", "sem", "count"]).T.rename_axis("metric")
+    table.insert(2, "ratio", table["mean"] / table["sem"])
+    return table.rename(columns={"mean": "difference", "sem": "standard_error", "count": "n"}).astype({"n": int})
+
+
+def measure_trajectory(
+    model: ISRModel,
+    samples: Sequence[Sample],
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 8,
+    num_inference_steps: int | None = None,
+    name: str = "",
+) -> pd.DataFrame:
+    """How close the z_0 estimate of every sampling step is to the truth (the paper's Figure 1, b).
+
+    Arguments and noise are those of `evaluate`.
+
+    Returns:
+        One row per (image, seed, step): ``model``, ``image``, ``seed``, ``step`` (from 1), ``timestep``, ``low_ssim``,
+        ``high_ssim`` and ``psnr`` of the decoded estimate.
+
+    Raises:
+        ValueError: if there are no samples or their sizes differ.
+    """
+    parts = []
+    for seed, images, gt, lr, prompts in _batches(samples, batch_size, f"trajectory {name}".strip(), seeds):
+        with torch.no_grad():
+            condition = model.encode_condition(lr.to(model.device), prompts)
+            *steps, _ = trajectory(model, condition, generators(seed, images), num_inference_steps)
+            for state, estimate in steps:
+                sr = model.decode(estimate)
+                low, high = band_ssim(sr, gt)
+                keys = {"model": name, "image": images, "seed": seed, "step": state.step, "timestep": state.timestep.item()}
+                values = {"low_ssim": low.numpy(), "high_ssim": high.numpy(), "psnr": psnr(sr, gt).numpy()}
+                parts.append(pd.DataFrame(keys | values))
+    return pd.concat(parts, ignore_index=True)
