@@ -14,7 +14,7 @@
 // whatever the dtype and layout of the input; a 4 x 16 tile of the result is then a sum of outer products that
 // lives in registers. The backward uses the same tile routine with the panels of S and rows of F.
 //
-// Deterministic: an output tile is added up by one thread, over pixels in order. 256 products at a time are
+// Deterministic: an output tile is added up by one thread, over pixels in order. 128 products at a time are
 // summed in fp32 (fp64 for fp64) and those sums are added in fp64, so length costs no accuracy and the
 // difference of two nearly equal Grams keeps the digits the inputs have. Threads only decide who does a tile.
 //
@@ -31,7 +31,7 @@ namespace {
 
 constexpr i64 kRows = 4;      // tile height: 4 x 16 fp32 sums are 8 AVX2 or 4 AVX-512 registers
 constexpr i64 kPanel = 16;    // channels per panel = tile width
-constexpr i64 kDepth = 256;   // products summed in the accumulation type before the sum goes to fp64
+constexpr i64 kDepth = 128;   // products summed in the accumulation type before the sum goes to fp64
 constexpr i64 kPacked = 131072;  // elements of a packed block: stays in a second-level cache
 
 // out[i][j] = sum_p a[p*kPanel + i] * b[p*ldb + j]

@@ -27,7 +27,8 @@ namespace {
 constexpr int kTile = 64;        // tile of the result, by 16 x 16 threads with 4 x 4 results each
 constexpr int kStep = 16;        // depth of a shared-memory stage
 constexpr int kEach = 4;         // results per thread and axis
-constexpr i64 kMinRange = 1024;  // pixels a block takes at least: its fp32 sums stay short
+constexpr i64 kMinRange = 1024;  // pixels a block takes at least
+constexpr int kFlush = 8;        // stages (128 pixels) summed before the sum joins the block's total
 constexpr i64 kWantedBlocks = 512;
 
 // One stage of a 64 x 64 product: sum[a][b] += sign * sum_p left[p][.] * right[p][.]
@@ -64,7 +65,9 @@ __global__ void gram_partial_kernel(const T* x, Strided4 vx,      // [N, C, H, W
   __shared__ Acc left[kStep][kTile + 4], right[kStep][kTile + 4];
   const i64 n = blockIdx.x / tiles, k0 = blockIdx.y * range, end = smaller(vx.pixels(), k0 + range);
   const TilePair pair = triangle(blockIdx.x % tiles);
-  Acc sum[kEach][kEach] = {};
+  // Two levels of sums: a long row of additions to one number would lose a digit in fp32.
+  Acc total[kEach][kEach] = {}, sum[kEach][kEach] = {};
+  int stage = 0;
   for (i64 k = k0; k < end; k += kStep) {
     // The two inputs alternate, so that the running sums stay as small as the difference is.
     for (int side = 0; side < (other ? 2 : 1); ++side) {
@@ -76,11 +79,17 @@ __global__ void gram_partial_kernel(const T* x, Strided4 vx,      // [N, C, H, W
       multiply_stage(left, right, side ? Acc(-1) : Acc(1), sum);
       __syncthreads();
     }
+    if (++stage % kFlush == 0 || k + kStep >= end)
+      for (int a = 0; a < kEach; ++a)
+        for (int b = 0; b < kEach; ++b) {
+          total[a][b] += sum[a][b];
+          sum[a][b] = Acc(0);
+        }
   }
   Acc* out = partials + (blockIdx.x * i64(gridDim.y) + blockIdx.y) * kTile * kTile;
   const int row = threadIdx.x / 16 * kEach, column = threadIdx.x % 16 * kEach;
   for (int a = 0; a < kEach; ++a)
-    for (int b = 0; b < kEach; ++b) out[(row + a) * kTile + column + b] = sum[a][b];
+    for (int b = 0; b < kEach; ++b) out[(row + a) * kTile + column + b] = total[a][b];
 }
 
 template <class Acc>

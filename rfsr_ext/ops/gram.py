@@ -103,7 +103,7 @@ def _as_layers(value: Tensor | Sequence[Tensor], name: str) -> Sequence[Tensor]:
 
 
 def _describe(value: Tensor | Sequence[Tensor], layers: Sequence[Tensor]) -> str:
-    return "one tensor" if isinstance(value, Tensor) else f"a list of {len(layers)} layers"
+    return "one tensor" if isinstance(value, Tensor) else f"a list of {len(layers)} layer{'s' * (len(layers) != 1)}"
 
 
 # ------------------------------------------------------------------------------------ registration

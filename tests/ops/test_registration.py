@@ -1,0 +1,200 @@
+"""The operators as torch sees them: opcheck, torch.compile, threads, streams, and what serves where."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from rfsr_ext.ops import build_info, gram_loss, gram_matrix, haar_ll, haar_ll_l1_loss, reference
+
+OPS = torch.ops.rfsr_ext
+
+
+def images(device, *shape, grad=True):
+    return [torch.randn(shape, device=device, requires_grad=grad) for _ in range(2)]
+
+
+# ------------------------------------------------------------------------------------------ opcheck
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7)], ids=str)
+def test_opcheck(size, device):
+    x, y = images(device, 2, 3, *size)
+    ll = torch.randn_like(haar_ll(x))
+    signs = OPS.haar_ll_l1(x.detach(), y.detach(), True)[1]
+    s = torch.randn(2, 3, 3, device=device, requires_grad=True)
+    opcheck(OPS.haar_ll, (x,))
+    opcheck(OPS.haar_ll_backward, (ll.requires_grad_(), *size))
+    opcheck(OPS.haar_ll_l1, (x, y, True))
+    opcheck(OPS.haar_ll_l1, (x.detach(), y.detach(), False))
+    opcheck(OPS.haar_ll_l1_backward, (torch.tensor(0.5, device=device), signs, *size, torch.float32))
+    opcheck(OPS.gram_matrix, (x,))
+    opcheck(OPS.gram_l2, (x, y))
+    opcheck(OPS.gram_backward, (s, x))
+
+
+# ------------------------------------------------------------------------------------ torch.compile
+
+
+def total(pred, target):
+    """All four functions in one graph."""
+    return (
+        haar_ll(pred).square().mean()
+        + haar_ll_l1_loss(pred, target)
+        + gram_matrix(pred).mean()
+        + gram_loss([pred, pred * 2], [target, target], weights=[1.0, 0.5])
+    )
+
+
+def reference_total(pred, target):
+    return (
+        reference.haar_ll(pred).square().mean()
+        + reference.haar_ll_l1_loss(pred, target)
+        + reference.gram_matrix(pred).mean()
+        + reference.gram_loss([pred, pred * 2], [target, target], weights=[1.0, 0.5])
+    )
+
+
+@pytest.mark.parametrize("function", [total, reference_total], ids=["operators", "twins"])
+def test_compiles_without_a_graph_break(function, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in [(2, 3, 8, 8), (1, 3, 7, 9), (3, 3, 6, 11)]:
+        x, y = images(device, *shape)
+        compiled(x, y).backward()
+        grads = x.grad, y.grad
+        x.grad = y.grad = None
+        function(x, y).backward()
+        torch.testing.assert_close(grads, (x.grad, y.grad))
+
+
+@pytest.mark.slow
+def test_compiles_to_generated_code(device):
+    torch._dynamo.reset()
+    x, y = images(device, 2, 3, 7, 8)
+    loss = torch.compile(total, fullgraph=True)(x, y)
+    loss.backward()
+    grad, x.grad = x.grad, None
+    total(x, y).backward()
+    torch.testing.assert_close(loss, total(x, y))
+    torch.testing.assert_close(grad, x.grad)
+
+
+def test_wrong_input_raises_under_compile_too():
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"target must have pred's shape"):
+        torch.compile(haar_ll_l1_loss, backend="eager")(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 5))
+
+
+# -------------------------------------------------------------------------------------- determinism
+
+
+def all_results(x, y):
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+    values = [haar_ll(x), haar_ll_l1_loss(x, y), gram_matrix(x), gram_loss(x, y)]
+    grads = torch.autograd.grad(sum(v.double().sum() for v in values), (x, y))
+    return [*values, *grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bits_do_not_depend_on_threads(dtype):
+    if build_info()["operators"]["haar_ll"]["cpu"]["backend"] != "native":
+        pytest.skip("the PyTorch implementation promises no order of sums")
+    x, y = (torch.randn(3, 37, 65, 129).to(dtype) for _ in range(2))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            results.append(all_results(x, y))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_bits_repeat(device):
+    x, y = (torch.randn(2, 65, 40, 33, device=device) for _ in range(2))
+    first, second = all_results(x, y), all_results(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.cuda
+def test_runs_on_the_current_stream_and_in_a_graph():
+    x, y = (torch.randn(2, 16, 33, 47, device="cuda") for _ in range(2))
+    wanted = haar_ll_l1_loss(x, y), gram_loss(x, y)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = x + 0  # ready only after the sleep: a kernel on another stream would read it too early
+        results = haar_ll_l1_loss(late, y), gram_loss(late, y)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+    graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+    with torch.cuda.graph(graph):
+        captured = haar_ll_l1_loss(static, y), gram_loss(static, y)
+    static.copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_own_gpu():
+    x, y = (torch.randn(2, 16, 33, 47, device="cuda:1") for _ in range(2))
+    with torch.cuda.device(0):
+        loss = haar_ll_l1_loss(x, y)
+    assert loss.device == x.device
+    torch.testing.assert_close(loss.cpu(), haar_ll_l1_loss(x.cpu(), y.cpu()))
+
+
+@pytest.mark.cuda
+def test_cuda_matches_cpu():
+    x, y = (torch.randn(2, 70, 33, 47) for _ in range(2))
+    for a, b in zip(all_results(x, y), all_results(x.cuda(), y.cuda()), strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ what serves it
+
+
+def test_build_info_gives_a_reason_for_every_operator_and_device():
+    operators = build_info()["operators"]
+    assert set(operators) == {"haar_ll", "haar_ll_l1_loss", "gram_matrix", "gram_loss"}
+    for devices in operators.values():
+        assert set(devices) == {"cpu", "cuda", "other"}
+        for served in devices.values():
+            assert served["backend"] in ("native", "reference") and served["why"]
+            assert (served["library"] is not None) == (served["backend"] == "native")
+    assert operators["gram_loss"]["other"]["backend"] == "reference"
+
+
+def test_reference_serves_when_asked_for():
+    """The same operators, gradients included, with no library loaded."""
+    script = """
+import torch
+from rfsr_ext.ops import build_info, gram_loss, haar_ll_l1_loss, reference
+served = build_info()["operators"]["gram_loss"]["cpu"]
+assert served["backend"] == "reference" and "RFSR_BACKEND" in served["why"], served
+for shape in [(2, 2, 3, 4), (0, 3, 4, 4), (1, 1, 1, 1)]:
+    x, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    if shape[0]:
+        assert torch.autograd.gradcheck(haar_ll_l1_loss, (x, y)) and torch.autograd.gradcheck(gram_loss, (x, y))
+        assert torch.autograd.gradgradcheck(gram_loss, (x, y))
+    else:
+        haar_ll_l1_loss(x, y).backward()
+        assert x.grad.shape == x.shape
+x = torch.full((1, 1, 2, 6), float("nan"), requires_grad=True)
+haar_ll_l1_loss(x, torch.zeros_like(x)).backward()
+assert x.grad.isnan().all()
+print("served")
+"""
+    environment = {**os.environ, "RFSR_BACKEND": "reference"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and "served" in run.stdout, run.stderr
