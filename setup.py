@@ -50,7 +50,9 @@ def cpu_extension(torch_root: Path) -> Extension | dict:
         library_dirs=[str(torch_root / "lib")],
         libraries=["torch_cpu"],
         # No -ffast-math: NaN must stay NaN and sums must keep their order. Contracting a*b+c is neither.
-        extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", f"-DTORCH_TARGET_VERSION={TARGET}"]},
+        extra_compile_args={
+            "cxx": ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", f"-DTORCH_TARGET_VERSION={TARGET}"]
+        },
         language="c++",
         optional=True,
     )
@@ -132,9 +134,11 @@ def build_ext_command(notes: dict) -> type:
                 self.compiler.compile, self.compiler._compile = hooks
                 device = extension.name.rpartition("_")[2]
                 key, start = fingerprint(extension), time.monotonic()
+                if self.reuse(extension, device, key):
+                    self.record[device] = self.previous[device]
+                    continue
                 try:
-                    if not self.reuse(extension, device, key):
-                        super().build_extensions()
+                    super().build_extensions()
                 except (Exception, SystemExit) as error:
                     if os.environ.get("RFSR_REQUIRE_EXT") == "1":
                         raise
@@ -186,7 +190,13 @@ def fingerprint(extension: Extension) -> str:
     sources = (p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp"))
     for path in [Path(__file__), *sorted(sources)]:
         digest.update(path.read_bytes())
-    parts = [extension.extra_compile_args, extension.libraries, compilers(device), torch.__version__, platform.machine()]
+    parts = [
+        extension.extra_compile_args,
+        extension.libraries,
+        compilers(device),
+        torch.__version__,
+        platform.machine(),
+    ]
     parts.append(os.environ.get("TORCH_CUDA_ARCH_LIST") if device == "cuda" else None)
     digest.update(repr(parts).encode())
     return digest.hexdigest()
@@ -226,7 +236,9 @@ def main() -> None:
         return setup()
     extensions, notes = plan()
     if extensions:
-        return setup(ext_modules=extensions, cmdclass={"build_ext": build_ext_command(notes), "bdist_wheel": wheel_command()})
+        return setup(
+            ext_modules=extensions, cmdclass={"build_ext": build_ext_command(notes), "bdist_wheel": wheel_command()}
+        )
     for device, entry in notes.items():
         print(f"rfsr_ext: no {device} library because {entry['why']}; {entry['remedy']}.", file=sys.stderr)
     (ROOT / "rfsr_ext/ops/_build_record.json").write_text(json.dumps(notes, indent=2) + "\n")

@@ -145,7 +145,11 @@ GOOD = torch.zeros(2, 3, 8, 8)
     "call, error, sentence",
     [
         (lambda: gram_matrix(3), TypeError, "features must be a torch.Tensor, got int"),
-        (lambda: gram_matrix(GOOD.long()), TypeError, "features must be float64, float32, float16 or bfloat16, got int64"),
+        (
+            lambda: gram_matrix(GOOD.long()),
+            TypeError,
+            "features must be float64, float32, float16 or bfloat16, got int64",
+        ),
         (lambda: gram_matrix(GOOD[0]), ValueError, "features must have 4 dimensions [N, C, H, W], got shape (3, 8, 8)"),
         (
             lambda: gram_loss(GOOD, GOOD[:, :2]),

@@ -62,7 +62,8 @@ def test_large_loss_keeps_six_digits(device):
 def test_any_shape_dtype_and_layout(shape, dtype, names, layouts, device):
     base = torch.arange(2 * np.prod(shape), dtype=torch.float64, device=device).mul(0.7).sin()
     pred, target = (
-        layouts[name](x.reshape(shape).to(dtype)) for name, x in zip(names, base.chunk(2) if len(base) else [base, base], strict=True)
+        layouts[name](x.reshape(shape).to(dtype))
+        for name, x in zip(names, base.chunk(2) if len(base) else [base, base], strict=True)
     )
     result = haar_ll(pred)
     loss, wanted = haar_ll_l1_loss(pred, target), reference.haar_ll_l1_loss(pred.double(), target.double())
@@ -95,7 +96,9 @@ def test_gradients_match_the_twin(size, dtype, layout, device):
     for x, w in zip(narrow, wide, strict=True):
         assert x.grad.dtype == dtype
         # fp16 cannot hold small gradients to full precision: half a step of its subnormals is 3e-8.
-        torch.testing.assert_close(x.grad.double(), w.grad, rtol=2 * HALF_ROUNDING[dtype], atol=3.1e-8 if dtype == torch.float16 else 0)
+        torch.testing.assert_close(
+            x.grad.double(), w.grad, rtol=2 * HALF_ROUNDING[dtype], atol=3.1e-8 if dtype == torch.float16 else 0
+        )
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["pred", "target", "both"])
