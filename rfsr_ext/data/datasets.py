@@ -1,0 +1,262 @@
+"""Training and evaluation samples, each a pure function of ``(seed, index)``.
+
+Because sample ``i`` is always the same crop with the same degradation, a run that is resumed, or split over several
+processes, sees exactly the data an uninterrupted single process would have seen; no random state has to be saved.
+"""
+
+import hashlib
+import itertools
+import logging
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from rfsr_ext.data.dead_leaves import dead_leaves
+from rfsr_ext.data.degradation import Degradation, from_uint8, resize
+from rfsr_ext.data.distortions import distort
+from rfsr_ext.data.photographs import PHOTOGRAPHS, load_photograph
+
+__all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "evaluation_crops", "to_tensor"]
+
+logger = logging.getLogger(__name__)
+
+_PYRAMID = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3)  # photographs are cropped at these scales, each computed once
+_FLAT = 0.04  # crops whose brightness varies less than this show a background; they teach and measure nothing
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+class Sample(TypedDict):
+    """``gt`` ``[3, H, W]`` and ``lr`` ``[3, H/scale, W/scale]`` float32 in [0, 1], and the ``prompt``."""
+
+    gt: torch.Tensor
+    lr: torch.Tensor
+    prompt: str
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """``[H, W, 3]`` float32 to a contiguous ``[3, H, W]`` tensor."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0), np.float32))
+
+
+def _dihedral(image: np.ndarray, rng: np.random.Generator, rotate: bool) -> np.ndarray:
+    if rng.random() < 0.5:
+        image = image[:, ::-1]
+    return np.rot90(image, rng.integers(4)) if rotate else image
+
+
+def _recolour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shuffle channels, gain and gamma: a dozen photographs hold too few colours to learn colour from."""
+    if rng.random() < 0.5:
+        image = image[..., rng.permutation(3)]
+    gain = rng.uniform(0.8, 1.1) * rng.uniform(0.85, 1.1, 3).astype(np.float32)
+    return np.clip(image * gain, 0, 1) ** rng.uniform(0.8, 1.25)
+
+
+def _random_crop(image: np.ndarray, size: int, rng: np.random.Generator, tries: int = 1) -> np.ndarray:
+    """A random crop; of several tries, the first that shows more than a flat background."""
+    for _ in range(tries):
+        top = rng.integers(image.shape[0] - size + 1)
+        left = rng.integers(image.shape[1] - size + 1)
+        crop = image[top : top + size, left : left + size]
+        if not _is_flat(crop):
+            break
+    return crop
+
+
+def _is_flat(image: np.ndarray) -> bool:
+    return image.mean(axis=-1).std() < _FLAT
+
+
+class PhotographCrops(Dataset):
+    """Endless random crops of the bundled photographs, mixed with dead leaves.
+
+    Args:
+        names: photographs to crop (see `rfsr_ext.data.photographs`).
+        size: side of the sharp crop in pixels, a multiple of the degradation's scale.
+        seed: of the whole sequence.
+        dead_leaves_share: share of samples that are dead-leaves images, with an empty prompt.
+        empty_prompt_share: share of photographs whose prompt is left empty.
+        degradation: makes the low-resolution image.
+        recolour: shuffle and change colours.
+        length: what ``len`` says; any non-negative index is valid.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        size: int,
+        seed: int = 0,
+        dead_leaves_share: float = 0.2,
+        empty_prompt_share: float = 0.1,
+        degradation: Degradation | None = None,
+        recolour: bool = True,
+        length: int = 1_000_000,
+    ):
+        self.size, self.seed, self.length = size, seed, length
+        self.dead_leaves_share, self.empty_prompt_share = dead_leaves_share, empty_prompt_share
+        self.degradation = degradation or Degradation()
+        self.recolour = recolour
+        if size % self.degradation.scale:
+            raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
+        self.levels = []
+        for name in names:
+            image = load_photograph(name)
+            sizes = [(round(image.shape[0] * scale), round(image.shape[1] * scale)) for scale in _PYRAMID]
+            levels = [resize(image, s, Image.Resampling.LANCZOS).clip(0, 1) for s in sizes if min(s) >= size]
+            if not levels:
+                raise ValueError(f"size must fit into photograph {name!r} of {image.shape[:2]} pixels, got {size}")
+            self.levels.append((name, levels))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng((self.seed, index))
+        if rng.random() < self.dead_leaves_share:
+            gt, prompt = dead_leaves(self.size, rng), ""
+        else:
+            name, levels = self.levels[rng.integers(len(self.levels))]
+            gt = _dihedral(_random_crop(levels[rng.integers(len(levels))], self.size, rng, tries=4), rng, rotate=True)
+            gt = _recolour(gt, rng) if self.recolour else gt
+            tags = PHOTOGRAPHS[name].tags
+            kept = sorted(rng.choice(len(tags), rng.integers(1, len(tags) + 1), replace=False))
+            prompt = "" if rng.random() < self.empty_prompt_share else ", ".join(tags[i] for i in kept)
+        lr = self.degradation(np.ascontiguousarray(gt), rng)
+        return Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=prompt)
+
+
+class DistortedCrops(Dataset):
+    """A crop and several distorted versions of it: ``images`` ``[variants, 3, size, size]``, the first one untouched.
+
+    Args:
+        crops: where the sharp crops come from.
+        kinds: which of `rfsr_ext.data.distortions.DISTORTIONS` may be applied.
+        variants: how many versions, the untouched one included.
+    """
+
+    def __init__(self, crops: PhotographCrops, kinds: list[str], variants: int = 4):
+        self.crops, self.kinds, self.variants = crops, list(kinds), variants
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.crops[index]
+        rng = np.random.default_rng((self.crops.seed, index, 1))
+        image = np.moveaxis(sample["gt"].numpy(), 0, -1)
+        versions = [image, *(distort(image, self.kinds, rng) for _ in range(self.variants - 1))]
+        return {"images": torch.stack([to_tensor(version) for version in versions]), "prompt": sample["prompt"]}
+
+
+class ImageFolder(Dataset):
+    """Random crops of a folder of sharp images; ``name.txt`` beside ``name.png`` holds the prompt, if there is one.
+
+    Files that are no images, are truncated or smaller than the crop are skipped and counted in ``skipped`` (path to
+    reason), each with one warning; the next image of the folder stands in, so that training goes on.
+
+    Args:
+        root: folder, searched recursively.
+        size: side of the sharp crop in pixels.
+        seed: of the sequence of crops.
+        degradation: makes the low-resolution image.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no usable image in it.
+    """
+
+    def __init__(self, root: str | Path, size: int, seed: int = 0, degradation: Degradation | None = None):
+        self.root, self.size, self.seed = Path(root), size, seed
+        self.degradation = degradation or Degradation()
+        self.skipped: dict[Path, str] = {}
+        if size % self.degradation.scale:
+            raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"data folder {str(root)!r} does not exist; give a folder of images")
+        candidates = sorted(p for p in self.root.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
+        self.paths = [path for path in candidates if self._header_fits(path)]
+        if not self.paths:
+            raise FileNotFoundError(
+                f"data folder {str(root)!r} has no usable image: {len(candidates)} image files found, "
+                f"{len(self.skipped)} skipped; wanted {', '.join(sorted(_SUFFIXES))} of at least {size}x{size} pixels"
+            )
+
+    def _skip(self, path: Path, reason: str) -> None:
+        self.skipped[path] = reason
+        logger.warning("skipped %s: %s (%d skipped so far)", path, reason, len(self.skipped))
+
+    def _header_fits(self, path: Path) -> bool:
+        try:
+            with Image.open(path) as image:
+                if min(image.size) < self.size:
+                    self._skip(path, f"is {image.size[0]}x{image.size[1]} pixels, the crop needs {self.size}")
+                    return False
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            self._skip(path, f"cannot be read as an image ({error})")
+            return False
+        return True
+
+    def _load(self, index: int) -> tuple[Path, np.ndarray]:
+        for step in range(len(self.paths)):
+            path = self.paths[(index + step) % len(self.paths)]
+            if path in self.skipped:
+                continue
+            try:
+                with Image.open(path) as image:
+                    return path, np.asarray(image.convert("RGB"))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                self._skip(path, f"cannot be decoded ({error})")
+        raise FileNotFoundError(f"data folder {str(self.root)!r} has no image left that can be decoded")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng((self.seed, index))
+        path, image = self._load(int(rng.integers(len(self.paths))))
+        gt = _dihedral(_random_crop(from_uint8(image), self.size, rng), rng, rotate=False)
+        sidecar = path.with_suffix(".txt")
+        prompt = sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""
+        lr = self.degradation(np.ascontiguousarray(gt), rng)
+        return Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=prompt)
+
+
+def evaluation_crops(
+    names: list[str], size: int, count: int, seed: int = 0, degradation: Degradation | None = None
+) -> list[Sample]:
+    """A fixed set of crops for measuring: a regular grid over each photograph at 0.4, 0.65 and full scale.
+
+    Flat backgrounds are left out.  Photographs take turns, so that any ``count`` holds about as many crops of each; the
+    degradation of a crop depends on ``seed`` and on its place alone.
+
+    Raises:
+        ValueError: if the photographs hold fewer than ``count`` crops of this size.
+    """
+    degradation = degradation or Degradation()
+    columns = []
+    for name in names:
+        image = load_photograph(name)
+        crops = []
+        for scale in (0.4, 0.65, 1.0):
+            shape = (round(image.shape[0] * scale), round(image.shape[1] * scale))
+            level = resize(image, shape, Image.Resampling.LANCZOS).clip(0, 1) if scale != 1 else image
+            tops, lefts = ((n % size // 2 + size * np.arange(n // size)) for n in shape)
+            for top, left in itertools.product(tops, lefts):
+                crop = level[top : top + size, left : left + size]
+                if not _is_flat(crop):
+                    crops.append((f"{seed} {name} {scale} {top} {left}", crop))
+        order = np.random.default_rng(0).permutation(len(crops))
+        columns.append([(name, *crops[i]) for i in order])
+    turns = [column[i] for i in range(max(map(len, columns))) for column in columns if i < len(column)]
+    if len(turns) < count:
+        raise ValueError(f"count must be at most {len(turns)} for crops of {size} pixels, got {count}")
+    samples = []
+    for name, key, gt in turns[:count]:
+        gt = np.ascontiguousarray(gt)
+        digest = hashlib.sha256(key.encode()).digest()[:8]
+        lr = degradation(gt, np.random.default_rng(int.from_bytes(digest, "little")))
+        samples.append(Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=", ".join(PHOTOGRAPHS[name].tags)))
+    return samples
