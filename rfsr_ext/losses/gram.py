@@ -1,0 +1,122 @@
+"""The style distance behind Gram-KL (paper eq. 6): Gram matrices of VGG19 features."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from rfsr_ext.ops import gram_loss
+
+__all__ = ["VGG19Features", "VGGGramLoss", "vgg19_weights_path"]
+
+WEIGHTS_FILE = "vgg19-dcbb9e9d.pth"  # torchvision's ImageNet weights; the name carries the start of its SHA-256
+LAYERS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
+
+
+def vgg19_weights_path() -> Path:
+    """Where the ImageNet weights are: in ``$RFSR_WEIGHTS``, else in torch hub's checkpoint folder.
+
+    Raises:
+        FileNotFoundError: if they are in neither; the sentence says which file to put where.
+    """
+    folders = [Path(torch.hub.get_dir()) / "checkpoints"]
+    if "RFSR_WEIGHTS" in os.environ:
+        folders.insert(0, Path(os.environ["RFSR_WEIGHTS"]))
+    for folder in folders:
+        if (folder / WEIGHTS_FILE).is_file():
+            return folder / WEIGHTS_FILE
+    raise FileNotFoundError(
+        f"VGG19 ImageNet weights {WEIGHTS_FILE} are not in {' or '.join(map(str, folders))}; put the file that "
+        f"torchvision.models.VGG19_Weights.IMAGENET1K_V1.url names there, or choose weights='random'"
+    )
+
+
+def _load_imagenet(network: nn.Module) -> None:
+    path = vgg19_weights_path()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith("dcbb9e9d"):
+        raise ValueError(f"{str(path)!r} is damaged: its SHA-256 must start with dcbb9e9d, got {digest[:8]}; fetch it again")
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+class VGG19Features(nn.Module):
+    """Outputs of named VGG19 convolutions, before their ReLU, for ``[N, 3, H, W]`` images in [0, 1].
+
+    Args:
+        layers: names such as ``conv3_4``.
+        weights: "imagenet" (torchvision's file must be on disk) or "random" (a seeded random network: a stand-in whose
+            Gram matrices still measure texture statistics, though not those a trained network is sensitive to).
+        seed: of the random network.
+    """
+
+    def __init__(self, layers: Sequence[str] = tuple(LAYERS), weights: str = "imagenet", seed: int = 0):
+        super().__init__()
+        if weights not in ("imagenet", "random"):
+            raise ValueError(f"weights must be 'imagenet' or 'random', got {weights!r}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = torchvision.models.vgg19(weights=None)  # Kaiming-normal, as torchvision initialises it
+        if weights == "imagenet":
+            _load_imagenet(network)
+        self.weights = weights
+        names, block, position = [], 1, 0
+        for module in network.features:
+            if isinstance(module, nn.Conv2d):
+                position += 1
+                names.append(f"conv{block}_{position}")
+            elif isinstance(module, nn.MaxPool2d):
+                block, position = block + 1, 0
+                names.append("")
+            else:
+                names.append("")
+        missing = [layer for layer in layers if layer not in names]
+        if missing:
+            raise ValueError(f"layers must be among {[name for name in names if name]}, got {missing[0]!r}")
+        self.layers = list(layers)
+        self._taps = {names.index(layer): layer for layer in layers}
+        modules = list(network.features)[: max(self._taps) + 1]
+        # in place, a ReLU would overwrite the convolution's output that was just collected
+        self.features = nn.ModuleList(nn.ReLU() if isinstance(module, nn.ReLU) else module for module in modules)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x, collected = (images - self.mean) / self.std, {}
+        for index, module in enumerate(self.features):
+            x = module(x)
+            if index in self._taps:
+                collected[self._taps[index]] = x
+        return [collected[layer] for layer in self.layers]
+
+
+class VGGGramLoss(nn.Module):
+    """Σ_l w_l ‖G_l(pred) − G_l(target)‖²_F, mean over the batch, G_l the Gram matrix of layer l divided by C·H·W.
+
+    Gradients reach ``pred`` alone.  Layers and weights are those of the released RFSR code: conv1_2, 2_2, 3_4, 4_4, 5_4
+    before their ReLU, weighted 0.1, 0.1, 1, 1, 1.
+
+    Args:
+        layers: weight by layer name.
+        weights: "imagenet" or "random", see `VGG19Features`.
+    """
+
+    def __init__(self, layers: dict[str, float] | None = None, weights: str = "imagenet"):
+        super().__init__()
+        layers = LAYERS if layers is None else layers
+        self.layer_weights = list(layers.values())
+        self.vgg = VGG19Features(tuple(layers), weights)
+
+    @property
+    def label(self) -> str:
+        """What to call it in front of people: a random network is never passed off as a trained one."""
+        return "Gram-KL" if self.vgg.weights == "imagenet" else "Gram-KL (random VGG19, a stand-in)"
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.vgg(target)
+        return gram_loss(self.vgg(pred), wanted, weights=self.layer_weights)

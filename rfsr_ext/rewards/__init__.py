@@ -1,0 +1,24 @@
+"""Differentiable image rewards behind one interface: ``score(images in [0, 1], prompts) → [N]``, higher is better."""
+
+from collections.abc import Callable
+
+from rfsr_ext.rewards.base import Reward, WeightedReward, reward_loss
+from rfsr_ext.rewards.mini import MiniIQA, MiniPreference
+
+__all__ = ["REWARDS", "MiniIQA", "MiniPreference", "Reward", "WeightedReward", "create_reward", "reward_loss"]
+
+REWARDS: dict[str, Callable[[], Reward]] = {
+    "mini-iqa": MiniIQA.from_pretrained,
+    "mini-preference": MiniPreference.from_pretrained,
+}
+
+
+def create_reward(name: str) -> Reward:
+    """A reward by the name it has in configurations.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in REWARDS:
+        raise ValueError(f"reward must be one of {', '.join(REWARDS)}, got {name!r}")
+    return REWARDS[name]()
