@@ -63,9 +63,7 @@ RFSR_HD uint8_t sign_code(Acc d) {
   return static_cast<uint8_t>((d > Acc(0)) | ((d < Acc(0)) << 1) | ((d != d) * 3));
 }
 
-RFSR_HD uint8_t code_at(const uint8_t* row, i64 j) {
-  return (row[j / kCodesPerByte] >> (2 * (j % kCodesPerByte))) & 3;
-}
+RFSR_HD uint8_t code_at(const uint8_t* row, i64 j) { return (row[j / kCodesPerByte] >> (2 * (j % kCodesPerByte))) & 3; }
 
 // d|x|/dx times g. 0 * g rather than 0, so that a non-finite incoming gradient stays visible.
 template <class Acc>

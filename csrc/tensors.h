@@ -32,18 +32,22 @@ inline ScalarType acc_dtype(ScalarType t) { return t == ScalarType::Double ? Sca
 template <class Body>
 void dispatch(ScalarType dtype, const char* name, Body&& body) {
   switch (dtype) {
-    case ScalarType::Double: return body(double{});
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Half: return body(torch::headeronly::Half{});
-    case ScalarType::BFloat16: return body(torch::headeronly::BFloat16{});
-    default: STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Half:
+      return body(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return body(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
   }
 }
 
 inline Strided4 view4(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got ", x.dim());
-  return {x.size(0),   x.size(1),   x.size(2),   x.size(3),
-          x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  return {x.size(0), x.size(1), x.size(2), x.size(3), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 inline void check_alike(const Tensor& a, const Tensor& b, const char* name) {

@@ -29,9 +29,9 @@
 namespace rfsr {
 namespace {
 
-constexpr i64 kRows = 4;      // tile height: 4 x 16 fp32 sums are 8 AVX2 or 4 AVX-512 registers
-constexpr i64 kPanel = 16;    // channels per panel = tile width
-constexpr i64 kDepth = 128;   // products summed in the accumulation type before the sum goes to fp64
+constexpr i64 kRows = 4;         // tile height: 4 x 16 fp32 sums are 8 AVX2 or 4 AVX-512 registers
+constexpr i64 kPanel = 16;       // channels per panel = tile width
+constexpr i64 kDepth = 128;      // products summed in the accumulation type before the sum goes to fp64
 constexpr i64 kPacked = 131072;  // elements of a packed block: stays in a second-level cache
 
 // out[i][j] = sum_p a[p*kPanel + i] * b[p*ldb + j]
@@ -53,8 +53,12 @@ RFSR_INLINE void tile(const Acc* a, const Acc* b, i64 ldb, i64 depth, Acc* out) 
   for (i64 i = 0; i < kRows; ++i)
     for (i64 j = 0; j < vectors; ++j) reinterpret_cast<Vec*>(out + i * kPanel)[j] = sum[i][j];
 }
-RFSR_CLONES void product(const float* a, const float* b, i64 ldb, i64 depth, float* out) { tile(a, b, ldb, depth, out); }
-RFSR_CLONES void product(const double* a, const double* b, i64 ldb, i64 depth, double* out) { tile(a, b, ldb, depth, out); }
+RFSR_CLONES void product(const float* a, const float* b, i64 ldb, i64 depth, float* out) {
+  tile(a, b, ldb, depth, out);
+}
+RFSR_CLONES void product(const double* a, const double* b, i64 ldb, i64 depth, double* out) {
+  tile(a, b, ldb, depth, out);
+}
 
 // Packs channels [16 panel, 16 panel + 16) of pixels [k0, k0 + count) as [k][16]; absent channels are zero.
 template <class T, class Acc>

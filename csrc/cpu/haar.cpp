@@ -73,16 +73,16 @@ RFSR_INLINE void pack_signs(const Acc* d, i64 count, uint8_t* out) {
 }
 
 // target_clones cannot be put on templates, so each pass has a plain function per accumulation type.
-#define RFSR_ROW_PASSES(Acc)                                                                              \
-  RFSR_CLONES void ll_pass(const Acc* a, const Acc* b, i64 count, i64 pairs, Acc* e, Acc* out) {          \
-    add_rows(a, b, count, 2 * pairs, e);                                                                  \
-    pair_up(e, pairs, out);                                                                               \
-  }                                                                                                       \
-  RFSR_CLONES void difference_pass(const Acc* a, const Acc* b, const Acc* p, const Acc* q, i64 count,     \
-                                   i64 pairs, Acc* e, Acc* d, Acc* lanes) {                               \
-    add_differences(a, b, p, q, count, 2 * pairs, e);                                                     \
-    pair_up(e, pairs, d);                                                                                 \
-    add_magnitudes(d, pairs, lanes);                                                                      \
+#define RFSR_ROW_PASSES(Acc)                                                                                     \
+  RFSR_CLONES void ll_pass(const Acc* a, const Acc* b, i64 count, i64 pairs, Acc* e, Acc* out) {                 \
+    add_rows(a, b, count, 2 * pairs, e);                                                                         \
+    pair_up(e, pairs, out);                                                                                      \
+  }                                                                                                              \
+  RFSR_CLONES void difference_pass(const Acc* a, const Acc* b, const Acc* p, const Acc* q, i64 count, i64 pairs, \
+                                   Acc* e, Acc* d, Acc* lanes) {                                                 \
+    add_differences(a, b, p, q, count, 2 * pairs, e);                                                            \
+    pair_up(e, pairs, d);                                                                                        \
+    add_magnitudes(d, pairs, lanes);                                                                             \
   }
 RFSR_ROW_PASSES(float)
 RFSR_ROW_PASSES(double)

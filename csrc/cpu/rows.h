@@ -27,7 +27,8 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(i64 count)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(larger(count, 1)), std::align_val_t(64)))) {}
+      : data_(
+            static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(larger(count, 1)), std::align_val_t(64)))) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

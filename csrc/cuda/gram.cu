@@ -10,16 +10,17 @@
 // bytes and 18 us by FLOPs per tensor.
 //
 // How: the pixels are cut into ranges so that even C = 64, a single tile, keeps many blocks busy. Each block adds
-// up its tile over its range in registers - +F1 F1^T and -F2 F2^T into the same sums - and writes it to a
-// workspace. A second kernel adds the ranges in index order in fp64, scales, and writes both triangles and the
-// sums of squares. G(F1) and G(F2) never exist.
+// up its tile of F1 F1^T - F2 F2^T over its range in registers and writes it to a workspace. A second kernel adds
+// the ranges in index order in fp64, scales, and writes both triangles and the sums of squares. G(F1) and G(F2)
+// never exist.
 //
 // Deterministic: no atomics; ranges and blocks follow from the shape alone; every sum has a fixed order.
 //
-// First version, for correctness: plain multiply-adds, no tensor cores, three launches. Not measured on a GPU
-// yet. Limits: the workspace takes up to some 20 MB; N * C^2 / 4096 tiles must stay below 2^31.
+// First version, for correctness: plain multiply-adds, no tensor cores, three launches. Not run on a GPU yet; the
+// tests run these lines on the host (tests/ops/cuda_on_host). Limits: the workspace takes up to some 20 MB; N * C^2 /
+// 4096 tiles must stay below 2^31.
 
-#include "launch.cuh"
+#include "sums.cuh"
 
 namespace rfsr {
 namespace {
@@ -31,17 +32,16 @@ constexpr i64 kMinRange = 1024;  // pixels a block takes at least
 constexpr int kFlush = 8;        // stages (128 pixels) summed before the sum joins the block's total
 constexpr i64 kWantedBlocks = 512;
 
-// One stage of a 64 x 64 product: sum[a][b] += sign * sum_p left[p][.] * right[p][.]
+// One stage of a 64 x 64 product: sum[a][b] += sum_p left[p][.] * right[p][.]
 template <class Acc>
-__device__ void multiply_stage(const Acc (*left)[kTile + 4], const Acc (*right)[kTile + 4], Acc sign,
-                               Acc (*sum)[kEach]) {
+__device__ void multiply_stage(const Acc (*left)[kTile + 4], const Acc (*right)[kTile + 4], Acc (*sum)[kEach]) {
   const int row = threadIdx.x / 16 * kEach, column = threadIdx.x % 16 * kEach;
 #pragma unroll
   for (int p = 0; p < kStep; ++p)
 #pragma unroll
     for (int a = 0; a < kEach; ++a)
 #pragma unroll
-      for (int b = 0; b < kEach; ++b) sum[a][b] += sign * left[p][row + a] * right[p][column + b];
+      for (int b = 0; b < kEach; ++b) sum[a][b] += left[p][row + a] * right[p][column + b];
 }
 
 // stage[p][c] = x[channel0 + c, k0 + p], zero outside. Threads run along the pixels, as memory does in NCHW.
@@ -65,26 +65,31 @@ __global__ void gram_partial_kernel(const T* x, Strided4 vx,      // [N, C, H, W
   __shared__ Acc left[kStep][kTile + 4], right[kStep][kTile + 4];
   const i64 n = blockIdx.x / tiles, k0 = blockIdx.y * range, end = smaller(vx.pixels(), k0 + range);
   const TilePair pair = triangle(blockIdx.x % tiles);
-  // Two levels of sums: a long row of additions to one number would lose a digit in fp32.
-  Acc total[kEach][kEach] = {}, sum[kEach][kEach] = {};
+  // Two levels of sums: a long row of additions to one number would lose a digit in fp32. The two inputs have
+  // sums of their own until they are subtracted, so that equal inputs differ by exactly 0.
+  Acc total[kEach][kEach] = {}, sum[2][kEach][kEach] = {};
   int stage = 0;
   for (i64 k = k0; k < end; k += kStep) {
-    // The two inputs alternate, so that the running sums stay as small as the difference is.
-    for (int side = 0; side < (other ? 2 : 1); ++side) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      if (side == 1 && !other) continue;
       const Strided4& v = side ? vo : vx;
       const T* f = (side ? other : x) + n * v.sn;
       load_pixels(f, v, pair.i * kTile, k, end, left);
       load_pixels(f, v, pair.j * kTile, k, end, right);
       __syncthreads();
-      multiply_stage(left, right, side ? Acc(-1) : Acc(1), sum);
+      multiply_stage(left, right, sum[side]);
       __syncthreads();
     }
-    if (++stage % kFlush == 0 || k + kStep >= end)
+    if (++stage % kFlush == 0 || k + kStep >= end) {
+#pragma unroll
       for (int a = 0; a < kEach; ++a)
+#pragma unroll
         for (int b = 0; b < kEach; ++b) {
-          total[a][b] += sum[a][b];
-          sum[a][b] = Acc(0);
+          total[a][b] += sum[0][a][b] - sum[1][a][b];
+          sum[0][a][b] = sum[1][a][b] = Acc(0);
         }
+    }
   }
   Acc* out = partials + (blockIdx.x * i64(gridDim.y) + blockIdx.y) * kTile * kTile;
   const int row = threadIdx.x / 16 * kEach, column = threadIdx.x % 16 * kEach;
@@ -101,8 +106,8 @@ __global__ void gram_finish_kernel(const Acc* partials, i64 samples, i64 channel
     const i64 j = k % channels, i = k / channels % channels, n = k / channels / channels;
     const i64 low = larger(i, j), high = smaller(i, j);  // the lower triangle is what was computed
     const i64 ti = low / kTile, tj = high / kTile;
-    const Acc* p = partials + (n * tiles + ti * (ti + 1) / 2 + tj) * ranges * kTile * kTile +
-                   low % kTile * kTile + high % kTile;
+    const Acc* p =
+        partials + (n * tiles + ti * (ti + 1) / 2 + tj) * ranges * kTile * kTile + low % kTile * kTile + high % kTile;
     double total = 0;
     for (i64 r = 0; r < ranges; ++r) total += static_cast<double>(p[r * kTile * kTile]);
     total *= scale;
@@ -134,7 +139,7 @@ __global__ void gram_backward_kernel(const acc_t<T>* s, i64 sn, i64 sp, i64 sc, 
       right[p][q] = channel < v.c && k < pixels ? static_cast<Acc>(x[n * v.sn + channel * v.sc + offset]) : Acc(0);
     }
     __syncthreads();
-    multiply_stage(left, right, Acc(1), sum);
+    multiply_stage(left, right, sum);
     __syncthreads();
   }
   const int row = threadIdx.x / 16 * kEach, column = threadIdx.x % 16 * kEach;
@@ -146,25 +151,24 @@ __global__ void gram_backward_kernel(const acc_t<T>* s, i64 sn, i64 sp, i64 sc, 
 
 // D (or G, when other is null) of every sample into out; with `loss`, also mean_n sum D^2.
 template <class T>
-void gram_launch(const Tensor& like, const T* x, const Strided4& vx, const T* other, const Strided4& vo,
-                 acc_t<T>* out, acc_t<T>* loss, cudaStream_t stream) {
+void gram_launch(const Tensor& like, const T* x, const Strided4& vx, const T* other, const Strided4& vo, acc_t<T>* out,
+                 acc_t<T>* loss, cudaStream_t stream) {
   using Acc = acc_t<T>;
   const i64 rows = ceil_div(vx.c, kTile), tiles = rows * (rows + 1) / 2, pixels = vx.pixels();
   const i64 wanted = larger(1, smaller(ceil_div(kWantedBlocks, larger(1, tiles * vx.n)), ceil_div(pixels, kMinRange)));
   const i64 range = ceil_div(ceil_div(pixels, wanted), kStep) * kStep, ranges = ceil_div(pixels, range);
   const i64 results = vx.n * vx.c * vx.c;
   const unsigned blocks = summing_blocks(results, 1);
-  Tensor partials = torch::stable::new_empty(like, {vx.n * tiles * ranges * kTile * kTile}, acc_dtype(like.scalar_type()));
+  Tensor partials =
+      torch::stable::new_empty(like, {vx.n * tiles * ranges * kTile * kTile}, acc_dtype(like.scalar_type()));
   Tensor squares = torch::stable::new_empty(like, {loss ? blocks : 0}, ScalarType::Double);
   if (results > 0) {
     const dim3 grid(static_cast<unsigned>(vx.n * tiles), static_cast<unsigned>(ranges));
-    gram_partial_kernel<T><<<grid, kThreads, 0, stream>>>(x, vx, other, vo, range, tiles, mutable_data<Acc>(partials));
-    check_launch("gram_partial_kernel");
+    launch("gram_partial_kernel", gram_partial_kernel<T>, grid, stream, x, vx, other, vo, range, tiles,
+           mutable_data<Acc>(partials));
   }
-  gram_finish_kernel<Acc><<<blocks, kThreads, 0, stream>>>(
-      data<Acc>(partials), vx.n, vx.c, tiles, ranges, 1.0 / static_cast<double>(vx.c * pixels), out,
-      loss ? mutable_data<double>(squares) : nullptr);
-  check_launch("gram_finish_kernel");
+  launch("gram_finish_kernel", gram_finish_kernel<Acc>, blocks, stream, data<Acc>(partials), vx.n, vx.c, tiles, ranges,
+         1.0 / static_cast<double>(vx.c * pixels), out, loss ? mutable_data<double>(squares) : nullptr);
   if (loss) finish_sum(squares, static_cast<double>(vx.n), loss, stream);
 }
 
@@ -196,7 +200,7 @@ std::tuple<Tensor, Tensor> gram_l2(const Tensor& features, const Tensor& target)
 
 Tensor gram_backward(const Tensor& s, const Tensor& features) {
   const Strided4 v = view4(features, "features");
-  STD_TORCH_CHECK(s.dim() == 3 && s.size(0) == v.n && s.size(1) == v.c && s.size(2) == v.c && s.is_cuda() &&
+  STD_TORCH_CHECK(s.dim() == 3 && s.size(0) == v.n && s.size(1) == v.c && s.size(2) == v.c && on_gpu(s) &&
                       s.scalar_type() == acc_dtype(features.scalar_type()),
                   "s must be [N, C, C] in the accumulation dtype of features");
   Tensor out = torch::stable::new_empty(features, {v.n, v.c, v.h, v.w}, features.scalar_type());
@@ -207,10 +211,9 @@ Tensor gram_backward(const Tensor& s, const Tensor& features) {
   dispatch(features.scalar_type(), "features", [&](auto t) {
     using T = decltype(t);
     const dim3 grid(static_cast<unsigned>(ceil_div(v.pixels(), kTile)), static_cast<unsigned>(v.n * row_tiles));
-    gram_backward_kernel<T><<<grid, kThreads, 0, stream>>>(data<acc_t<T>>(s), s.stride(0), s.stride(1), s.stride(2),
-                                                           data<T>(features), v, row_tiles, mutable_data<T>(out));
+    launch("gram_backward_kernel", gram_backward_kernel<T>, grid, stream, data<acc_t<T>>(s), s.stride(0), s.stride(1),
+           s.stride(2), data<T>(features), v, row_tiles, mutable_data<T>(out));
   });
-  check_launch("gram_backward_kernel");
   return out;
 }
 

@@ -15,11 +15,11 @@
 // block in a fixed tree in fp64, and over blocks by one block in a fixed tree. The number of blocks follows
 // from the shape alone, so the GPU's size does not matter.
 //
-// First version, for correctness: one thread per four coefficients of a row, scalar loads (a warp still reads whole lines),
-// two launches for the loss. Not measured on a GPU yet. Limits: one level, symmetric extension; gradients come
-// out contiguous.
+// First version, for correctness: scalar loads, a thread per coefficient or pixel (per byte of signs in the loss),
+// two launches for the loss. Not run on a GPU yet; the tests run these lines on the host (tests/ops/cuda_on_host).
+// Limits: one level, symmetric extension; gradients come out contiguous.
 
-#include "launch.cuh"
+#include "sums.cuh"
 
 namespace rfsr {
 namespace {
@@ -49,10 +49,10 @@ __global__ void haar_ll_kernel(const T* x,  // [N, C, H, W], any strides
 }
 
 template <class T>
-__global__ void haar_ll_l1_kernel(const T* x, Strided4 vx,    // [N, C, H, W], any strides
-                                  const T* y, Strided4 vy,    // the same sizes, other strides
-                                  uint8_t* signs,             // [N, C, h, ceil(w/4)] or null
-                                  double* partials) {         // [gridDim.x]
+__global__ void haar_ll_l1_kernel(const T* x, Strided4 vx,  // [N, C, H, W], any strides
+                                  const T* y, Strided4 vy,  // the same sizes, other strides
+                                  uint8_t* signs,           // [N, C, h, ceil(w/4)] or null
+                                  double* partials) {       // [gridDim.x]
   using Acc = acc_t<T>;
   const i64 h = haar_size(vx.h), w = haar_size(vx.w), bytes = ceil_div(w, kCodesPerByte);
   double sum = 0;
@@ -88,9 +88,9 @@ __global__ void haar_ll_backward_kernel(const T* grad, Strided4 v,  // [N, C, h,
 }
 
 template <class T>
-__global__ void haar_ll_l1_backward_kernel(const acc_t<T>* grad,   // scalar
-                                           const uint8_t* signs,   // [planes, h, ceil(w/4)]
-                                           T* out,                 // [planes, height, width]
+__global__ void haar_ll_l1_backward_kernel(const acc_t<T>* grad,  // scalar
+                                           const uint8_t* signs,  // [planes, h, ceil(w/4)]
+                                           T* out,                // [planes, height, width]
                                            i64 planes, i64 height, i64 width) {
   using Acc = acc_t<T>;
   const i64 h = haar_size(height), w = haar_size(width), bytes = ceil_div(w, kCodesPerByte);
@@ -109,9 +109,8 @@ Tensor haar_ll(const Tensor& x) {
   const OnDevice stream(x);
   dispatch(x.scalar_type(), "x", [&](auto t) {
     using T = decltype(t);
-    haar_ll_kernel<T><<<blocks_for(out.numel()), kThreads, 0, stream>>>(data<T>(x), v, mutable_data<T>(out));
+    launch("haar_ll_kernel", haar_ll_kernel<T>, blocks_for(out.numel()), stream, data<T>(x), v, mutable_data<T>(out));
   });
-  check_launch("haar_ll_kernel");
   return out;
 }
 
@@ -124,10 +123,9 @@ Tensor haar_ll_backward(const Tensor& grad, int64_t height, int64_t width) {
   const OnDevice stream(grad);
   dispatch(grad.scalar_type(), "grad", [&](auto t) {
     using T = decltype(t);
-    haar_ll_backward_kernel<T>
-        <<<blocks_for(out.numel()), kThreads, 0, stream>>>(data<T>(grad), v, mutable_data<T>(out), height, width);
+    launch("haar_ll_backward_kernel", haar_ll_backward_kernel<T>, blocks_for(out.numel()), stream, data<T>(grad), v,
+           mutable_data<T>(out), height, width);
   });
-  check_launch("haar_ll_backward_kernel");
   return out;
 }
 
@@ -143,10 +141,8 @@ std::tuple<Tensor, Tensor> haar_ll_l1(const Tensor& pred, const Tensor& target, 
                             : torch::stable::new_empty(pred, {0}, ScalarType::Byte);
   dispatch(pred.scalar_type(), "pred", [&](auto t) {
     using T = decltype(t);
-    haar_ll_l1_kernel<T><<<blocks, kThreads, 0, stream>>>(data<T>(pred), vx, data<T>(target), vy,
-                                                          keep_signs ? mutable_data<uint8_t>(signs) : nullptr,
-                                                          mutable_data<double>(partials));
-    check_launch("haar_ll_l1_kernel");
+    launch("haar_ll_l1_kernel", haar_ll_l1_kernel<T>, blocks, stream, data<T>(pred), vx, data<T>(target), vy,
+           keep_signs ? mutable_data<uint8_t>(signs) : nullptr, mutable_data<double>(partials));
     finish_sum(partials, static_cast<double>(vx.n * vx.c * h * w), mutable_data<acc_t<T>>(loss), stream);
   });
   return {loss, signs};
@@ -157,16 +153,15 @@ Tensor haar_ll_l1_backward(const Tensor& grad, const Tensor& signs, int64_t heig
   STD_TORCH_CHECK(signs.is_contiguous() && signs.size(2) == haar_size(height) &&
                       signs.size(3) == ceil_div(haar_size(width), kCodesPerByte),
                   "signs must be what haar_ll_l1 returned for ", height, " x ", width);
-  STD_TORCH_CHECK(grad.is_cuda() && grad.scalar_type() == acc_dtype(dtype), "grad must have the dtype of the loss");
+  STD_TORCH_CHECK(on_gpu(grad) && grad.scalar_type() == acc_dtype(dtype), "grad must have the dtype of the loss");
   Tensor out = torch::stable::new_empty(signs, {n, c, height, width}, dtype);
   if (out.numel() == 0) return out;
   const OnDevice stream(signs);
   dispatch(dtype, "dtype", [&](auto t) {
     using T = decltype(t);
-    haar_ll_l1_backward_kernel<T><<<blocks_for(out.numel()), kThreads, 0, stream>>>(
-        data<acc_t<T>>(grad), data<uint8_t>(signs), mutable_data<T>(out), n * c, height, width);
+    launch("haar_ll_l1_backward_kernel", haar_ll_l1_backward_kernel<T>, blocks_for(out.numel()), stream,
+           data<acc_t<T>>(grad), data<uint8_t>(signs), mutable_data<T>(out), n * c, height, width);
   });
-  check_launch("haar_ll_l1_backward_kernel");
   return out;
 }
 

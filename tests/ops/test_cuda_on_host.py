@@ -1,0 +1,70 @@
+"""The CUDA kernels, run on the host: their indices, edges and sums are tested where there is no GPU too.
+
+The sources are compiled as C++ with another launch.cuh, which runs a block's threads as fibers, and registered
+for the CPU in a copy of the package. A copy of the ordinary operator tests then runs against it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = [
+    "test_gram.py::test_values_match_fp64",
+    "test_gram.py::test_any_shape_dtype_and_layout",
+    "test_gram.py::test_close_features_keep_their_difference",
+    "test_gram.py::test_gradients_match_finite_differences",
+    "test_gram.py::test_gradients_match_the_twin",
+    "test_gram.py::test_nan_in_is_nan_out",
+    "test_haar.py",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+def test_cuda_kernels_pass_the_operator_tests_on_the_host(tmp_path):
+    sources, package = tmp_path / "csrc", tmp_path / "rfsr_ext"
+    shutil.copytree(ROOT / "csrc", sources)
+    shutil.copy(ROOT / "tests/ops/cuda_on_host/launch.cuh", sources / "cuda")
+    shutil.copytree(ROOT / "rfsr_ext/ops", package / "ops", ignore=shutil.ignore_patterns("_C_*", "_build_record.json"))
+    (package / "__init__.py").touch()
+    kernels = [sources / "cuda/haar.cu", sources / "cuda/gram.cu"]
+    for kernel in kernels:
+        text = kernel.read_text()
+        assert "(rfsr_ext, CUDA, m)" in text
+        kernel.write_text(text.replace("(rfsr_ext, CUDA, m)", "(rfsr_ext, CPU, m)"))
+
+    root = Path(torch.__file__).parent
+    flags = [
+        "-O1",
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-Wno-unknown-pragmas",
+    ]
+    library = package / "ops/_C_cpu.so"
+    command = ["g++", *flags, f"-I{root / 'include'}", "-x", "c++", *kernels, "-x", "none"]
+    command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-o", library]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    check = "from rfsr_ext.ops import build_info; print(build_info()['operators']['haar_ll']['cpu']['library'])"
+    served = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert served.stdout.strip() == str(library), served.stderr
+
+    tests = tmp_path / "tests"  # copied too: this project's pytest settings would put the real package first
+    shutil.copytree(ROOT / "tests/ops", tests / "ops", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests/conftest.py", tests)
+    (tests / "pytest.ini").write_text("[pytest]\nmarkers =\n  cuda: GPU\n  slow: long\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not cuda", *[f"ops/{name}" for name in TESTS]]
+    run = subprocess.run(command, cwd=tests, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
