@@ -1,0 +1,145 @@
+"""The command line ``rfsr``.  Heavy imports happen inside the commands, so that ``rfsr --help`` answers at once."""
+
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+_typer = typer.Typer(
+    name="rfsr",
+    help="Reward feedback learning for diffusion super-resolution models (RFSR, arXiv 2412.03268).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_mini = typer.Typer(help="The mini model that ships with the package.", no_args_is_help=True)
+_typer.add_typer(_mini, name="mini")
+
+
+def app() -> None:
+    """Run the command line; what a user can mend is one sentence on stderr (``RFSR_DEBUG=1`` shows the traceback)."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "matplotlib", "PIL", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        _typer()
+    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("RFSR_DEBUG"):
+            raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            error = f"no space left on disk ({error.filename or os.getcwd()}); nothing was half written, free some and resume"
+        sys.exit(f"rfsr: {error}")
+    except KeyboardInterrupt:
+        sys.exit("rfsr: interrupted; the same command goes on from the last checkpoint")
+
+
+@_typer.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for pictures, table and model.")] = Path("runs/demo"),
+    iterations: Annotated[int | None, typer.Option(help="Training iterations; the preset's by default.")] = None,
+    crops: Annotated[int, typer.Option(help="Held-out crops to measure.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of data and noise.")] = 0,
+) -> None:
+    """Fine-tune the mini model on the bundled photographs and show what changed (about five minutes on two cores)."""
+    from rfsr_ext.cli.demo import run_demo
+
+    run_demo(output, iterations, crops, seed)
+
+
+@_typer.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: mini, paper.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Refuse to resume: the output folder must hold no checkpoint.")] = False,
+) -> None:
+    """Fine-tune a model as CONFIG says; the same command resumes an interrupted run."""
+    import yaml
+
+    from rfsr_ext.training import RFSRConfig, RFSRTrainer
+
+    overrides = {}
+    for pair in set_ or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
+        overrides[key.strip()] = yaml.safe_load(value)
+    result = RFSRTrainer(RFSRConfig.load(config, overrides)).train(resume=not fresh)
+    typer.echo(f"fine-tuned model: {result.folder / 'model'}")
+    typer.echo(f"best held-out (iteration {result.best_iteration}): {result.folder / 'best'}")
+
+
+@_typer.command()
+def upscale(
+    images: Annotated[list[Path], typer.Argument(help="Images of any size.")],
+    model: Annotated[str, typer.Option(help='"mini", or a folder such as runs/demo/model.')] = "mini",
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("upscaled"),
+    prompt: Annotated[str, typer.Option(help="What the image shows, a few words.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's own by default.")] = None,
+    tile: Annotated[int, typer.Option(help="Side of the tiles, in output pixels.")] = 128,
+    color_fix: Annotated[str, typer.Option(help="wavelet, adain or none.")] = "wavelet",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+) -> None:
+    """Upscale images with the base model or a fine-tuned one."""
+    from rfsr_ext.cli.upscale import upscale_files
+
+    upscale_files(images, model, output, prompt, steps, tile, None if color_fix == "none" else color_fix, seed)
+
+
+@_typer.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help='"mini" and folders; the first is what others are compared with.')],
+    crops: Annotated[int, typer.Option(help="Held-out crops.")] = 64,
+    size: Annotated[int, typer.Option(help="Their side in pixels.")] = 64,
+    seeds: Annotated[int, typer.Option(help="Seeds of the noise, from 0.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Also write every row to this CSV file.")] = None,
+    steps: Annotated[bool, typer.Option(help="Also measure every sampling step (Figure 1 of the paper).")] = False,
+) -> None:
+    """Measure models on held-out photographs: fidelity, the two rewards and the held-out judge."""
+    from rfsr_ext.cli.evaluate import evaluate_models
+
+    evaluate_models(models, crops, size, range(seeds), output, steps)
+
+
+@_typer.command()
+def ablate(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a preset.")] = "mini",
+    variants: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(help="Training seeds, from 0.")] = 3,
+    crops: Annotated[int, typer.Option(help="Held-out crops.")] = 32,
+    size: Annotated[int, typer.Option(help="Their side in pixels.")] = 64,
+    output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/ablation"),
+) -> None:
+    """Train the variants of the paper's Tables 2 to 5 over several seeds and compare them."""
+    from rfsr_ext.cli.evaluate import ablate_variants
+
+    ablate_variants(config, variants.split(",") if variants else None, range(seeds), crops, size, output)
+
+
+@_typer.command()
+def doctor() -> None:
+    """Say what is installed, which backend serves each operator, which weights are there, and what to do about the rest."""
+    from rfsr_ext.cli.doctor import examine
+
+    examine()
+
+
+@_mini.command("build")
+def mini_build(
+    output: Annotated[Path | None, typer.Option(help="Receives the weights; the package itself by default.")] = None,
+    work: Annotated[Path, typer.Option(help="State of unfinished stages.")] = Path("runs/mini-build"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of weights, data and noise.")] = 0,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; --no-bf16 on CPUs without it.")] = True,
+) -> None:
+    """Train the mini model, both small rewards and the judge from the bundled photographs; resumable."""
+    from rfsr_ext.mini.build import build
+    from rfsr_ext.weights import WEIGHTS
+
+    for name, seconds in build(work, output or WEIGHTS, device=device, seed=seed, bf16=bf16).items():
+        typer.echo(f"{name:12s} {seconds / 60:6.1f} min")

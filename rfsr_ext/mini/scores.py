@@ -1,0 +1,113 @@
+"""The stages that train the two small rewards and the judge, all by comparing distorted versions of one picture."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import CLIPTokenizer
+
+from rfsr_ext.evaluation.judge import Judge, natural_scene_statistics
+from rfsr_ext.mini.fit import fit
+from rfsr_ext.rewards import MiniIQA, MiniPreference
+
+__all__ = ["similarity", "train_iqa", "train_judge", "train_preference"]
+
+
+def similarity(images: Tensor, originals: Tensor) -> Tensor:
+    """Structural similarity of grey versions with a 7×7 box window, ``[N, 3, H, W]`` in [0, 1] to ``[N]``."""
+    x, y = images.mean(1, keepdim=True), originals.mean(1, keepdim=True)
+    pooled = F.avg_pool2d(torch.cat([x, y, x * x, y * y, x * y], dim=1), 7, 1)
+    mx, my, xx, yy, xy = pooled.unbind(1)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    structure = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
+    return (luminance * structure).mean((1, 2))
+
+
+def _quality(versions: Tensor) -> Tensor:
+    """``[N, V, 3, H, W]``, version 0 untouched, to the similarity of each version with version 0, ``[N, V]``."""
+    originals = versions[:, :1].expand_as(versions)
+    return similarity(versions.flatten(0, 1), originals.flatten(0, 1)).unflatten(0, versions.shape[:2])
+
+
+def _ranking_loss(scores: Tensor, quality: Tensor) -> Tensor:
+    """Bradley–Terry over all pairs of versions of a picture, ``[N, V]`` each; pairs of equal quality count little."""
+    gap = quality[:, :, None] - quality[:, None, :]
+    better = gap.clamp_min(0).clamp_max(0.2)
+    return -(better * F.logsigmoid(scores[:, :, None] - scores[:, None, :])).sum() / better.sum().clamp_min(1e-6)
+
+
+def train_iqa(dataset: Dataset, folder: Path, iterations: int, batch_size: int = 12, **options):
+    """`MiniIQA`, by ranking; ``dataset`` gives versions of a picture with the faults a low-resolution input suffers."""
+    torch.manual_seed(options.get("seed", 0) + 2)
+    reward = MiniIQA()
+
+    def loss(batch: dict, generator: torch.Generator) -> Tensor:
+        versions = batch["images"]
+        logits = reward.logit(versions.flatten(0, 1)).unflatten(0, versions.shape[:2])
+        return _ranking_loss(logits, _quality(versions)) + 1e-3 * logits.square().mean()
+
+    seconds = fit("iqa", {"iqa": reward}, dataset, loss, folder,
+                  iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
+    return reward, seconds
+
+
+def train_preference(
+    dataset: Dataset, tokenizer: CLIPTokenizer, folder: Path, iterations: int, batch_size: int = 12, **options
+):
+    """`MiniPreference`, from pairs: less distorted over more, own prompt over another picture's."""
+    torch.manual_seed(options.get("seed", 0) + 3)
+    reward = MiniPreference(tokenizer)
+
+    def loss(batch: dict, generator: torch.Generator) -> Tensor:
+        versions, prompts = batch["images"], batch["prompt"]
+        n, v = versions.shape[:2]
+        text = reward.embed_text(prompts)
+        other = text.roll(1, dims=0)
+        images = versions.flatten(0, 1)
+        scores = reward.raw_score(images, text.repeat_interleave(v, 0)).unflatten(0, (n, v))
+        wrong = reward.raw_score(versions[:, 0], other)
+        differs = torch.tensor(
+            [float(bool(a) and bool(b) and a != b) for a, b in zip(prompts, prompts[-1:] + prompts[:-1], strict=True)]
+        ).to(scores.device)
+        matching = -(differs * F.logsigmoid(scores[:, 0] - wrong)).sum() / differs.sum().clamp_min(1)
+        return _ranking_loss(scores, _quality(versions)) + matching + 1e-3 * scores.square().mean()
+
+    seconds = fit("preference", {"preference": reward}, dataset, loss, folder,
+                  iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
+    with torch.no_grad():
+        scores = []
+        for i in range(64):
+            item = dataset[10_000_000 + i]
+            images = item["images"].to(reward.mean.device)
+            scores.append(reward.raw_score(images, reward.embed_text([item["prompt"]] * len(images))))
+        scores = torch.cat(scores)
+        reward.mean.copy_(scores.mean())
+        reward.std.copy_(scores.std())
+    return reward, seconds
+
+
+def train_judge(
+    dataset: Dataset, folder: Path, iterations: int, batch_size: int = 12, **options
+):
+    """`Judge`, by regression of similarity and by ranking; ``dataset`` gives versions with every fault."""
+    torch.manual_seed(options.get("seed", 0) + 4)
+    judge = Judge()
+    with torch.no_grad():
+        statistics = torch.cat([natural_scene_statistics(dataset[20_000_000 + i]["images"]) for i in range(256)])
+        judge.mean.copy_(statistics.mean(0))
+        judge.std.copy_(statistics.std(0).clamp_min(1e-3))
+
+    def loss(batch: dict, generator: torch.Generator) -> Tensor:
+        versions = batch["images"]
+        quality = _quality(versions)
+        with torch.no_grad(), torch.autocast(versions.device.type, enabled=False):
+            statistics = natural_scene_statistics(versions.flatten(0, 1))
+        scores = judge.from_statistics(statistics).float().unflatten(0, versions.shape[:2])
+        return F.mse_loss(scores, quality) * 4 + _ranking_loss(scores * 10, quality)
+
+    seconds = fit("judge", {"judge": judge}, dataset, loss, folder,
+                  iterations=iterations, batch_size=batch_size, learning_rate=2e-3, **options)  # fmt: skip
+    return judge, seconds

@@ -1,0 +1,127 @@
+"""The RFSR loss of one batch (paper section 3.5): roll out without gradient, take one step with it, weigh by window."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rfsr_ext.models import Condition, ISRModel
+from rfsr_ext.rewards import WeightedReward, reward_loss
+from rfsr_ext.sampling import TimestepWindows, Trajectory, rollout
+
+__all__ = ["Prediction", "RFSRObjective"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one denoising step with gradient gives: the network's output and the decoded z_0 estimate I_t (eq. 3)."""
+
+    model_output: Tensor
+    images: Tensor
+
+
+class RFSRObjective:
+    """Eq. 7 for a batch at one sampling step:
+
+    * st in the structure window: λ_dwt · L_dwt(I_t, I_gt), eq. 2;
+    * st in the reward window: L_reward(I_t, c_t) + λ_r · L_gram-kl(I_t, I′_t), eq. 5 and 6, where I′_t is what the frozen
+      pre-trained model makes of the same z_t under the same condition.
+
+    Args:
+        model: the model being fine-tuned.
+        windows: which sampling steps get which loss.
+        structure_loss: ``f(images, ground truth)``, or None.
+        lambda_structure: λ_dwt.
+        rewards: the weighted rewards of eq. 5.
+        style_loss: ``f(images, reference images)`` for Gram-KL, or None.
+        kl: regularise by the mean squared change of the network's output instead (Table 4, "KL"): up to a factor, the
+            Kullback–Leibler divergence between the two models' denoising steps.
+        lambda_regularization: λ_r.
+        reference: the frozen pre-trained model; needed by ``style_loss`` and ``kl``.
+        disable_adapters: instead of ``reference``, a context manager under which ``model`` itself is the pre-trained one.
+        num_inference_steps: of the rollout; None takes the model's own.
+    """
+
+    def __init__(
+        self,
+        model: ISRModel,
+        windows: TimestepWindows,
+        *,
+        structure_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        lambda_structure: float = 5e-4,
+        rewards: list[WeightedReward] = (),
+        style_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        kl: bool = False,
+        lambda_regularization: float = 5e-5,
+        reference: ISRModel | None = None,
+        disable_adapters: Callable[[], contextlib.AbstractContextManager] | None = None,
+        num_inference_steps: int | None = None,
+    ):
+        if (style_loss or kl) and reference is None and disable_adapters is None:
+            raise ValueError("reference must be the frozen pre-trained model when a regulariser is used, got None")
+        self.model, self.windows = model, windows
+        self.structure_loss, self.lambda_structure = structure_loss, lambda_structure
+        self.rewards, self.style_loss, self.kl = list(rewards), style_loss, kl
+        self.lambda_regularization = lambda_regularization
+        self.reference, self.disable_adapters = reference, disable_adapters
+        self.num_inference_steps = num_inference_steps
+
+    def predict(self, model: ISRModel, state: Trajectory, condition: Condition) -> Prediction:
+        """One denoising step at z_t and its decoded z_0 estimate."""
+        model_output = model.predict_noise(state.latents, state.timestep, condition)
+        latents = model.pred_original_sample(model_output, state.timestep, state.latents)
+        return Prediction(model_output, model.decode(latents))
+
+    @torch.no_grad()
+    def predict_reference(self, state: Trajectory, condition: Condition) -> Prediction:
+        """The same step by the pre-trained model."""
+        if self.reference is not None:
+            return self.predict(self.reference, state, condition)
+        with self.disable_adapters():
+            return self.predict(self.model, state, condition)
+
+    def __call__(
+        self, lr: Tensor, gt: Tensor, prompts: list[str], step: int, generator=None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch at sampling step ``step``, with what to log (detached scalars).
+
+        Args:
+            lr: ``[N, 3, h, w]`` in [0, 1].
+            gt: ``[N, 3, scale·h, scale·w]`` in [0, 1].
+            prompts: N prompts.
+            step: a sampling step inside one of the windows.
+            generator: noise of x_T (and of a stochastic sampler), one or a list of N.
+
+        Raises:
+            ValueError: if ``gt`` does not fit ``lr`` or ``step`` is in no window.
+        """
+        expected = (*lr.shape[:2], *(n * self.model.scale for n in lr.shape[2:]))
+        if gt.shape != expected:
+            raise ValueError(f"gt must have shape {list(expected)} for lr of {list(lr.shape)}, got {list(gt.shape)}")
+        in_structure, in_reward = self.windows.in_structure(step), self.windows.in_reward(step)
+        if not (in_structure or in_reward):
+            raise ValueError(f"step must be one of {self.windows.steps()}, got {step}")
+        condition = self.model.encode_condition(lr, prompts)
+        state = rollout(self.model, condition, step, generator, self.num_inference_steps)
+        prediction = self.predict(self.model, state, condition)
+        loss, logs = prediction.images.new_zeros((), dtype=torch.float32), {}
+        if in_structure and self.structure_loss is not None:
+            logs["structure"] = self.structure_loss(prediction.images, gt.to(prediction.images))
+            loss = loss + self.lambda_structure * logs["structure"]
+        if in_reward:
+            images = prediction.images.clamp(0, 1)
+            value, scores = reward_loss(self.rewards, images, prompts)
+            loss = loss + value
+            logs |= {f"reward/{name}": score.mean() for name, score in scores.items()}
+            if self.style_loss is not None or self.kl:
+                before = self.predict_reference(state, condition)
+            if self.style_loss is not None:
+                logs["regularization"] = self.style_loss(images, before.images.clamp(0, 1))
+            elif self.kl:
+                logs["regularization"] = F.mse_loss(prediction.model_output.float(), before.model_output.float())
+            if "regularization" in logs:
+                loss = loss + self.lambda_regularization * logs["regularization"]
+        return loss, {name: value.detach().float() for name, value in logs.items()} | {"loss": loss.detach()}

@@ -1,0 +1,116 @@
+"""Eq. 7 against the same computed by hand, step by step."""
+
+import copy
+
+import pytest
+import torch
+
+from rfsr_ext.losses import HaarLLLoss
+from rfsr_ext.sampling import TimestepWindows, generators
+from rfsr_ext.training import RFSRObjective
+
+WINDOWS = TimestepWindows((1, 2), (4, 5), 5)
+
+
+@pytest.fixture
+def batch(parts):
+    samples = [parts["dataset"][i] for i in range(2)]
+    return (*(torch.stack([s[key] for s in samples]) for key in ("lr", "gt")), [s["prompt"] for s in samples])
+
+
+def by_hand(model, lr, prompts, step):
+    """z_t after step − 1 DDIM steps, and the decoded z_0 estimate there, written out."""
+    condition = model.encode_condition(lr, prompts)
+    scheduler = copy.deepcopy(model.scheduler)
+    scheduler.set_timesteps(5)
+    latents = model.initial_latents(condition, scheduler.timesteps[0], generators(0, range(2)))
+    with torch.no_grad():
+        for timestep in scheduler.timesteps[: step - 1]:
+            output = model.predict_noise(latents, timestep, condition)
+            latents = scheduler.step(output, timestep, latents).prev_sample
+    timestep = scheduler.timesteps[step - 1]
+    output = model.predict_noise(latents, timestep, condition)
+    alpha_bar = scheduler.alphas_cumprod[timestep]
+    estimate = alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * output
+    return output, model.decode(estimate)
+
+
+def trained(model):
+    for module in model.trainable_groups().values():
+        module.requires_grad_(True)
+    return [p for module in model.trainable_groups().values() for p in module.parameters()]
+
+
+def test_structure_window(tiny_model, batch):
+    lr, gt, prompts = batch
+    parameters = trained(tiny_model)
+    objective = RFSRObjective(tiny_model, WINDOWS, structure_loss=HaarLLLoss(), lambda_structure=0.3)
+    loss, logs = objective(lr, gt, prompts, 2, generators(0, range(2)))
+    _, images = by_hand(tiny_model, lr, prompts, 2)
+    bands = [(x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 2 for x in (images, gt)]
+    expected = 0.3 * (bands[0] - bands[1]).abs().mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+    assert set(logs) == {"structure", "loss"}
+    for a, b in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+
+
+def test_reward_window_with_each_regulariser(tiny_model, batch, parts):
+    lr, gt, prompts = batch
+    reference = tiny_model.reference()
+    trained(tiny_model)
+    with torch.no_grad():  # the fine-tuned model has moved
+        for parameter in tiny_model.unet.parameters():
+            parameter.add_(0.01)
+    output, images = by_hand(tiny_model, lr, prompts, 4)
+    brightness = images.clamp(0, 1).mean()
+    options = {"rewards": parts["rewards"], "reference": reference, "lambda_regularization": 0.7}
+
+    plain, _ = RFSRObjective(tiny_model, WINDOWS, rewards=parts["rewards"])(lr, gt, prompts, 4, generators(0, range(2)))
+    torch.testing.assert_close(plain, -brightness, rtol=1e-5, atol=1e-6)
+
+    # the reference sees the z_t of the model being trained
+    with torch.no_grad():
+        condition = tiny_model.encode_condition(lr, prompts)
+        scheduler = copy.deepcopy(tiny_model.scheduler)
+        scheduler.set_timesteps(5)
+        latents = tiny_model.initial_latents(condition, scheduler.timesteps[0], generators(0, range(2)))
+        for timestep in scheduler.timesteps[:3]:
+            latents = scheduler.step(tiny_model.predict_noise(latents, timestep, condition), timestep, latents)[0]
+        before = reference.predict_noise(latents, scheduler.timesteps[3], condition)
+        before_images = reference.decode(
+            reference.pred_original_sample(before, scheduler.timesteps[3], latents)
+        ).clamp(0, 1)
+
+    kl, logs = RFSRObjective(tiny_model, WINDOWS, kl=True, **options)(lr, gt, prompts, 4, generators(0, range(2)))
+    torch.testing.assert_close(kl, -brightness + 0.7 * (output - before).square().mean(), rtol=1e-5, atol=1e-6)
+    assert logs["regularization"] > 0
+
+    style = torch.nn.MSELoss()
+    gram, _ = RFSRObjective(tiny_model, WINDOWS, style_loss=style, **options)(lr, gt, prompts, 4, generators(0, range(2)))
+    torch.testing.assert_close(
+        gram, -brightness + 0.7 * (images.clamp(0, 1) - before_images).square().mean(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_gradient_stays_in_unet_and_controlnet(tiny_model, batch, parts):
+    trained(tiny_model)
+    loss, _ = RFSRObjective(tiny_model, WINDOWS, rewards=parts["rewards"])(*batch, 4, generators(0, range(2)))
+    loss.backward()
+    assert all(p.grad is not None for p in tiny_model.unet.parameters())
+    assert all(p.grad is None for p in [*tiny_model.vae.parameters(), *tiny_model.text_encoder.parameters()])
+
+
+def test_sentences(tiny_model, batch, parts):
+    lr, gt, prompts = batch
+    objective = RFSRObjective(tiny_model, WINDOWS, rewards=parts["rewards"])
+    with pytest.raises(ValueError, match=r"gt must have shape \[2, 3, 32, 32\] for lr of \[2, 3, 8, 8\], got \[2, 3, 30, 32\]"):
+        objective(lr, gt[..., :30, :], prompts, 4)
+    with pytest.raises(ValueError, match=r"step must be one of \[1, 2, 4, 5\], got 3"):
+        objective(lr, gt, prompts, 3)
+    with pytest.raises(ValueError, match="lr must be finite and in"):
+        objective(torch.full_like(lr, float("nan")), gt, prompts, 4)
+    with pytest.raises(ValueError, match="reference must be the frozen pre-trained model"):
+        RFSRObjective(tiny_model, WINDOWS, kl=True)

@@ -1,0 +1,235 @@
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from diffusers import StableDiffusionControlNetPipeline
+
+from rfsr_ext.files import load_tensors
+from rfsr_ext.models import ControlNetISRModel
+from rfsr_ext.rewards import WeightedReward
+from rfsr_ext.sampling import sample
+from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer
+from tests.training.conftest import Brightness, make_tiny_model
+
+HERE = Path(__file__).parent
+
+
+def run(settings, parts, model=None, **changes):
+    config = RFSRConfig.from_dict(settings | changes)
+    return RFSRTrainer(config, model or make_tiny_model(), **parts).train()
+
+
+def end_state(folder):
+    return load_tensors(sorted((Path(folder) / "checkpoints").glob("*.safetensors"))[-1])[0]
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_the_reward_rises_and_everything_is_written(settings, parts):
+    result = run(settings, parts, iterations=30, structure_loss="none", regularization="none", learning_rate=3e-3)
+    first, last = result.validation.iloc[0], result.validation.iloc[-1]
+    assert last["brightness"] > first["brightness"] + 0.02
+    assert result.best_iteration > 0
+    assert len(result.history) == 30
+    assert set(result.history["step"]) == {4, 5}
+    assert not any(p.requires_grad for p in result.model.unet.parameters())
+    folder = result.folder
+    assert pd.read_csv(folder / "history.csv").shape[0] == 30
+    assert json.loads((folder / "config.json").read_text())["iterations"] == 30
+    assert list(folder.rglob("events.out.tfevents*"))
+    assert not list(folder.rglob("*.partial"))
+    # what was saved is the averaged model, and a stock pipeline opens it
+    reopened = ControlNetISRModel.from_pretrained(folder / "model")
+    lr, prompts = parts["validation"][0]["lr"][None], ["cat"]
+    args = (lr, prompts, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sample(reopened, *args), sample(result.model, lr, prompts, torch.Generator().manual_seed(0)))
+    StableDiffusionControlNetPipeline.from_pretrained(folder / "model", safety_checker=None)
+
+
+def test_dwt_only_draws_early_steps_alone(settings, parts):
+    result = run(settings, parts | {"rewards": []}, reward_window=None, rewards={})
+    assert set(result.history["step"]) <= {1, 2}
+    assert result.history["structure"].notna().all()
+
+
+def test_lora_trains_adapters_and_its_base_is_the_reference(settings, parts):
+    model = make_tiny_model()
+    before = {name: p.clone() for name, p in model.unet.named_parameters()}
+    trainer = RFSRTrainer(
+        RFSRConfig.from_dict(settings | {"lora_rank": 2, "regularization": "kl", "learning_rate": 1e-2}), model, **parts
+    )
+    assert all("lora_" in name for name in trainer.state.parameters)
+    with trainer._disable_adapters():
+        condition = model.encode_condition(parts["validation"][0]["lr"][None], [""])
+        z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        base = model.predict_noise(z, torch.tensor(500), condition)
+    result = trainer.train()
+    assert not any("lora_" in name for name, _ in result.model.unet.named_parameters())  # merged
+    assert result.model.unet.state_dict().keys() == before.keys()
+    assert any(not torch.equal(p, before[name]) for name, p in result.model.unet.named_parameters())
+    untouched = make_tiny_model()
+    torch.testing.assert_close(base, untouched.predict_noise(z, torch.tensor(500), condition))
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(settings, parts, tmp_path):
+    whole = run(settings, parts, output_dir=str(tmp_path / "whole"))
+    run(settings, parts, iterations=2)
+    resumed = run(settings, parts)
+    assert_same_state(end_state(whole.folder), end_state(resumed.folder))
+    columns = ["iteration", "step", "loss", "grad_norm"]
+    assert whole.history[columns].equals(resumed.history[columns])
+
+
+def test_resume_refuses_other_settings_and_other_models(settings, parts):
+    run(settings, parts, iterations=2)
+    saved = end_state(settings["output_dir"])
+    with pytest.raises(ValueError, match=r"made with other settings \(learning_rate\)"):
+        run(settings, parts, learning_rate=0.5)
+    with pytest.raises(ValueError, match="is of another base model"):
+        run(settings, parts, model=make_tiny_model(seed=1))
+    with pytest.raises(FileExistsError, match="holds checkpoints of a run; resume it or give another"):
+        RFSRTrainer(RFSRConfig.from_dict(settings), make_tiny_model(), **parts).train(resume=False)
+    assert_same_state(saved, end_state(settings["output_dir"]))
+
+
+def test_a_damaged_checkpoint_is_named(settings, parts):
+    run(settings, parts, iterations=2)
+    path = sorted((Path(settings["output_dir"]) / "checkpoints").glob("*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        run(settings, parts)
+
+
+class Moody(Brightness):
+    """Not a number whenever asked to be."""
+
+    bad = False
+
+    def score(self, images, prompts=None):
+        return super().score(images) * (float("nan") if self.bad else 1.0)
+
+
+def test_non_finite_steps_are_skipped_and_then_stop_the_run(settings, parts, caplog):
+    reward = Moody()
+    trainer = RFSRTrainer(
+        RFSRConfig.from_dict(settings | {"max_skipped": 3, "structure_loss": "none", "iterations": 20}),
+        make_tiny_model(),
+        **parts | {"rewards": [WeightedReward(reward, 1.0)]},
+    )
+    trainer._validate()
+    before = {name: tensor.clone() for name, tensor in trainer.state.tensors().items()}
+    reward.bad = True
+    with caplog.at_level(logging.WARNING), pytest.raises(NonFiniteLossError, match="3 iterations in a row"):
+        trainer.train()
+    assert "is not finite, step skipped" in caplog.text
+    assert_same_state(before, trainer.state.tensors())
+
+
+def test_full_disk_leaves_the_last_checkpoint(settings, parts, monkeypatch):
+    run(settings, parts, iterations=2)
+    saved = end_state(settings["output_dir"])
+
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("rfsr_ext.files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(settings, parts)
+    assert_same_state(saved, end_state(settings["output_dir"]))
+    assert not list(Path(settings["output_dir"]).rglob("*.partial"))
+
+
+def test_warns_when_the_reward_rises_and_the_judge_falls(settings, parts, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(settings, parts, iterations=20, structure_loss="none", regularization="none", learning_rate=3e-3)
+    assert "the training reward has risen" in caplog.text
+    assert "held-out darkness has fallen" in caplog.text
+
+
+def test_best_respects_the_psnr_bound(settings, parts):
+    result = run(
+        settings, parts, iterations=20, structure_loss="none", regularization="none", learning_rate=3e-3,
+        max_psnr_drop=-100.0,
+    )  # fmt: skip
+    assert result.best_iteration == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"crop_size": 30}, "crop_size must be a multiple of 4 for this model, got 30"),
+        ({"structure_window": [1, 4]}, "structure window must end before the reward window begins"),
+        ({"reward_window": [4, 9]}, "reward window must lie within the sampling steps 1 to 5"),
+        ({"data": "nowhere"}, "data folder 'nowhere' does not exist"),
+    ],
+)
+def test_sentences(settings, parts, changes, sentence):
+    given = {k: v for k, v in parts.items() if k != "dataset"} if "data" in changes else parts
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence.replace("[", r"\[")):
+        RFSRTrainer(RFSRConfig.from_dict(settings | changes), make_tiny_model(), **given)
+    assert not Path(settings["output_dir"]).exists()
+
+
+def start(folder, *arguments, launcher=(sys.executable,)):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [*launcher, str(HERE / "run_tiny.py"), str(folder), *map(str, arguments)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_as_if_it_had_not_been(tmp_path):
+    whole = start(tmp_path / "whole", 40, 2)
+    assert whole.wait() == 0, whole.stderr.read()
+    rng, kills = random.Random(0), 0
+    while True:
+        process = start(tmp_path / "killed", 40, 2)
+        checkpoints = tmp_path / "killed" / "checkpoints"
+        seen = len(list(checkpoints.glob("*")))
+        if kills < 10:  # once it is under way, at a random moment
+            while process.poll() is None and len(list(checkpoints.glob("*"))) <= min(seen, 1):
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.7)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+            for path in checkpoints.glob("*.safetensors"):
+                load_tensors(path)  # every checkpoint that is there is whole
+            continue
+        assert process.wait() == 0, process.stderr.read()
+        break
+    assert kills == 10
+    assert_same_state(end_state(tmp_path / "whole"), end_state(tmp_path / "killed"))
+    weights = [(tmp_path / name / "model/unet/diffusion_pytorch_model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_at_the_same_total_batch(tmp_path):
+    one = start(tmp_path / "one", 8, 4)
+    assert one.wait() == 0, one.stderr.read()
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+    two = start(tmp_path / "two", 8, 4, launcher=launcher)
+    assert two.wait() == 0, two.stderr.read()
+    curves = [pd.read_csv(tmp_path / name / "history.csv") for name in ("one", "two")]
+    assert curves[0]["step"].equals(curves[1]["step"])
+    pd.testing.assert_series_equal(curves[0]["loss"], curves[1]["loss"], rtol=1e-4, atol=1e-6)
+    pd.testing.assert_series_equal(curves[0]["grad_norm"], curves[1]["grad_norm"], rtol=1e-3, atol=1e-6)
