@@ -8,6 +8,8 @@ import pytest
 
 from rfsr_ext import files
 
+ERRORS = [ValueError("bad"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+
 
 def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
@@ -31,7 +33,7 @@ def test_file_is_old_until_the_block_ends(tmp_path):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_file_survives_an_exception_in_the_block(tmp_path, error):
     path = tmp_path / "b.txt"
     path.write_text("old")
@@ -60,7 +62,7 @@ def test_folder_replaces_the_old_one_whole(tmp_path):
     assert names(tmp_path) == {"model", "model/weights"}
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_folder_survives_an_exception_in_the_block(tmp_path, error):
     model = tmp_path / "model"
     model.mkdir()

@@ -28,8 +28,8 @@ def comparison_figure(rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequ
     Every pixel is enlarged to a square of whole pixels, so that nothing is sharpened or smoothed on the way.
 
     Args:
-        rows: one per photograph; its pictures ``[3, H, W]`` in [0, 1] with their captions ("" for none).  A row's pictures
-            may be smaller than its largest one by a whole factor, as an LR image is.
+        rows: one per photograph; its pictures ``[3, H, W]`` in [0, 1] with their captions ("" for none).  Pictures may
+            be smaller than the largest one by a whole factor, as an LR image is.
         titles: one per column.
         tile: least height and width of a picture in the figure, in pixels.
 
@@ -41,7 +41,9 @@ def comparison_figure(rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequ
     height, width = (max(image.shape[axis] for row in rows for image, _ in row) for axis in (-2, -1))
     for image, _ in (picture for row in rows for picture in row):
         if height % image.shape[-2] or height * image.shape[-1] != width * image.shape[-2]:
-            raise ValueError(f"rows must hold pictures of {height}x{width} pixels or a whole factor less, got {image.shape}")
+            raise ValueError(
+                f"rows must hold pictures of {height}x{width} pixels or a whole factor less, got {list(image.shape)}"
+            )
     zoom = math.ceil(tile / min(height, width))
     height, width = height * zoom, width * zoom
     gap, head, foot = 6, 34, 26 if any(caption for row in rows for _, caption in row) else 6  # pixels
@@ -139,8 +141,8 @@ def trajectory_figure(frame: pd.DataFrame, windows: TimestepWindows | None = Non
     figure = Figure(figsize=(9.0, 3.4), dpi=_DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
     models = list(frame["model"].unique())
-    for axes, (column, title) in zip(panels, (("low_ssim", "low frequencies (LL)"),
-                                              ("high_ssim", "high frequencies (LH, HL, HH)")), strict=True):  # fmt: skip
+    bands = ("low_ssim", "low frequencies (LL)"), ("high_ssim", "high frequencies (LH, HL, HH)")
+    for axes, (column, title) in zip(panels, bands, strict=True):
         for i, model in enumerate(models):
             values = frame[frame["model"] == model].groupby(["image", "step"])[column].mean().groupby("step")
             mean, error, colour = values.mean(), values.sem().fillna(0), _LINES[i % len(_LINES)]

@@ -22,8 +22,6 @@ __all__ = ["Scorer", "compare", "evaluate", "evaluate_bicubic", "measure_traject
 Scorer = Callable[[Tensor, list[str]], Tensor]
 """Images ``[N, 3, H, W]`` in [0, 1] and their prompts to ``[N]`` scores: a reward's or a judge's ``score`` is one."""
 
-_KEYS = ["model", "image", "seed", "prompt"]
-
 
 def _batches(samples: Sequence[Sample], batch_size: int, desc: str, seeds: Sequence[int | None]) -> Iterator[tuple]:
     """Yield seed, image indices, gt, lr and prompts of every batch of every seed, with a progress bar."""
@@ -91,7 +89,7 @@ def evaluate(
 def evaluate_bicubic(
     samples: Sequence[Sample], scorers: dict[str, Scorer], scale: int, batch_size: int = 8, name: str = "bicubic"
 ) -> pd.DataFrame:
-    """The same table for bicubic interpolation, the floor any model must beat; its ``seed`` is missing (`pandas.NA`)."""
+    """The same table for bicubic interpolation, the floor any model must beat; its ``seed`` is `pandas.NA`."""
     parts = []
     for _, images, gt, lr, prompts in _batches(samples, batch_size, f"evaluate {name}".strip(), [None]):
         sr = F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(0, 1)
@@ -113,7 +111,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Indexed by (model, metric): ``mean``, ``standard_error`` (NaN for one image) and ``n``, the number of images.
     """
-    table = _per_image(frame).groupby(level="model", sort=False).agg(["mean", "sem", "count"]).stack(0, future_stack=True)
+    models = _per_image(frame).groupby(level="model", sort=False)
+    table = models.agg(["mean", "sem", "count"]).stack(0, future_stack=True)
     return table.rename_axis(["model", "metric"]).rename(columns={"sem": "standard_error", "count": "n"})
 
 
@@ -125,8 +124,8 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
         a, b: names in the column ``model``.
 
     Returns:
-        Indexed by metric: ``difference`` (mean over image and seed), its ``standard_error`` over images, their ``ratio``
-        (beyond ±2 it is hardly chance) and ``n``, the number of images.
+        Indexed by metric: ``difference`` (mean over image and seed), its ``standard_error`` over images, their
+        ``ratio`` (beyond ±2 it is hardly chance) and ``n``, the number of images.
 
     Raises:
         ValueError: if a model has no rows, or both were not measured on the same images and seeds.
@@ -138,7 +137,9 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
     for column in ("image", "seed"):
         first, second = (sorted(part[column].dropna().unique()) for part in rows.values())
         if first != second and first and second:  # bicubic interpolation has no seed and pairs with any
-            raise ValueError(f"models must be measured on the same {column}s, got {first} for {a!r} and {second} for {b!r}")
+            raise ValueError(
+                f"models must be measured on the same {column}s, got {first} for {a!r} and {second} for {b!r}"
+            )
     difference = _per_image(rows[b]).droplevel("model") - _per_image(rows[a]).droplevel("model")
     table = difference.agg(["mean", "sem", "count"]).T.rename_axis("metric")
     table.insert(2, "ratio", table["mean"] / table["sem"])
@@ -172,7 +173,7 @@ def measure_trajectory(
             for state, estimate in steps:
                 sr = model.decode(estimate)
                 low, high = band_ssim(sr, gt)
-                keys = {"model": name, "image": images, "seed": seed, "step": state.step, "timestep": state.timestep.item()}
+                where = {"step": state.step, "timestep": state.timestep.item()}
                 values = {"low_ssim": low.numpy(), "high_ssim": high.numpy(), "psnr": psnr(sr, gt).numpy()}
-                parts.append(pd.DataFrame(keys | values))
+                parts.append(pd.DataFrame({"model": name, "image": images, "seed": seed, **where, **values}))
     return pd.concat(parts, ignore_index=True)

@@ -67,9 +67,10 @@ def ssim(sr: Tensor, gt: Tensor) -> Tensor:
 def band_ssim(sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
     """SSIM of the low and of the high frequencies, as in the paper's Figure 1.
 
-    Low is the SSIM of the LL band of a one-level orthonormal Haar DWT (PyWavelets underneath), high the mean SSIM of the
-    LH, HL and HH bands.  For images in [0, 1] LL lies in [0, 2] and the others in [−1, 1], so ``data_range`` is 2 for all
-    four: each band's true width, and one constant for all because an orthonormal transform spreads white noise evenly.
+    Low is the SSIM of the LL band of a one-level orthonormal Haar DWT (PyWavelets underneath), high the mean SSIM of
+    the LH, HL and HH bands.  For images in [0, 1] LL lies in [0, 2] and the others in [−1, 1], so ``data_range`` is 2
+    for all four: each band's true width, and one constant for all because an orthonormal transform spreads white noise
+    evenly.
 
     Args:
         sr, gt: ``[N, 3, H, W]`` in [0, 1], at least 21 pixels high and wide; values outside are clamped.

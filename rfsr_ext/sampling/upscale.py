@@ -22,7 +22,7 @@ __all__ = ["adain_color_fix", "upscale", "wavelet_color_fix"]
 
 
 def adain_color_fix(image: Tensor, reference: Tensor) -> Tensor:
-    """Give ``image`` the mean and standard deviation of ``reference`` in each channel, both ``[N, 3, H, W]`` (SeeSR)."""
+    """Give each channel of ``image`` the mean and spread of ``reference``, both ``[N, 3, H, W]`` (SeeSR)."""
     (mean, std), (wanted_mean, wanted_std) = (
         (x.mean(dim=(2, 3), keepdim=True), (x.var(dim=(2, 3), keepdim=True, correction=0) + 1e-5).sqrt())
         for x in (image, reference)
@@ -31,7 +31,7 @@ def adain_color_fix(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def _low_frequencies(image: Tensor, levels: int = 5) -> Tensor:
-    """À-trous wavelet approximation: binomial 3×3 blurs with holes of 1, 2, 4 … pixels, together a Gaussian of σ ≈ 13."""
+    """À-trous approximation: binomial 3×3 blurs with holes of 1, 2, 4 … pixels, together a Gaussian of σ ≈ 13."""
     row = image.new_tensor([[0.25, 0.5, 0.25]]).repeat(image.shape[1], 1, 1, 1)
     for radius in (2**level for level in range(levels)):
         image = F.pad(image, (radius,) * 4, mode="replicate")

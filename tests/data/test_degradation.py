@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfsr_ext.data import Degradation
@@ -12,6 +12,7 @@ def image(height=32, width=48, seed=0):
     return np.random.default_rng(seed).random((height, width, 3), dtype=np.float32)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 2, 4]), st.integers(0, 2**32))
 def test_shape_range_and_depth(height, width, scale, seed):
     lr = Degradation(scale=scale)(image(height * scale, width * scale), np.random.default_rng(seed))
@@ -62,6 +63,7 @@ def test_better_jpeg_is_closer():
     assert np.abs(jpeg(smooth, 95) - smooth).mean() < np.abs(jpeg(smooth, 10) - smooth).mean()
 
 
+@settings(deadline=None)
 @given(st.integers(8, 64), st.integers(0, 2**32))
 def test_dead_leaves(size, seed):
     leaves = dead_leaves(size, np.random.default_rng(seed), shapes=8)

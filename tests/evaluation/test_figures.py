@@ -107,7 +107,8 @@ def trajectory_frame():
     rng = np.random.default_rng(0)
     return pd.DataFrame([
         {"model": "base", "image": i, "seed": s, "step": st, "timestep": 1001 - 20 * st,
-         "low_ssim": 0.7996 - 0.001 * abs(st - 12) + 0.001 * i, "high_ssim": 0.7 - 0.002 * abs(st - 4) + 0.001 * rng.random(),
+         "low_ssim": 0.7996 - 0.001 * abs(st - 12) + 0.001 * i,
+         "high_ssim": 0.7 - 0.002 * abs(st - 4) + 0.001 * rng.random(),
          "psnr": 23.0}
         for i in range(4) for s in range(2) for st in range(1, 51)
     ])  # fmt: skip

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfsr_ext.sampling import generators, rollout, sample, trajectory
@@ -21,6 +21,7 @@ def any_model(model, request):
 # -- noise ------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**62), st.lists(st.integers(0, 2**62), min_size=1, max_size=5))
 def test_generators_are_a_function_of_seed_and_index(seed, indices):
     together = [g.initial_seed() for g in generators(seed, indices)]

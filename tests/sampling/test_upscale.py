@@ -57,7 +57,9 @@ QUIET = {"progress": False}
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([(32, 8), (32, 0), (40, 24), (33, 5)]), st.integers(1, 5))
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.sampled_from([(32, 8), (32, 0), (40, 24), (33, 5)]), st.integers(1, 5)
+)
 def test_tiles_change_nothing_for_a_pixelwise_model(height, width, tiling, batch_size):
     image = torch.rand(3, height, width)
     tile, overlap = tiling
@@ -69,11 +71,12 @@ def test_tiles_change_nothing_for_a_pixelwise_model(height, width, tiling, batch
     torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=0)
 
 
+@settings(deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 40), st.integers(1, 8).flatmap(lambda t: st.tuples(st.just(t), st.integers(0, t - 1)))
+    st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(0, 8), min_size=2, max_size=2, unique=True).map(sorted)
 )
 def test_tiles_cover_the_image(height, width, tiling):
-    tile, overlap = (8 * n for n in tiling)
+    overlap, tile = (8 * n for n in tiling)
     tiles = _Tiles(8 * height, 8 * width, tile, overlap, unit=8, batch_size=3)
     for starts, length in (
         (sorted({top for top, _ in tiles.corners()}), 8 * height),
@@ -84,6 +87,7 @@ def test_tiles_cover_the_image(height, width, tiling):
         assert all(a < b <= a + tile - overlap for a, b in zip(starts, starts[1:], strict=False))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 2, 4]))
 def test_blending_gives_back_what_was_cut(height, width, factor):
     """Weights sum to one everywhere, between images, latents and pixels alike."""
@@ -131,7 +135,8 @@ def test_seed_decides(model):
 
 def test_no_gradient_and_the_model_stays_itself(model):
     before = dict(vars(model))
-    assert not upscale(model, torch.rand(3, 12, 20).requires_grad_(), tile=48, num_inference_steps=1, **QUIET).requires_grad
+    image = torch.rand(3, 12, 20).requires_grad_()
+    assert not upscale(model, image, tile=48, num_inference_steps=1, **QUIET).requires_grad
     assert vars(model) == before
 
 
@@ -152,7 +157,7 @@ def test_progress_counts_steps(model, capsys):
         (torch.full((3, 4, 4), math.nan), {}, ValueError, "image must be finite and in .* from nan to nan"),
         (torch.full((3, 4, 4), 255.0), {}, ValueError, "image must be finite and in .* from 255 to 255"),
         (torch.rand(3, 4, 4), {"color_fix": "hsv"}, ValueError, "color_fix must be one of .* got 'hsv'"),
-        (torch.rand(3, 4, 4), {"tile": 32, "overlap": 32}, ValueError, "overlap must be .* smaller than tile.* overlap 32"),
+        (torch.rand(3, 4, 4), {"tile": 32, "overlap": 32}, ValueError, "overlap must be .* smaller than tile"),
         (torch.rand(3, 4, 4), {"overlap": -8}, ValueError, "overlap must be at least 0 .* got overlap -8"),
         (torch.rand(3, 4, 4), {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
     ],
@@ -165,6 +170,7 @@ def test_rejects(model, image, options, error, message):
 # -- padding and colours ----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 12), st.integers(0, 12))
 def test_padding_keeps_the_image_and_invents_no_colour(height, width, below, right):
     image = torch.rand(1, 3, height, width)

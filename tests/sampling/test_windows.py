@@ -1,6 +1,6 @@
 import pytest
 from diffusers import DDPMScheduler, UniPCMultistepScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfsr_ext.mini import architecture
@@ -32,6 +32,7 @@ def test_timesteps_of_other_samplers(kind, steps):
         assert windows.in_reward(step) == (0 <= t <= 200)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_steps_are_those_of_either_window(data):
     last = data.draw(st.integers(1, 60))
@@ -44,6 +45,7 @@ def test_steps_are_those_of_either_window(data):
         assert windows.in_reward(step) == (reward_after < step <= last)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_timestep_windows_hold_exactly_the_timesteps_asked_for(data):
     timesteps = sorted(data.draw(st.sets(st.integers(0, 999), min_size=2, max_size=60)), reverse=True)
@@ -64,17 +66,17 @@ def test_empty_windows():
 @pytest.mark.parametrize("name", ["structure", "reward"])
 def test_windows_beyond_the_steps(name, window):
     other = {"structure": "reward", "reward": "structure"}[name]
-    with pytest.raises(ValueError, match=rf"{name} window must lie within the sampling steps 1 to 50.* got \[{window[0]},"):
+    with pytest.raises(ValueError, match=rf"{name} window must lie within .* 1 to 50.* got \[{window[0]},"):
         TimestepWindows(**{name: window, other: None, "last": 50})
 
 
 def test_overlapping_windows():
-    with pytest.raises(ValueError, match=r"structure window must end before .* got \[1, 20\] and \[20, 50\]; set allow"):
+    with pytest.raises(ValueError, match=r"structure window must end .* got \[1, 20\] and \[20, 50\]; set"):
         TimestepWindows((1, 20), (20, 50), 50)
     both = TimestepWindows((1, 50), (1, 50), 50, allow_overlap=True)
     assert both.steps() == list(range(1, 51)) and both.in_structure(50) and both.in_reward(1)
 
 
 def test_window_without_any_timestep():
-    with pytest.raises(ValueError, match=r"reward window .* contain one of the sampler's 3 timesteps 900 … 300, got \[0, 200\]"):
+    with pytest.raises(ValueError, match=r"reward window .* one of .* 3 timesteps 900 … 300, got \[0, 200\]"):
         TimestepWindows.from_timesteps([900, 600, 300])
