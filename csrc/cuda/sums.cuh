@@ -1,0 +1,50 @@
+// Grids, and sums in an order that follows from the shape alone.
+#pragma once
+
+#include "launch.cuh"
+
+namespace rfsr {
+
+constexpr i64 kMaxPartials = 1024;  // blocks of a summing kernel: fixed by shape, never by the GPU at hand
+
+// Blocks for a kernel in which each thread takes `per_thread` of `items`, at most kMaxPartials.
+inline unsigned summing_blocks(i64 items, i64 per_thread) {
+  return static_cast<unsigned>(larger(1, smaller(kMaxPartials, ceil_div(items, kThreads * per_thread))));
+}
+
+// Blocks for an element-wise kernel; the grid stride covers whatever lies beyond.
+inline unsigned blocks_for(i64 items) {
+  return static_cast<unsigned>(larger(1, smaller(i64(1) << 20, ceil_div(items, kThreads))));
+}
+
+#define RFSR_GRID_LOOP(index, count) \
+  for (i64 index = i64(blockIdx.x) * blockDim.x + threadIdx.x; index < (count); index += i64(gridDim.x) * blockDim.x)
+
+// Sum over a block of kThreads threads, as a tree whose shape never changes. The result is thread 0's.
+__device__ inline double block_sum(double value) {
+  __shared__ double shared[kThreads];
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  return shared[0];
+}
+
+// out = (sum of partials) / divisor, one block. Empty sums divided by zero give NaN, as torch.mean does.
+template <class Acc>
+__global__ void finish_sum_kernel(const double* partials, int count, double divisor, Acc* out) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) sum += partials[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *out = static_cast<Acc>(sum / divisor);
+}
+
+template <class Acc>
+void finish_sum(const Tensor& partials, double divisor, Acc* out, cudaStream_t stream) {
+  launch("finish_sum_kernel", finish_sum_kernel<Acc>, 1, stream, data<double>(partials),
+         static_cast<int>(partials.numel()), divisor, out);
+}
+
+}  // namespace rfsr
