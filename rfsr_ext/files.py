@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +27,18 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Safetensors reports a full disk in an exception of its own; callers should see the `OSError` it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+@contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; when the block ends well it takes the place of ``path``, else nothing has changed."""
     path = Path(path)
@@ -34,7 +47,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     os.close(descriptor)
     aside = Path(name)
     try:
-        yield aside
+        with _disk_errors(path):
+            yield aside
         _sync(aside)
         aside.chmod(0o644)
         aside.replace(path)
@@ -53,7 +67,8 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
     old = aside.with_suffix(".old")
     try:
-        yield aside
+        with _disk_errors(path):
+            yield aside
         for file in (p for p in aside.rglob("*") if p.is_file()):
             _sync(file)
         aside.chmod(0o755)
@@ -91,4 +106,6 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{str(path)!r} is not a whole safetensors file ({error}); delete it or give another") from error
+        raise ValueError(
+            f"{str(path)!r} is not a whole safetensors file ({error}); delete it or give another"
+        ) from error

@@ -111,3 +111,23 @@ def test_folder_comes_back_when_the_swap_fails(tmp_path, monkeypatch):
         (aside / "weights").write_text("new")
     assert (model / "weights").read_text() == "old"
     assert names(tmp_path) == {"model", "model/weights"}
+
+
+def test_a_disk_that_refuses_leaves_the_old_tensors(tmp_path):
+    import resource
+
+    import torch
+
+    path = tmp_path / "state.safetensors"
+    files.save_tensors(path, {"x": torch.ones(3)}, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            files.save_tensors(path, {"x": torch.ones(1_000_000)}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+    tensors, metadata = files.load_tensors(path)
+    assert torch.equal(tensors["x"], torch.ones(3)) and metadata == {"step": 1}
+    assert names(tmp_path) == {"state.safetensors"}

@@ -33,7 +33,8 @@ def app() -> None:
         if os.environ.get("RFSR_DEBUG"):
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            error = f"no space left on disk ({error.filename or os.getcwd()}); nothing was half written, free some and resume"
+            place = error.filename or os.getcwd()
+            error = f"no space left on disk ({place}); nothing is half written, free some and resume"
         sys.exit(f"rfsr: {error}")
     except KeyboardInterrupt:
         sys.exit("rfsr: interrupted; the same command goes on from the last checkpoint")
@@ -93,7 +94,9 @@ def upscale(
 
 @_typer.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help='"mini" and folders; the first is what others are compared with.')],
+    models: Annotated[
+        list[str], typer.Argument(help='"mini" and folders; the first is what others are compared with.')
+    ],
     crops: Annotated[int, typer.Option(help="Held-out crops.")] = 64,
     size: Annotated[int, typer.Option(help="Their side in pixels.")] = 64,
     seeds: Annotated[int, typer.Option(help="Seeds of the noise, from 0.")] = 3,
@@ -123,7 +126,7 @@ def ablate(
 
 @_typer.command()
 def doctor() -> None:
-    """Say what is installed, which backend serves each operator, which weights are there, and what to do about the rest."""
+    """Say what is installed, which backend serves each operator, which weights are there, and the remedies."""
     from rfsr_ext.cli.doctor import examine
 
     examine()

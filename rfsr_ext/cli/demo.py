@@ -34,7 +34,10 @@ def _comparison(models: dict[str, ISRModel], samples: list[Sample], seed: int):
         with torch.no_grad():
             scores = iqa.score(images)
         columns.append(
-            [(image, f"PSNR {p:.1f} dB · MiniIQA {s:.2f}") for image, p, s in zip(images, psnr(images, gt), scores, strict=True)]
+            [
+                (image, f"PSNR {p:.1f} dB · MiniIQA {s:.2f}")
+                for image, p, s in zip(images, psnr(images, gt), scores, strict=True)
+            ]
         )
     with torch.no_grad():
         columns.append([(image, f"MiniIQA {s:.2f}") for image, s in zip(gt, iqa.score(gt), strict=True)])

@@ -16,7 +16,8 @@ __all__ = ["examine"]
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "safetensors", "PyWavelets",
              "scikit-image", "scikit-learn")  # fmt: skip
-_OPTIONAL = {"peft": "LoRA (pip install 'rfsr_ext[lora]')", "pyiqa": "published metrics (pip install 'rfsr_ext[metrics]')",
+_OPTIONAL = {"peft": "LoRA (pip install 'rfsr_ext[lora]')",
+             "pyiqa": "published metrics (pip install 'rfsr_ext[metrics]')",
              "jupyterlab": "notebooks (pip install 'rfsr_ext[notebooks]')"}  # fmt: skip
 
 
@@ -40,12 +41,10 @@ def examine() -> None:
     _line("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU")
     _line("free disk here", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB")
     typer.echo("\noperators")
-    for name, value in rfsr_ext.build_info().items():
-        if isinstance(value, dict):
-            for key, detail in value.items():
-                _line(f"{name} on {key}", detail if isinstance(detail, str) else ", ".join(f"{k}: {v}" for k, v in detail.items()))
-        else:
-            _line(name, str(value))
+    for name, devices in rfsr_ext.build_info()["operators"].items():
+        for device, served in devices.items():
+            remedy = f"; {served['remedy']}" if served["remedy"] else ""
+            _line(f"{name} on {device}", f"{served['backend']}: {served['why']}{remedy}")
     typer.echo("\nweights")
     for name in ("model/unet", "model/controlnet", "model/vae", "rewards", "judge"):
         files = list((WEIGHTS / name).glob("*.safetensors"))

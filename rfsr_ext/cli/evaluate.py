@@ -78,7 +78,9 @@ def evaluate_models(
         for name, path in zip(models, paths, strict=True):
             bands = path.groupby("step")[["low_ssim", "high_ssim", "psnr"]].mean()
             typer.echo(f"\n{name}: SSIM of the z_0 estimate with the truth, by sampling step\n")
-            typer.echo(bands.loc[sorted({1, *range(5, len(bands), 5), *bands.idxmax(), len(bands)})].round(4).to_string())
+            typer.echo(
+                bands.loc[sorted({1, *range(5, len(bands), 5), *bands.idxmax(), len(bands)})].round(4).to_string()
+            )
             if output is not None:
                 with replace_file(output.with_suffix(f".{Path(name).name}.png")) as aside:
                     trajectory_figure(path).savefig(aside, format="png", dpi=150)

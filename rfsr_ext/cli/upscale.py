@@ -49,4 +49,6 @@ def upscale_files(
             Image.fromarray(to_uint8(np.moveaxis(result.cpu().numpy(), 0, -1))).save(aside, format="PNG")
         typer.echo(f"{path} {image.shape[1]}x{image.shape[0]} → {target} {result.shape[2]}x{result.shape[1]}")
     if unreadable:
-        raise ValueError(f"{len(unreadable)} of {len(paths)} files could not be read as images: {', '.join(unreadable)}")
+        raise ValueError(
+            f"{len(unreadable)} of {len(paths)} files could not be read as images: {', '.join(unreadable)}"
+        )

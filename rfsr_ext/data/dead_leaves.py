@@ -24,10 +24,8 @@ def dead_leaves(size: int, rng: np.random.Generator, shapes: int = 64) -> np.nda
         angle, aspect = rng.uniform(0, np.pi), rng.uniform(0.4, 1)
         across = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
         along = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / aspect
-        if rng.random() < 0.6:
-            distance = np.hypot(across, along)
-        else:
-            distance = np.maximum(np.abs(across), np.abs(along))
+        is_ellipse = rng.random() < 0.6
+        distance = np.hypot(across, along) if is_ellipse else np.maximum(np.abs(across), np.abs(along))
         coverage = np.clip(radius - distance + 0.5, 0, 1)[..., None]  # one pixel of anti-aliasing at the rim
         colour = rng.random() + rng.uniform(-0.25, 0.25, 3)  # natural colours are mostly near grey
         kind = rng.random()

@@ -1,7 +1,7 @@
 """How a low-resolution image is made from a sharp one: blur, downsample, noise, JPEG.
 
-A small relative of the Real-ESRGAN pipeline the paper trains with: one round instead of two, with milder ranges, because
-the images here are 64 to 128 pixels wide.
+A small relative of the Real-ESRGAN pipeline the paper trains with: one round instead of two, with milder ranges,
+because the images here are 64 to 128 pixels wide.
 """
 
 import io
@@ -27,7 +27,7 @@ def from_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: tuple[int, int], resample=Image.Resampling.BICUBIC) -> np.ndarray:
-    """Resize ``[H, W, C]`` float32 to ``size = (height, width)`` with Pillow's antialiased filters, without rounding."""
+    """Resize ``[H, W, C]`` float32 to ``size = (height, width)`` by Pillow's antialiased filters, unrounded."""
     height, width = size
     channels = [
         np.asarray(Image.fromarray(np.ascontiguousarray(channel)).resize((width, height), resample))
@@ -60,7 +60,7 @@ class Degradation:
     jpeg_quality: tuple[int, int] = (70, 95)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """``[H, W, 3]`` in [0, 1], H and W multiples of ``scale``, to ``[H/scale, W/scale, 3]`` in [0, 1], 8 bits deep."""
+        """``[H, W, 3]`` in [0, 1], H and W multiples of ``scale``, to ``[H/scale, W/scale, 3]``, 8 bits deep."""
         height, width = image.shape[:2]
         sigma = rng.uniform(*self.blur)
         image = gaussian_filter(image, (sigma, sigma, 0), mode="nearest")

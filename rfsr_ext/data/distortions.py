@@ -1,4 +1,4 @@
-"""Ways an image can look wrong, each with a severity from 0 to 1: what the small reward models and the judge learn from.
+"""Ways an image can look wrong, each with a severity from 0 to 1: what the rewards and the judge learn from.
 
 The first group is what a low-resolution input suffers; the second is what a generator does to please a reward: too much
 sharpening, ringing, texture that was never there, painterly flattening.

@@ -14,7 +14,7 @@ __all__ = ["PHOTOGRAPHS", "Photograph", "load_photograph", "photographs"]
 
 @dataclass(frozen=True)
 class Photograph:
-    """One photograph: the tags a tagger would give it, where it comes from, what its licence is, which split it is in."""
+    """One photograph: the tags a tagger would give it, its source and licence, and the split it is in."""
 
     name: str
     tags: tuple[str, ...]

@@ -54,18 +54,26 @@ def natural_scene_statistics(images: Tensor) -> Tensor:
         levels.append((luma, chroma))
         luma, chroma = F.avg_pool2d(luma, 2), F.avg_pool2d(chroma, 2)
     for luma, chroma in reversed(levels):
-        a, b_, c, d = (luma[:, 0, i::2, j::2][:, : luma.shape[2] // 2, : luma.shape[3] // 2] for i in (0, 1) for j in (0, 1))
+        a, b_, c, d = (
+            luma[:, 0, i::2, j::2][:, : luma.shape[2] // 2, : luma.shape[3] // 2] for i in (0, 1) for j in (0, 1)
+        )
         bands = [(a - b_ + c - d) / 2, (a + b_ - c - d) / 2, (a - b_ - c + d) / 2]
         for band in bands:
             features += _moments(band)
         for band in bands[:2]:
             for lag in (1, 2):
-                features += [_correlation(band[:, lag:], band[:, :-lag]), _correlation(band[..., lag:], band[..., :-lag])]
+                features += [
+                    _correlation(band[:, lag:], band[:, :-lag]),
+                    _correlation(band[..., lag:], band[..., :-lag]),
+                ]
         magnitude = sum(band.abs() for band in bands)
         features += [_correlation(bands[0].abs(), bands[1].abs()), _correlation(bands[0].abs(), bands[2].abs())]
         if coarser is not None:
             up = F.interpolate(coarser[:, None], size=magnitude.shape[-2:], mode="nearest")[:, 0]
-            features += [_correlation(magnitude, up), (magnitude.mean((1, 2)) + _EPS).log() - (up.mean((1, 2)) + _EPS).log()]
+            features += [
+                _correlation(magnitude, up),
+                (magnitude.mean((1, 2)) + _EPS).log() - (up.mean((1, 2)) + _EPS).log(),
+            ]
         coarser = magnitude
         mean = F.avg_pool2d(F.pad(luma, (3, 3, 3, 3), mode="reflect"), 7, 1)
         variance = F.avg_pool2d(F.pad(luma.square(), (3, 3, 3, 3), mode="reflect"), 7, 1) - mean.square()

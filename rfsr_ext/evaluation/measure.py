@@ -29,7 +29,7 @@ def _batches(samples: Sequence[Sample], batch_size: int, desc: str, seeds: Seque
         raise ValueError("samples must hold at least one sample, got none")
     if len({sample["gt"].shape for sample in samples}) > 1:
         raise ValueError("samples must all have the same size, got several sizes; evaluate each size by itself")
-    with tqdm(total=len(samples) * len(seeds), desc=desc, unit="image") as progress:
+    with tqdm(total=len(samples) * len(seeds), desc=desc, unit="image", leave=False) as progress:
         for seed in seeds:
             for first in range(0, len(samples), batch_size):
                 part = samples[first : first + batch_size]
@@ -58,6 +58,7 @@ def evaluate(
     batch_size: int = 8,
     num_inference_steps: int | None = None,
     name: str = "",
+    on_images: Callable[[range, Tensor], None] | None = None,
 ) -> pd.DataFrame:
     """Upscale every sample with every seed and measure the result.
 
@@ -71,6 +72,7 @@ def evaluate(
         batch_size: images at once.
         num_inference_steps: the model's own by default.
         name: what the column ``model`` says.
+        on_images: called with the indices and the results of every batch, for those who want to look at them.
 
     Returns:
         One row per (image, seed): ``model``, ``image`` (index), ``seed``, ``prompt``, ``psnr``, ``ssim``, ``low_ssim``,
@@ -83,6 +85,8 @@ def evaluate(
     for seed, images, gt, lr, prompts in _batches(samples, batch_size, f"evaluate {name}".strip(), seeds):
         sr = sample(model, lr.to(model.device), prompts, generators(seed, images), num_inference_steps)
         parts.append(_rows(sr, gt, prompts, scorers, model=name, image=images, seed=seed))
+        if on_images is not None:
+            on_images(images, sr)
     return _table(parts)
 
 

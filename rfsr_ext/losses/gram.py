@@ -39,7 +39,9 @@ def _load_imagenet(network: nn.Module) -> None:
     path = vgg19_weights_path()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith("dcbb9e9d"):
-        raise ValueError(f"{str(path)!r} is damaged: its SHA-256 must start with dcbb9e9d, got {digest[:8]}; fetch it again")
+        raise ValueError(
+            f"{str(path)!r} is damaged: its SHA-256 must start with dcbb9e9d, got {digest[:8]}; fetch it again"
+        )
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rfsr_ext.data import PHOTOGRAPHS
@@ -20,7 +21,15 @@ TEXT_WIDTH = 64
 TEXT_LENGTH = 32
 
 # Words a user may type that no photograph is tagged with; the tokenizer falls back to bytes for all others.
-_EXTRA_WORDS = ("a photo of", "clean, high-resolution, 8k", "blurry, noisy, lowres, smooth", "dog", "car", "tree", "face")
+_EXTRA_WORDS = (
+    "a photo of",
+    "clean, high-resolution, 8k",
+    "blurry, noisy, lowres, smooth",
+    "dog",
+    "car",
+    "tree",
+    "face",
+)
 
 
 def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
@@ -88,7 +97,11 @@ def autoencoder() -> AutoencoderKL:
 
 
 def denoiser() -> tuple[UNet2DConditionModel, ControlNetModel]:
-    """The U-Net, and a ControlNet with a copy of its encoder as `ControlNetModel.from_unet` makes one."""
+    """The U-Net, and a ControlNet with a copy of its encoder as `ControlNetModel.from_unet` makes one.
+
+    Zero-initialised convolutions protect a pre-trained U-Net from its new ControlNet; these two learn together from
+    scratch, so they start from ordinary random weights.
+    """
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,
@@ -101,7 +114,12 @@ def denoiser() -> tuple[UNet2DConditionModel, ControlNetModel]:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    controlnet = ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64))
+    controlnet = ControlNetModel.from_unet(
+        unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64)
+    )
+    for module in controlnet.modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.any():
+            module.reset_parameters()
     return unet, controlnet
 
 

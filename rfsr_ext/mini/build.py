@@ -24,8 +24,8 @@ class BuildPlan:
     """How long each stage trains, in iterations, and on crops of which size."""
 
     size: int = 64
-    autoencoder: int = 3000
-    denoiser: int = 4200
+    autoencoder: int = 1800
+    denoiser: int = 2400
     iqa: int = 1500
     preference: int = 1500
     judge: int = 1200

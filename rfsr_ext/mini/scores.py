@@ -89,9 +89,7 @@ def train_preference(
     return reward, seconds
 
 
-def train_judge(
-    dataset: Dataset, folder: Path, iterations: int, batch_size: int = 12, **options
-):
+def train_judge(dataset: Dataset, folder: Path, iterations: int, batch_size: int = 12, **options):
     """`Judge`, by regression of similarity and by ranking; ``dataset`` gives versions with every fault."""
     torch.manual_seed(options.get("seed", 0) + 4)
     judge = Judge()

@@ -10,6 +10,6 @@ __all__ = ["Condition", "ControlNetISRModel", "ISRModel", "load_model"]
 def load_model(name: str = "mini") -> ControlNetISRModel:
     """The mini model that ships with the package ("mini"), or a folder written by `ControlNetISRModel.save_pretrained`.
 
-    The mini model is a ×4 model for images of 64 to 128 pixels, sampled by 50 DDIM steps; a stand-in that fits a laptop.
+    The mini model is a ×4 model for images of 64 to 128 pixels, sampled by 50 DDIM steps; it fits a laptop.
     """
     return ControlNetISRModel.from_pretrained(WEIGHTS / "model" if name == "mini" else name)

@@ -58,7 +58,7 @@ class ISRModel(Protocol):
         """The latents x_T the rollout starts from; ``generator`` is one `torch.Generator` or a list, one per image."""
 
     def predict_noise(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """What the scheduler calls ``model_output`` (noise, or velocity, as its ``prediction_type`` says) for z_t and t."""
+        """The scheduler's ``model_output`` (noise or velocity, as its ``prediction_type`` says) for z_t and t."""
 
     def pred_original_sample(self, model_output: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
         """The z_0 estimate that ``model_output`` implies at z_t."""

@@ -17,7 +17,7 @@ __all__ = ["MiniIQA", "MiniPreference"]
 
 
 class _Stem(nn.Sequential):
-    """Convolutions without normalisation (it would hide contrast, a part of quality); stride 2 after 2×2 unshuffling."""
+    """Convolutions without normalisation, which would hide contrast, a part of quality."""
 
     def __init__(self, widths: tuple[int, ...]):
         layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1), nn.SiLU()]

@@ -1,4 +1,4 @@
-"""Denoising from x_T with the model's own scheduler: without gradient up to a step, one step with it, or all the way."""
+"""Denoising from x_T with the model's own scheduler: up to a step, or all the way; never with gradient."""
 
 import copy
 import functools
@@ -103,6 +103,5 @@ def sample(
 ) -> Tensor:
     """LR images ``[N, 3, h, w]`` in [0, 1] to SR images ``[N, 3, scale·h, scale·w]`` in [0, 1]."""
     condition = model.encode_condition(lr, prompts)
-    for _, estimate in trajectory(model, condition, generator, num_inference_steps):
-        pass
-    return model.decode(estimate).clamp(0, 1)
+    *_, (_, latents) = trajectory(model, condition, generator, num_inference_steps)
+    return model.decode(latents).clamp(0, 1)

@@ -9,12 +9,12 @@ __all__ = ["TimestepWindows"]
 
 @dataclass(frozen=True)
 class TimestepWindows:
-    """Two windows of sampling steps; st = 1 is the first denoising step (the largest timestep), st = ``last`` the final one.
+    """Two windows of sampling steps; st = 1 is the first denoising step (the largest timestep), ``last`` the final one.
 
     The structure window holds the low-frequency loss, the reward window the rewards and their regulariser; a step in
     neither gets no loss.  Windows are inclusive ``(first, last)`` pairs or None for an empty one.
 
-    Paper settings: ``TimestepWindows.from_steps(20, 40, 50)`` for SeeSR and DiffBIR, ``from_steps(8, 17, 20)`` for PASD.
+    Paper settings: ``from_steps(20, 40, 50)`` for SeeSR and DiffBIR, ``from_steps(8, 17, 20)`` for PASD.
 
     Raises:
         ValueError: if a window is reversed, leaves 1 … ``last``, or both are empty; or if they overlap although
@@ -30,7 +30,7 @@ class TimestepWindows:
         for name, window in (("structure", self.structure), ("reward", self.reward)):
             if window is not None and not 1 <= window[0] <= window[1] <= self.last:
                 raise ValueError(
-                    f"{name} window must lie within the sampling steps 1 to {self.last}, first step first, got {list(window)}"
+                    f"{name} window must lie within the sampling steps 1 to {self.last}, in order, got {list(window)}"
                 )
         if self.structure is None and self.reward is None:
             raise ValueError("windows must hold at least one sampling step, got two empty windows")

@@ -37,7 +37,9 @@ class CheckpointFolder:
 
     def paths(self) -> list[Path]:
         """Checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("iteration-*.safetensors") if re.fullmatch(r"iteration-\d{6,}", p.stem))
+        return sorted(
+            p for p in self.folder.glob("iteration-*.safetensors") if re.fullmatch(r"iteration-\d{6,}", p.stem)
+        )
 
     def save(self, iteration: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
         """Write one and remove those older than the newest ``keep``, with whatever a killed run left half written."""

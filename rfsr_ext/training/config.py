@@ -41,7 +41,7 @@ class RFSRConfig:
         regularization: "gram-kl" (eq. 6), "kl" (mean squared change of the predicted noise) or "none" (Table 4).
         lambda_regularization: λ_r.
         vgg_weights: "imagenet", or "random" for a stand-in where the file is not on disk.
-        lora_rank: 0 trains the whole U-Net and ControlNet; otherwise adapters of this rank, whose base is the reference.
+        lora_rank: 0 trains all of U-Net and ControlNet; otherwise adapters of this rank, whose base is the reference.
         lora_targets: names of the modules that get adapters.
         iterations, learning_rate, adam_betas, ema_decay, max_grad_norm: of Adam and of the moving average.
         mixed_precision: "no" or "bf16".
@@ -93,7 +93,9 @@ class RFSRConfig:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{_nearest(str(value), choices)}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {value!r}{_nearest(str(value), choices)}"
+                )
         for name in ("crop_size", "batch_size", "iterations", "max_skipped", "checkpoint_every", "validate_every",
                      "keep_checkpoints", "validation_crops"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -111,11 +113,11 @@ class RFSRConfig:
         Raises:
             ValueError: for an unknown key (the nearest valid one is named) or a value of the wrong type.
         """
-        defaults = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(cls)}  # fmt: skip
+        known = [f.name for f in dataclasses.fields(cls)]
         checked = {}
         for key, value in values.items():
-            if key not in defaults:
-                raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
+            if key not in known:
+                raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
             checked[key] = _coerce(key, value, cls.__annotations__[key], source)
         return cls(**checked)
 
@@ -132,7 +134,9 @@ class RFSRConfig:
         elif Path(path).is_file():
             text, source = Path(path).read_text(encoding="utf-8"), str(path)
         else:
-            raise FileNotFoundError(f"config {str(path)!r} is neither a file nor one of the presets {', '.join(PRESETS)}")
+            raise FileNotFoundError(
+                f"config {str(path)!r} is neither a file nor one of the presets {', '.join(PRESETS)}"
+            )
         try:
             values = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:

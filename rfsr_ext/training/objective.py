@@ -27,8 +27,8 @@ class RFSRObjective:
     """Eq. 7 for a batch at one sampling step:
 
     * st in the structure window: λ_dwt · L_dwt(I_t, I_gt), eq. 2;
-    * st in the reward window: L_reward(I_t, c_t) + λ_r · L_gram-kl(I_t, I′_t), eq. 5 and 6, where I′_t is what the frozen
-      pre-trained model makes of the same z_t under the same condition.
+    * st in the reward window: L_reward(I_t, c_t) + λ_r · L_gram-kl(I_t, I′_t), eq. 5 and 6, where I′_t is what the
+      frozen pre-trained model makes of the same z_t under the same condition.
 
     Args:
         model: the model being fine-tuned.
@@ -41,7 +41,7 @@ class RFSRObjective:
             Kullback–Leibler divergence between the two models' denoising steps.
         lambda_regularization: λ_r.
         reference: the frozen pre-trained model; needed by ``style_loss`` and ``kl``.
-        disable_adapters: instead of ``reference``, a context manager under which ``model`` itself is the pre-trained one.
+        disable_adapters: instead of ``reference``, a context under which ``model`` itself is the pre-trained one.
         num_inference_steps: of the rollout; None takes the model's own.
     """
 

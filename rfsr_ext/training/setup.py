@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 
-
 def build_dataset(config: RFSRConfig) -> Dataset:
     """The training crops."""
     if config.data == "photographs":
@@ -39,7 +38,9 @@ def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:
     if config.structure_timesteps or config.reward_timesteps:
         scheduler = copy.deepcopy(model.scheduler)
         scheduler.set_timesteps(last)
-        windows = TimestepWindows.from_timesteps(scheduler.timesteps, config.structure_timesteps, config.reward_timesteps)
+        windows = TimestepWindows.from_timesteps(
+            scheduler.timesteps, config.structure_timesteps, config.reward_timesteps
+        )
     if config.structure_loss == "none":  # steps without a loss are not drawn
         windows = dataclasses.replace(windows, structure=None)
     return windows

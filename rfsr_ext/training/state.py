@@ -15,7 +15,7 @@ class TrainingState:
     Args:
         modules: by name.
         optimizer: an Adam-like optimizer over their parameters.
-        ema_decay: decay of the exponential moving average; as in diffusers it ramps up as (1+k)/(10+k) with iteration k.
+        ema_decay: decay of the exponential moving average; as in diffusers it ramps up as (1+k)/(10+k).
     """
 
     def __init__(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema_decay: float):
@@ -50,12 +50,15 @@ class TrainingState:
                 if found is None or found.shape != parameter.shape:
                     what = "nothing" if found is None else list(found.shape)
                     raise ValueError(
-                        f"checkpoint is of another model: {kind}.{name} must have shape {list(parameter.shape)}, got {what}"
+                        f"checkpoint is of another model: {kind}.{name} must have shape {list(parameter.shape)}, "
+                        f"got {what}"
                     )
         known = {f"{kind}.{name}" for name in self.parameters for kind in ("parameters", "ema")}
         strange = [name for name in tensors if not name.startswith("optimizer.") and name not in known]
         if strange:
-            raise ValueError(f"checkpoint is of another model: it has {len(strange)} unknown tensors such as {strange[0]}")
+            raise ValueError(
+                f"checkpoint is of another model: it has {len(strange)} unknown tensors such as {strange[0]}"
+            )
         moments: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -63,7 +65,7 @@ class RFSRTrainer:
     """Fine-tunes any `ISRModel` by reward feedback learning as the paper describes (sections 3.2 to 3.5).
 
     Every part can be given; what is not given is built from ``config``.  All randomness of iteration k comes from
-    ``(config.seed, k)``, so that a resumed run, or one on several processes, does what an uninterrupted single one does.
+    ``(config.seed, k)``, so that a resumed run, or one on several processes, does what a single uninterrupted one does.
 
     Args:
         config: all settings.
@@ -101,7 +103,9 @@ class RFSRTrainer:
         self.model = load_model(config.model) if model is None else model
         self.model.to(self.accelerator.device)
         if config.crop_size % self.model.multiple:
-            raise ValueError(f"crop_size must be a multiple of {self.model.multiple} for this model, got {config.crop_size}")
+            raise ValueError(
+                f"crop_size must be a multiple of {self.model.multiple} for this model, got {config.crop_size}"
+            )
         self.windows = setup.build_windows(config, self.model)
         self.steps = self.windows.steps()
         self.dataset = setup.build_dataset(config) if dataset is None else dataset
@@ -172,6 +176,10 @@ class RFSRTrainer:
         """The sampling step of an iteration: uniform over both windows, the same on every process."""
         return int(np.random.default_rng((self.config.seed, iteration, 2)).choice(self.steps))
 
+    def _window(self, step: int) -> str:
+        inside = {"structure": self.windows.in_structure(step), "reward": self.windows.in_reward(step)}
+        return " and ".join(name for name, is_inside in inside.items() if is_inside)
+
     def _loader(self, first: int) -> DataLoader:
         """This process's share of every batch from iteration ``first`` on: sample i of the run is always the same."""
         n, share = self.config.batch_size, self.config.batch_size // self.accelerator.num_processes
@@ -197,12 +205,15 @@ class RFSRTrainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
         names = sorted(logs)
         values = self.accelerator.reduce(torch.stack([logs[name] for name in names]), reduction="mean")
-        row = {"iteration": iteration + 1, "step": step} | dict(zip(names, values.tolist(), strict=True))
+        row = {"iteration": iteration + 1, "step": step, "window": self._window(step)}
+        row |= dict(zip(names, values.tolist(), strict=True))
         row["grad_norm"] = norm.item()
         row["skipped"] = not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))
         if row["skipped"]:
             self.skipped_in_a_row += 1
-            logger.warning("iteration %d: loss %s or its gradient is not finite, step skipped", iteration + 1, row["loss"])
+            logger.warning(
+                "iteration %d: loss %s or its gradient is not finite, step skipped", iteration + 1, row["loss"]
+            )
         else:
             self.skipped_in_a_row = 0
             self.optimizer.step()
@@ -210,7 +221,8 @@ class RFSRTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped_in_a_row >= config.max_skipped:
             raise NonFiniteLossError(
-                f"stopped after {config.max_skipped} iterations in a row without a finite loss and gradient (max_skipped); "
+                f"stopped after {config.max_skipped} iterations in a row without a finite loss and gradient "
+                f"(max_skipped); "
                 f"lower learning_rate or the loss weights and resume from {self.checkpoints.folder}"
             )
         return row
@@ -227,7 +239,9 @@ class RFSRTrainer:
         if resume:
             self._resume()
         elif self.checkpoints.paths():
-            raise FileExistsError(f"output_dir {str(self.folder)!r} holds checkpoints of a run; resume it or give another")
+            raise FileExistsError(
+                f"output_dir {str(self.folder)!r} holds checkpoints of a run; resume it or give another"
+            )
         main = self.accelerator.is_main_process
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -237,9 +251,7 @@ class RFSRTrainer:
         if not self.measured:
             self._validate()
         loader = iter(self._loader(self.iteration))
-        progress = tqdm(
-            total=self.config.iterations, initial=self.iteration, desc="RFSR", disable=not main, unit="it"
-        )
+        progress = tqdm(total=self.config.iterations, initial=self.iteration, desc="RFSR", disable=not main, unit="it")
         while self.iteration < self.config.iterations:
             started = time.monotonic()
             row = self._train_step(next(loader), self.iteration)
@@ -250,7 +262,7 @@ class RFSRTrainer:
             progress.set_postfix(st=row["step"], loss=f"{row['loss']:.4g}")
             last = self.iteration == self.config.iterations
             if main:
-                scalars = {key: value for key, value in row.items() if key not in ("iteration", "skipped")}
+                scalars = {key: value for key, value in row.items() if key not in ("iteration", "window", "skipped")}
                 self.accelerator.log(scalars, step=self.iteration)
             if self.iteration % self.config.validate_every == 0 or last:
                 self._validate()
@@ -317,9 +329,13 @@ class RFSRTrainer:
             with self._averaged():
                 frame = evaluate(
                     self.model, self.validation, scorers, seeds=(self.config.seed,),
-                    batch_size=self.config.batch_size, num_inference_steps=self.config.num_inference_steps, name="held-out",
+                    batch_size=self.config.batch_size, num_inference_steps=self.config.num_inference_steps,
+                    name="held-out",
+                    on_images=self._log_images,
                 )  # fmt: skip
-                row = {"iteration": self.iteration} | frame.drop(columns=["model", "image", "seed", "prompt"]).mean().to_dict()
+                row = {"iteration": self.iteration} | frame.drop(
+                    columns=["model", "image", "seed", "prompt"]
+                ).mean().to_dict()
                 row["reward"] = sum(term.weight * row[term.reward.name] for term in self.rewards)
                 self.measured.append(row)
                 self._warn_of_hacking()
@@ -332,6 +348,16 @@ class RFSRTrainer:
                 {f"held-out/{key}": value for key, value in row.items() if key != "iteration"}, step=self.iteration
             )
         self.accelerator.wait_for_everyone()
+
+    def _log_images(self, indices: range, sr: Tensor) -> None:
+        """The first batch of held-out samples as rows of (LR, SR, ground truth) in TensorBoard."""
+        if indices.start:
+            return
+        samples = [self.validation[i] for i in indices]
+        lr = F.interpolate(torch.stack([s["lr"] for s in samples]), scale_factor=self.model.scale, mode="nearest")
+        rows = torch.cat([lr, sr.cpu(), torch.stack([s["gt"] for s in samples])], dim=3)
+        tracker = self.accelerator.get_tracker("tensorboard")
+        tracker.log_images({"held-out": np.moveaxis(rows.numpy(), 1, -1)}, step=self.iteration, dataformats="NHWC")
 
     def _warn_of_hacking(self) -> None:
         first, now = self.measured[0], self.measured[-1]

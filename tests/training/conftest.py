@@ -39,7 +39,13 @@ def make_tiny_model(seed: int = 0, num_inference_steps: int = 5) -> ControlNetIS
         for parameter in controlnet.parameters():  # the zero convolutions would hide the condition
             torch.nn.init.normal_(parameter, std=0.05) if not parameter.any() else None
     return ControlNetISRModel(
-        vae, text_encoder, tokenizer, unet, controlnet, architecture.scheduler(), num_inference_steps=num_inference_steps
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        controlnet,
+        architecture.scheduler(),
+        num_inference_steps=num_inference_steps,
     )
 
 

@@ -1,4 +1,4 @@
-"""Trains the tiny model in a process of its own, to be killed or launched several times: FOLDER ITERATIONS BATCH_SIZE."""
+"""Train the tiny model in a process of its own, to be killed or launched twice: FOLDER ITERATIONS BATCH_SIZE."""
 
 import sys
 

@@ -51,9 +51,7 @@ def test_structure_window(tiny_model, batch):
     expected = 0.3 * (bands[0] - bands[1]).abs().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     assert set(logs) == {"structure", "loss"}
-    for a, b in zip(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 
@@ -80,16 +78,18 @@ def test_reward_window_with_each_regulariser(tiny_model, batch, parts):
         for timestep in scheduler.timesteps[:3]:
             latents = scheduler.step(tiny_model.predict_noise(latents, timestep, condition), timestep, latents)[0]
         before = reference.predict_noise(latents, scheduler.timesteps[3], condition)
-        before_images = reference.decode(
-            reference.pred_original_sample(before, scheduler.timesteps[3], latents)
-        ).clamp(0, 1)
+        before_images = reference.decode(reference.pred_original_sample(before, scheduler.timesteps[3], latents)).clamp(
+            0, 1
+        )
 
     kl, logs = RFSRObjective(tiny_model, WINDOWS, kl=True, **options)(lr, gt, prompts, 4, generators(0, range(2)))
     torch.testing.assert_close(kl, -brightness + 0.7 * (output - before).square().mean(), rtol=1e-5, atol=1e-6)
     assert logs["regularization"] > 0
 
     style = torch.nn.MSELoss()
-    gram, _ = RFSRObjective(tiny_model, WINDOWS, style_loss=style, **options)(lr, gt, prompts, 4, generators(0, range(2)))
+    gram, _ = RFSRObjective(tiny_model, WINDOWS, style_loss=style, **options)(
+        lr, gt, prompts, 4, generators(0, range(2))
+    )
     torch.testing.assert_close(
         gram, -brightness + 0.7 * (images.clamp(0, 1) - before_images).square().mean(), rtol=1e-5, atol=1e-6
     )
@@ -106,7 +106,9 @@ def test_gradient_stays_in_unet_and_controlnet(tiny_model, batch, parts):
 def test_sentences(tiny_model, batch, parts):
     lr, gt, prompts = batch
     objective = RFSRObjective(tiny_model, WINDOWS, rewards=parts["rewards"])
-    with pytest.raises(ValueError, match=r"gt must have shape \[2, 3, 32, 32\] for lr of \[2, 3, 8, 8\], got \[2, 3, 30, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"gt must have shape \[2, 3, 32, 32\] for lr of \[2, 3, 8, 8\], got \[2, 3, 30, 32\]"
+    ):
         objective(lr, gt[..., :30, :], prompts, 4)
     with pytest.raises(ValueError, match=r"step must be one of \[1, 2, 4, 5\], got 3"):
         objective(lr, gt, prompts, 3)

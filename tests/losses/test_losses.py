@@ -1,0 +1,109 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from rfsr_ext.losses import HaarLLLoss, VGG19Features, VGGGramLoss
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    return VGG19Features(weights="random")
+
+
+def test_haar_module_is_the_formula():
+    pred, target = torch.rand(2, 3, 8, 6), torch.rand(2, 3, 8, 6)
+    bands = [2 * nn.functional.avg_pool2d(x, 2) for x in (pred, target)]
+    torch.testing.assert_close(HaarLLLoss()(pred, target), (bands[0] - bands[1]).abs().mean())
+
+
+def test_layers_are_the_named_convolutions_before_their_relu(vgg):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torchvision.models.vgg19(weights=None).features.eval()
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x, outputs = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1), {}
+    block = position = 1
+    for module in network:
+        x = module(x)
+        if isinstance(module, nn.Conv2d):
+            outputs[f"conv{block}_{position}"] = x.clone()  # the next ReLU works in place
+            position += 1
+        elif isinstance(module, nn.MaxPool2d):
+            block, position = block + 1, 1
+    features = vgg(images)
+    assert vgg.layers == ["conv1_2", "conv2_2", "conv3_4", "conv4_4", "conv5_4"]
+    for layer, feature in zip(vgg.layers, features, strict=True):
+        torch.testing.assert_close(feature, outputs[layer])
+        assert (feature < 0).any()
+
+
+def test_random_weights_are_seeded_and_leave_the_global_generator_alone(vgg):
+    state = torch.get_rng_state()
+    again = VGG19Features(("conv1_2",), weights="random")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(again.features[0].weight, vgg.features[0].weight)
+
+
+def test_gram_loss_is_eq_6(vgg):
+    pred, target = torch.rand(2, 3, 32, 32, requires_grad=True), torch.rand(2, 3, 32, 32)
+    loss = VGGGramLoss(weights="random")
+    value = loss(pred, target)
+    expected = 0
+    for weight, f, g in zip([0.1, 0.1, 1, 1, 1], vgg(pred), vgg(target), strict=True):
+        n, c, h, w = f.shape
+        f, g = f.reshape(n, c, h * w), g.reshape(n, c, h * w)
+        expected = expected + weight * ((f @ f.mT - g @ g.mT) / (c * h * w)).square().sum((1, 2)).mean()
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-8)
+    gradients = [torch.autograd.grad(v, pred, retain_graph=True)[0] for v in (value, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
+    assert loss(target, target) == 0
+    assert loss.label == "Gram-KL (random VGG19, a stand-in)"
+
+
+def test_missing_imagenet_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(FileNotFoundError, match=f"VGG19 ImageNet weights vgg19-dcbb9e9d.pth are not in {tmp_path} or"):
+        VGGGramLoss()
+
+
+def test_damaged_imagenet_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
+    (tmp_path / "vgg19-dcbb9e9d.pth").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="is damaged: its SHA-256 must start with dcbb9e9d"):
+        VGGGramLoss()
+
+
+def test_imagenet_weights_are_loaded_from_torchvisions_file(tmp_path, monkeypatch):
+    """With a file of torchvision's keys but other numbers: its hash has to be waived."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        network = torchvision.models.vgg19(weights=None)
+    torch.save(network.state_dict(), tmp_path / "vgg19-dcbb9e9d.pth")
+    monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
+
+    class Digest:
+        def __init__(self, data):
+            pass
+
+        def hexdigest(self):
+            return "dcbb9e9d"
+
+    monkeypatch.setattr("rfsr_ext.losses.gram.hashlib.sha256", Digest)
+    features = VGG19Features(("conv2_2",))
+    assert torch.equal(features.features[7].weight, network.features[7].weight)
+    assert not any(p.requires_grad for p in features.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"weights": "caffe"}, "weights must be 'imagenet' or 'random', got 'caffe'"),
+        ({"layers": ("conv9_9",), "weights": "random"}, "layers must be among .*, got 'conv9_9'"),
+    ],
+)
+def test_sentences(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        VGG19Features(**arguments)

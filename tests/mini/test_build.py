@@ -1,0 +1,68 @@
+"""The build's own machinery at a tiny scale; what the shipped weights can do is in test_weights.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from rfsr_ext.mini import architecture
+from rfsr_ext.mini.fit import fit
+from rfsr_ext.mini.scores import similarity
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10_000
+
+    def __getitem__(self, index):
+        return {"x": torch.full((1,), float(index % 7))}
+
+
+def test_tokenizer_is_the_same_every_time_and_reads_back():
+    first, second = architecture.tokenizer(), architecture.tokenizer()
+    assert first.get_vocab() == second.get_vocab()
+    text = "cat, whiskers, ünknown wörds 8k"
+    assert first.decode(first(text).input_ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+    assert len(first.tokenize("astronaut")) == 1
+
+
+def test_similarity_matches_skimage():
+    from skimage.metrics import structural_similarity
+
+    torch.manual_seed(0)
+    original = torch.rand(2, 3, 24, 24)
+    noisy = (original + 0.1 * torch.randn_like(original)).clamp(0, 1)
+    for value, x, y in zip(similarity(noisy, original), noisy.mean(1).numpy(), original.mean(1).numpy(), strict=True):
+        # skimage averages over windows that lie wholly inside, with the population covariance here
+        expected = structural_similarity(x, y, win_size=7, data_range=1.0, use_sample_covariance=False)
+        assert value.item() == pytest.approx(expected, abs=1e-4)
+
+
+def train(folder, iterations=40, stop=None):
+    torch.manual_seed(0)
+    module, calls = nn.Linear(1, 1), []
+
+    def loss(batch, generator):
+        calls.append(batch["x"][0].item())
+        if stop is not None and len(calls) > stop:
+            raise KeyboardInterrupt
+        noise = torch.randn(1, generator=generator)
+        return (module(batch["x"]) - 2 * batch["x"] + 0.01 * noise).square().mean()
+
+    fit("linear", {"m": module}, Numbers(), loss, folder, iterations=iterations, batch_size=4, learning_rate=0.1,
+        ema_decay=0.9, bf16=False, checkpoint_every=10)  # fmt: skip
+    return module, calls
+
+
+def test_fit_learns_and_a_resumed_fit_equals_an_uninterrupted_one(tmp_path):
+    whole, seen = train(tmp_path / "whole")
+    assert len(seen) == 40
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", stop=25)
+    resumed, rest = train(tmp_path / "cut")
+    assert len(rest) == 20  # from the checkpoint at 20
+    assert rest == seen[20:]
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    again, none = train(tmp_path / "whole")
+    assert none == []  # a finished stage is not trained twice
+    assert torch.equal(again.weight, whole.weight)

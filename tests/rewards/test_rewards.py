@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from rfsr_ext.mini import architecture
+from rfsr_ext.rewards import MiniIQA, MiniPreference, Reward, WeightedReward, create_reward, reward_loss
+
+
+class Constant(Reward):
+    name = "constant"
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def score(self, images, prompts):
+        return self.values
+
+
+def test_reward_loss_is_the_weighted_negative_mean():
+    terms = [
+        WeightedReward(Constant(torch.tensor([1.0, 3.0])), 0.5),
+        WeightedReward(type("Other", (Constant,), {"name": "other"})(torch.tensor([10.0, 20.0])), 0.01),
+    ]
+    loss, scores = reward_loss(terms, torch.zeros(2, 3, 8, 8), ["", ""])
+    assert loss.item() == pytest.approx(-(0.5 * 2 + 0.01 * 15))
+    assert set(scores) == {"constant", "other"}
+
+
+def test_a_reward_of_the_wrong_shape_is_named():
+    with pytest.raises(
+        ValueError, match=r"reward 'constant' must return one score per image, shape \[2\], got \[1, 2\]"
+    ):
+        reward_loss([WeightedReward(Constant(torch.ones(1, 2)), 1.0)], torch.zeros(2, 3, 8, 8), ["", ""])
+
+
+def test_unknown_reward():
+    with pytest.raises(ValueError, match="reward must be one of mini-iqa, mini-preference, got 'clip'"):
+        create_reward("clip")
+
+
+@pytest.mark.parametrize("make", [MiniIQA, lambda: MiniPreference(architecture.tokenizer())])
+def test_gradient_matches_finite_differences_and_sizes_are_free(make):
+    torch.manual_seed(0)
+    reward = make().double()
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    direction = torch.randn_like(images)
+    prompts = ["cat, fur", ""]
+
+    def total(x):
+        return reward.score(x, prompts).double().sum()
+
+    gradient = torch.autograd.grad(total(images.requires_grad_()), images)[0]
+    assert gradient.abs().sum() > 0
+    images = images.detach()
+    step = 0.5  # scores are reduced in single precision; a long step keeps the difference above its rounding
+    numeric = (total(images + step * 1e-2 * direction) - total(images - step * 1e-2 * direction)) / (2 * step * 1e-2)
+    assert numeric.item() == pytest.approx((gradient * direction).sum().item(), rel=2e-2, abs=1e-5)
+    assert reward.score(torch.rand(1, 3, 64, 40, dtype=torch.float64), ["x"]).shape == (1,)
+
+
+def test_prompts_change_the_preference_alone():
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 32, 32)
+    preference, iqa = MiniPreference(architecture.tokenizer()), MiniIQA()
+    assert preference.score(images, ["cat"]) != preference.score(images, ["rocket"])
+    assert iqa.score(images, ["cat"]) == iqa.score(images, ["rocket"])
+
+
+def test_scores_of_a_batch_are_those_of_its_images():
+    torch.manual_seed(0)
+    images, prompts = torch.rand(3, 3, 32, 32), ["cat", "a much longer prompt than the others", ""]
+    for reward in (MiniIQA(), MiniPreference(architecture.tokenizer())):
+        alone = torch.cat([reward.score(images[i : i + 1], prompts[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(reward.score(images, prompts), alone)
+
+
+def test_save_and_load(tmp_path):
+    torch.manual_seed(0)
+    reward, images = MiniIQA(), torch.rand(2, 3, 32, 32)
+    reward.save_pretrained(tmp_path)
+    loaded = MiniIQA.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.score(images), reward.score(images), atol=1e-3, rtol=0)  # half precision on disk
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.label == "MiniIQA (stand-in for CLIP-IQA)"
+    with pytest.raises(FileNotFoundError, match="MiniPreference weights .* do not exist; `rfsr mini build` makes them"):
+        MiniPreference.from_pretrained(tmp_path, architecture.tokenizer())
