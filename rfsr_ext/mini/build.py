@@ -26,9 +26,9 @@ class BuildPlan:
     size: int = 64
     autoencoder: int = 1800
     denoiser: int = 2400
-    iqa: int = 1500
-    preference: int = 1500
-    judge: int = 1200
+    iqa: int = 1200
+    preference: int = 1200
+    judge: int = 1000
 
 
 def build(
