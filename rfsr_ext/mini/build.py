@@ -25,7 +25,7 @@ class BuildPlan:
 
     size: int = 64
     autoencoder: int = 1800
-    denoiser: int = 2400
+    denoiser: int = 3400
     iqa: int = 1200
     preference: int = 1200
     judge: int = 1000
