@@ -108,7 +108,6 @@ class RFSRTrainer:
             )
         self.windows = setup.build_windows(config, self.model)
         self.steps = self.windows.steps()
-        self.dataset = setup.build_dataset(config) if dataset is None else dataset
         self.rewards = setup.build_rewards(config.rewards) if rewards is None else list(rewards)
         if self.windows.reward and not self.rewards:
             raise ValueError("rewards must name at least one reward for a reward window, got none")
@@ -117,6 +116,7 @@ class RFSRTrainer:
             style_loss = None
         elif style_loss is None:
             style_loss = setup.style_loss(config)
+        self.dataset = setup.build_dataset(config) if dataset is None else dataset
         self.validation = (
             evaluation_crops(photographs("validation"), config.validation_size, config.validation_crops)
             if validation is None
