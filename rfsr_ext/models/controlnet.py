@@ -80,7 +80,7 @@ class ControlNetISRModel:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         for module in self._modules().values():
-            module.to(device) if dtype is None else module.to(device, dtype)
+            nn.Module.to(module, device=device, dtype=dtype)  # diffusers' own warns of a cast that is meant
         return self
 
     # -- conditioning ---------------------------------------------------------------------------------------------
