@@ -72,7 +72,7 @@ def test_upscale_writes_what_it_can_and_names_the_rest(rfsr, tmp_path):
 def test_demo_in_small(rfsr, tmp_path):
     import json
 
-    code, printed = rfsr("demo", "--output", tmp_path / "demo", "--iterations", 4, "--crops", 3)
+    code, printed = rfsr("demo", "--output", tmp_path / "demo", "--iterations", 8, "--crops", 3)  # 8 reach both windows
     assert code == 0
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert set(report["means"]) == {"bicubic", "base", "fine-tuned"}
@@ -80,5 +80,5 @@ def test_demo_in_small(rfsr, tmp_path):
     assert "random" in " ".join(report["stand_ins"])
     for name in ("comparison.png", "curves.png"):
         with Image.open(tmp_path / "demo" / name) as image:
-            assert min(image.size) >= 300
+            assert min(image.size) > 300
     assert "fine-tuned" in printed.out
