@@ -24,8 +24,8 @@ class BuildPlan:
     """How long each stage trains, in iterations, and on crops of which size."""
 
     size: int = 64
-    autoencoder: int = 1800
-    denoiser: int = 3400
+    autoencoder: int = 2000
+    denoiser: int = 3600
     iqa: int = 1200
     preference: int = 1200
     judge: int = 1000

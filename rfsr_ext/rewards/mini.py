@@ -42,8 +42,9 @@ class _SavedReward(Reward):
 class MiniIQA(_SavedReward):
     """No-reference quality in [0, 1]; plays CLIP-IQA's part.
 
-    A small convolutional network, learned by ranking blurred, downscaled, noisy and JPEG versions of a picture by their
-    structural similarity to it.  Like CLIP-IQA it knows nothing of over-sharpening, and can be fooled by it.
+    A small convolutional network that estimates the structural similarity of blurred, downscaled, noisy and JPEG
+    versions of a picture to the picture itself, and ranks them by it.  Like CLIP-IQA it knows nothing of
+    over-sharpening, and can be fooled by it.
     """
 
     name = "MiniIQA"
