@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import typer
-from PIL import Image, ImageOps
+from PIL import Image
 
-from rfsr_ext.data.datasets import to_tensor
-from rfsr_ext.data.degradation import from_uint8, to_uint8
+from rfsr_ext.data.images import read_image, to_tensor, to_uint8
 from rfsr_ext.files import replace_file
 from rfsr_ext.models import load_model
 from rfsr_ext.sampling import upscale
@@ -35,9 +34,8 @@ def upscale_files(
     unreadable = []
     for path in paths:
         try:
-            with Image.open(path) as file:
-                image = from_uint8(np.asarray(ImageOps.exif_transpose(file).convert("RGB")))
-        except (OSError, ValueError, SyntaxError) as error:
+            image = read_image(path)
+        except OSError as error:
             typer.echo(f"skipped {path}: {error}", err=True)
             unreadable.append(str(path))
             continue

@@ -16,11 +16,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from rfsr_ext.data.dead_leaves import dead_leaves
-from rfsr_ext.data.degradation import Degradation, from_uint8, resize
+from rfsr_ext.data.degradation import Degradation
 from rfsr_ext.data.distortions import distort
+from rfsr_ext.data.images import read_image, resize, to_tensor
 from rfsr_ext.data.photographs import PHOTOGRAPHS, load_photograph
 
-__all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "evaluation_crops", "to_tensor"]
+__all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "evaluation_crops"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,6 @@ class Sample(TypedDict):
     gt: torch.Tensor
     lr: torch.Tensor
     prompt: str
-
-
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """``[H, W, 3]`` float32 to a contiguous ``[3, H, W]`` tensor."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0), np.float32))
 
 
 def _dihedral(image: np.ndarray, rng: np.random.Generator, rotate: bool) -> np.ndarray:
@@ -162,8 +158,8 @@ class DistortedCrops(Dataset):
 class ImageFolder(Dataset):
     """Random crops of a folder of sharp images; ``name.txt`` beside ``name.png`` holds the prompt, if there is one.
 
-    Files that are no images, are truncated or smaller than the crop are skipped and counted in ``skipped`` (path to
-    reason), each with one warning; the next image of the folder stands in, so that training goes on.
+    Files that are no images, are truncated or smaller than the crop are skipped and counted in ``skipped``, whichever
+    loader process meets them; the next image of the folder stands in, so that training goes on.
 
     Args:
         root: folder, searched recursively.
@@ -178,7 +174,7 @@ class ImageFolder(Dataset):
     def __init__(self, root: str | Path, size: int, seed: int = 0, degradation: Degradation | None = None):
         self.root, self.size, self.seed = Path(root), size, seed
         self.degradation = degradation or Degradation()
-        self.skipped: dict[Path, str] = {}
+        self._unusable: dict[Path, str] = {}
         if size % self.degradation.scale:
             raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
         if not self.root.is_dir():
@@ -188,34 +184,41 @@ class ImageFolder(Dataset):
         if not self.paths:
             raise FileNotFoundError(
                 f"data folder {str(root)!r} has no usable image: {len(candidates)} image files found, "
-                f"{len(self.skipped)} skipped; wanted {', '.join(sorted(_SUFFIXES))} of at least {size}x{size} pixels"
+                f"{len(self._unusable)} skipped; wanted {', '.join(sorted(_SUFFIXES))} of at least {size}x{size} pixels"
             )
+        # that a file cannot be decoded shows late, in some loader process: all of them share these flags
+        self._broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
 
-    def _skip(self, path: Path, reason: str) -> None:
-        self.skipped[path] = reason
-        logger.warning("skipped %s: %s (%d skipped so far)", path, reason, len(self.skipped))
+    @property
+    def skipped(self) -> dict[Path, str]:
+        """Files left out so far, with the reason."""
+        broken = zip(self.paths, self._broken.tolist(), strict=True)
+        return self._unusable | {path: "cannot be decoded" for path, flag in broken if flag}
 
     def _header_fits(self, path: Path) -> bool:
         try:
             with Image.open(path) as image:
-                if min(image.size) < self.size:
-                    self._skip(path, f"is {image.size[0]}x{image.size[1]} pixels, the crop needs {self.size}")
-                    return False
+                size = image.size
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self._skip(path, f"cannot be read as an image ({error})")
-            return False
-        return True
+            self._unusable[path] = f"cannot be read as an image ({error})"
+        else:
+            if min(size) >= self.size:
+                return True
+            self._unusable[path] = f"is {size[0]}x{size[1]} pixels, the crop needs {self.size}"
+        logger.warning("skipped %s: %s (%d skipped so far)", path, self._unusable[path], len(self._unusable))
+        return False
 
     def _load(self, index: int) -> tuple[Path, np.ndarray]:
         for step in range(len(self.paths)):
-            path = self.paths[(index + step) % len(self.paths)]
-            if path in self.skipped:
+            k = (index + step) % len(self.paths)
+            if self._broken[k]:
                 continue
             try:
-                with Image.open(path) as image:
-                    return path, np.asarray(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                self._skip(path, f"cannot be decoded ({error})")
+                return self.paths[k], read_image(self.paths[k])
+            except OSError as error:
+                self._broken[k] = True
+                reason = f"cannot be decoded ({error})"
+                logger.warning("skipped %s: %s (%d skipped so far)", self.paths[k], reason, len(self.skipped))
         raise FileNotFoundError(f"data folder {str(self.root)!r} has no image left that can be decoded")
 
     def __len__(self) -> int:
@@ -224,7 +227,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, index))
         path, image = self._load(int(rng.integers(len(self.paths))))
-        gt = _dihedral(_random_crop(from_uint8(image), self.size, rng), rng, rotate=False)
+        gt = _dihedral(_random_crop(image, self.size, rng), rng, rotate=False)
         sidecar = path.with_suffix(".txt")
         prompt = sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""
         lr = self.degradation(np.ascontiguousarray(gt), rng)

@@ -4,43 +4,17 @@ A small relative of the Real-ESRGAN pipeline the paper trains with: one round in
 because the images here are 64 to 128 pixels wide.
 """
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-__all__ = ["Degradation", "from_uint8", "jpeg", "resize", "to_uint8"]
+from rfsr_ext.data.images import jpeg, resize
+
+__all__ = ["Degradation"]
 
 _FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """``[H, W, 3]`` in [0, 1] to 8 bits, rounded."""
-    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def from_uint8(image: np.ndarray) -> np.ndarray:
-    """``[H, W, 3]`` of 8 bits to float32 in [0, 1]."""
-    return np.asarray(image, np.float32) / 255
-
-
-def resize(image: np.ndarray, size: tuple[int, int], resample=Image.Resampling.BICUBIC) -> np.ndarray:
-    """Resize ``[H, W, C]`` float32 to ``size = (height, width)`` by Pillow's antialiased filters, unrounded."""
-    height, width = size
-    channels = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(channel)).resize((width, height), resample))
-        for channel in np.moveaxis(image, -1, 0)
-    ]
-    return np.stack(channels, axis=-1)
-
-
-def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Write ``[H, W, 3]`` in [0, 1] as JPEG of this quality and read it back."""
-    buffer = io.BytesIO()
-    Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=int(quality))
-    return from_uint8(Image.open(buffer))
 
 
 @dataclass(frozen=True)

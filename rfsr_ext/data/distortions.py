@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.ndimage import gaussian_filter, median_filter
 
-from rfsr_ext.data.degradation import jpeg, resize
+from rfsr_ext.data.images import jpeg, resize
 
 __all__ = ["DISTORTIONS", "INPUT_FAULTS", "distort"]
 

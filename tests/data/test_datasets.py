@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from rfsr_ext.data import PHOTOGRAPHS, Degradation, ImageFolder, PhotographCrops, evaluation_crops, photographs
+from rfsr_ext.data.images import from_uint8, read_image
 
 
 def same(a, b):
@@ -153,6 +155,33 @@ def test_bad_files_are_skipped_counted_and_named(folder, caplog):
     assert "5 skipped so far" in caplog.text
     for sample in samples:
         check(sample, 32)
+
+
+def test_files_found_broken_by_loader_processes_are_counted(folder):
+    data = encoded("png")
+    (folder / "broken.png").write_bytes(data[: len(data) // 2])
+    dataset = ImageFolder(folder, 32)
+    loader = DataLoader(dataset, batch_size=2, sampler=range(40), num_workers=2)
+    assert sum(len(batch["gt"]) for batch in loader) == 40
+    assert {path.name: reason for path, reason in dataset.skipped.items()} == {"broken.png": "cannot be decoded"}
+
+
+def test_pictures_are_read_upright_and_at_full_depth(tmp_path):
+    pixels = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2849  # up to 65527
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    deep = read_image(tmp_path / "deep.png")
+    assert deep.shape == (4, 6, 3) and deep.dtype == np.float32
+    np.testing.assert_allclose(deep[..., 1], pixels / 65535, atol=1e-7)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    image = picture(32, 48)
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(from_uint8(np.asarray(image)), -1))
+
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(OSError, match="floating-point numbers, whose white is not known"):
+        read_image(tmp_path / "float.tiff")
 
 
 def test_a_broken_file_changes_no_other_sample(folder):

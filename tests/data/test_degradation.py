@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from rfsr_ext.data import Degradation
 from rfsr_ext.data.dead_leaves import dead_leaves
-from rfsr_ext.data.degradation import from_uint8, jpeg, resize, to_uint8
+from rfsr_ext.data.images import from_uint8, jpeg, resize, to_uint8
 
 
 def image(height=32, width=48, seed=0):
