@@ -56,6 +56,9 @@ class TimestepWindows:
     ) -> "TimestepWindows":
         """The same windows for any sampler, from t ∈ [600, 1000] and t ∈ [0, 200] and the sampler's own timesteps.
 
+        With 50 steps this gives the paper's 1–20 and 41–50.  With PASD's 20 it gives reward steps 17–20 where the paper
+        names 18–20: step 17 is t = 151, so its two statements differ there; ``from_steps(8, 17, 20)`` is its wording.
+
         Args:
             timesteps: ``scheduler.timesteps``, largest first.
             structure, reward: inclusive ranges of timesteps, in 0 … 1000.
