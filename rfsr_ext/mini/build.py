@@ -61,9 +61,9 @@ def build(
 
     vae, seconds["autoencoder"] = train_autoencoder(crops, work, plan.autoencoder, **options)
     model, seconds["denoiser"] = train_denoiser(vae, crops, work, plan.denoiser, **options)
-    iqa, seconds["iqa"] = train_iqa(DistortedCrops(others, INPUT_FAULTS), work, plan.iqa, **options)
+    iqa, seconds["iqa"] = train_iqa(DistortedCrops(others, INPUT_FAULTS), vae, work, plan.iqa, **options)
     preference, seconds["preference"] = train_preference(
-        DistortedCrops(others, INPUT_FAULTS), model.tokenizer, work, plan.preference, **options
+        DistortedCrops(others, INPUT_FAULTS), vae, model.tokenizer, work, plan.preference, **options
     )
     judge, seconds["judge"] = train_judge(DistortedCrops(others, DISTORTIONS), work, plan.judge, **options)
 

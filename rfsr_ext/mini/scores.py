@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
@@ -39,7 +40,20 @@ def _ranking_loss(scores: Tensor, quality: Tensor) -> Tensor:
     return -(better * F.logsigmoid(scores[:, :, None] - scores[:, None, :])).sum() / better.sum().clamp_min(1e-6)
 
 
-def train_iqa(dataset: Dataset, folder: Path, iterations: int, batch_size: int = 12, **options):
+@torch.no_grad()
+def _as_sampled(versions: Tensor, vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
+    """``[N, V, 3, H, W]`` with the last version replaced by one that fails as a diffusion sampler does: noisy latents.
+
+    A reward that never saw the blotches this gives takes them for detail and asks the sampler for more (tried).
+    """
+    latents = vae.encode(versions[:, 0] * 2 - 1).latent_dist.mode()
+    spread = torch.rand(len(latents), 1, 1, 1, generator=generator) * 0.8 / vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=generator) * spread
+    decoded = vae.decode(latents + noise.to(latents)).sample / 2 + 0.5
+    return torch.cat([versions[:, :-1], decoded.float().clamp(0, 1)[:, None]], dim=1)
+
+
+def train_iqa(dataset: Dataset, vae: AutoencoderKL, folder: Path, iterations: int, batch_size: int = 12, **options):
     """`MiniIQA`, by regression of similarity and by ranking; ``dataset`` gives versions with the faults of LR inputs.
 
     Ranking alone compares versions of one picture: scores of different pictures then mean nothing side by side, and
@@ -49,10 +63,10 @@ def train_iqa(dataset: Dataset, folder: Path, iterations: int, batch_size: int =
     reward = MiniIQA()
 
     def loss(batch: dict, generator: torch.Generator) -> Tensor:
-        versions = batch["images"]
-        logits = reward.logit(versions.flatten(0, 1)).unflatten(0, versions.shape[:2])
+        versions = _as_sampled(batch["images"], vae, generator)
         quality = _quality(versions)
-        return F.mse_loss(logits.sigmoid(), quality) * 4 + _ranking_loss(logits, quality)
+        scores = reward.score(versions.flatten(0, 1)).unflatten(0, versions.shape[:2])
+        return F.mse_loss(scores, quality) * 4 + _ranking_loss(scores * 10, quality)
 
     seconds = fit("iqa", {"iqa": reward}, dataset, loss, folder,
                   iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
@@ -60,14 +74,20 @@ def train_iqa(dataset: Dataset, folder: Path, iterations: int, batch_size: int =
 
 
 def train_preference(
-    dataset: Dataset, tokenizer: CLIPTokenizer, folder: Path, iterations: int, batch_size: int = 12, **options
+    dataset: Dataset,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    iterations: int,
+    batch_size: int = 12,
+    **options,
 ):
     """`MiniPreference`, from pairs: less distorted over more, own prompt over another picture's."""
     torch.manual_seed(options.get("seed", 0) + 3)
     reward = MiniPreference(tokenizer)
 
     def loss(batch: dict, generator: torch.Generator) -> Tensor:
-        versions, prompts = batch["images"], batch["prompt"]
+        versions, prompts = _as_sampled(batch["images"], vae, generator), batch["prompt"]
         n, v = versions.shape[:2]
         text = reward.embed_text(prompts)
         other = text.roll(1, dims=0)
