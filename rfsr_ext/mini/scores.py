@@ -1,5 +1,6 @@
 """The stages that train the two small rewards and the judge, all by comparing distorted versions of one picture."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,23 +54,29 @@ def _as_sampled(versions: Tensor, vae: AutoencoderKL, generator: torch.Generator
     return torch.cat([versions[:, :-1], decoded.float().clamp(0, 1)[:, None]], dim=1)
 
 
-def train_iqa(dataset: Dataset, vae: AutoencoderKL, folder: Path, iterations: int, batch_size: int = 12, **options):
-    """`MiniIQA`, by regression of similarity and by ranking; ``dataset`` gives versions with the faults of LR inputs.
+@torch.no_grad()
+def _standardise(reward: MiniIQA | MiniPreference, dataset: Dataset, raw_score: Callable[..., Tensor]) -> None:
+    """Set mean and standard deviation of ``reward`` to those of its raw scores on samples it did not learn from."""
+    samples = [dataset[10_000_000 + i] for i in range(64)]
+    device = reward.mean.device
+    scores = [raw_score(s["images"].to(device), [s["prompt"]] * len(s["images"])) for s in samples]
+    reward.mean.copy_(torch.cat(scores).mean())
+    reward.std.copy_(torch.cat(scores).std())
 
-    Ranking alone compares versions of one picture: scores of different pictures then mean nothing side by side, and
-    most lie at the flat ends of the sigmoid (tried: 0.99 on one sharp picture, 0.01 on another).
-    """
+
+def train_iqa(dataset: Dataset, vae: AutoencoderKL, folder: Path, iterations: int, batch_size: int = 12, **options):
+    """`MiniIQA`, by ranking; ``dataset`` gives versions of a picture with the faults a low-resolution input suffers."""
     torch.manual_seed(options.get("seed", 0) + 2)
     reward = MiniIQA()
 
     def loss(batch: dict, generator: torch.Generator) -> Tensor:
         versions = _as_sampled(batch["images"], vae, generator)
-        quality = _quality(versions)
-        scores = reward.score(versions.flatten(0, 1)).unflatten(0, versions.shape[:2])
-        return F.mse_loss(scores, quality) * 4 + _ranking_loss(scores * 10, quality)
+        scores = reward.raw_score(versions.flatten(0, 1)).unflatten(0, versions.shape[:2])
+        return _ranking_loss(scores, _quality(versions)) + 1e-3 * scores.square().mean()
 
     seconds = fit("iqa", {"iqa": reward}, dataset, loss, folder,
                   iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
+    _standardise(reward, dataset, lambda images, prompts: reward.raw_score(images))
     return reward, seconds
 
 
@@ -102,15 +109,7 @@ def train_preference(
 
     seconds = fit("preference", {"preference": reward}, dataset, loss, folder,
                   iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
-    with torch.no_grad():
-        scores = []
-        for i in range(64):
-            item = dataset[10_000_000 + i]
-            images = item["images"].to(reward.mean.device)
-            scores.append(reward.raw_score(images, reward.embed_text([item["prompt"]] * len(images))))
-        scores = torch.cat(scores)
-        reward.mean.copy_(scores.mean())
-        reward.std.copy_(scores.std())
+    _standardise(reward, dataset, lambda images, prompts: reward.raw_score(images, reward.embed_text(prompts)))
     return reward, seconds
 
 

@@ -42,9 +42,11 @@ class _SavedReward(Reward):
 class MiniIQA(_SavedReward):
     """No-reference quality in [0, 1]; plays CLIP-IQA's part.
 
-    A small convolutional network that estimates the structural similarity of blurred, downscaled, noisy and JPEG
-    versions of a picture to the picture itself, and ranks them by it.  Like CLIP-IQA it knows nothing of
-    over-sharpening, and can be fooled by it.
+    r = sigmoid((q − mean) / std), with q from a small convolutional network that learned to rank blurred, downscaled,
+    noisy and JPEG versions of a picture by their structural similarity to it.  Mean and deviation are those of the
+    training pictures: without them most scores lie at the flat ends of the sigmoid (tried).  q tells which of two
+    versions of one picture is better; scores of different pictures are not comparable.  Like CLIP-IQA it knows nothing
+    of over-sharpening, and can be fooled by it.
     """
 
     name = "MiniIQA"
@@ -54,13 +56,15 @@ class MiniIQA(_SavedReward):
         super().__init__()
         self.features = _Stem((32, 48, 64, 64))
         self.head = nn.Conv2d(64, 1, 1)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
 
-    def logit(self, images: Tensor) -> Tensor:
-        """The score before the sigmoid, ``[N]``: the mean of a score map, so that images of any size compare."""
+    def raw_score(self, images: Tensor) -> Tensor:
+        """q, ``[N]``: the mean of a score map, so that images of any size compare."""
         return self.head(self.features(images * 2 - 1)).float().mean((1, 2, 3))
 
     def score(self, images: Tensor, prompts: list[str] | None = None) -> Tensor:
-        return self.logit(images).sigmoid()
+        return ((self.raw_score(images) - self.mean) / self.std).sigmoid()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path = WEIGHTS / "rewards") -> Self:
