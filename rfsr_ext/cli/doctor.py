@@ -52,5 +52,5 @@ def examine() -> None:
         _line(f"mini {name}", f"{size:.1f} MiB" if files else "MISSING; run `rfsr mini build`")
     try:
         _line("VGG19 (ImageNet)", str(vgg19_weights_path()))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         _line("VGG19 (ImageNet)", str(error))

@@ -1,7 +1,5 @@
 """The style distance behind Gram-KL (paper eq. 6): Gram matrices of VGG19 features."""
 
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,39 +8,24 @@ import torchvision
 from torch import Tensor, nn
 
 from rfsr_ext.ops import gram_loss
+from rfsr_ext.weights.registry import locate
 
 __all__ = ["VGG19Features", "VGGGramLoss", "vgg19_weights_path"]
 
-WEIGHTS_FILE = "vgg19-dcbb9e9d.pth"  # torchvision's ImageNet weights; the name carries the start of its SHA-256
 LAYERS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
 
 
 def vgg19_weights_path() -> Path:
-    """Where the ImageNet weights are: in ``$RFSR_WEIGHTS``, else in torch hub's checkpoint folder.
+    """Where torchvision's ImageNet weights are, hash verified: in ``$RFSR_WEIGHTS``, else in torch hub's folder.
 
     Raises:
         FileNotFoundError: if they are in neither; the sentence says which file to put where.
+        ValueError: if the file is damaged.
     """
-    folders = [Path(torch.hub.get_dir()) / "checkpoints"]
-    if "RFSR_WEIGHTS" in os.environ:
-        folders.insert(0, Path(os.environ["RFSR_WEIGHTS"]))
-    for folder in folders:
-        if (folder / WEIGHTS_FILE).is_file():
-            return folder / WEIGHTS_FILE
-    raise FileNotFoundError(
-        f"VGG19 ImageNet weights {WEIGHTS_FILE} are not in {' or '.join(map(str, folders))}; put the file that "
-        f"torchvision.models.VGG19_Weights.IMAGENET1K_V1.url names there, or choose weights='random'"
-    )
-
-
-def _load_imagenet(network: nn.Module) -> None:
-    path = vgg19_weights_path()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith("dcbb9e9d"):
-        raise ValueError(
-            f"{str(path)!r} is damaged: its SHA-256 must start with dcbb9e9d, got {digest[:8]}; fetch it again"
-        )
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        return locate("vgg19")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, or choose weights='random'") from None
 
 
 class VGG19Features(nn.Module):
@@ -63,7 +46,7 @@ class VGG19Features(nn.Module):
             torch.manual_seed(seed)
             network = torchvision.models.vgg19(weights=None)  # Kaiming-normal, as torchvision initialises it
         if weights == "imagenet":
-            _load_imagenet(network)
+            network.load_state_dict(torch.load(vgg19_weights_path(), map_location="cpu", weights_only=True))
         self.weights = weights
         names, block, position = [], 1, 0
         for module in network.features:

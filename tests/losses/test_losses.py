@@ -1,9 +1,13 @@
+import hashlib
+from dataclasses import replace
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from rfsr_ext.losses import HaarLLLoss, VGG19Features, VGGGramLoss
+from rfsr_ext.weights import registry
 
 
 @pytest.fixture(scope="module")
@@ -65,33 +69,29 @@ def test_gram_loss_is_eq_6(vgg):
 def test_missing_imagenet_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    with pytest.raises(FileNotFoundError, match=f"VGG19 ImageNet weights vgg19-dcbb9e9d.pth are not in {tmp_path} or"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"vgg19-dcbb9e9d.pth .* is not in {tmp_path} or .* or choose weights='random'"
+    ):
         VGGGramLoss()
 
 
 def test_damaged_imagenet_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
     (tmp_path / "vgg19-dcbb9e9d.pth").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="is damaged: its SHA-256 must start with dcbb9e9d"):
+    with pytest.raises(ValueError, match="is damaged or another file: its SHA-256 must start with dcbb9e9d"):
         VGGGramLoss()
 
 
 def test_imagenet_weights_are_loaded_from_torchvisions_file(tmp_path, monkeypatch):
-    """With a file of torchvision's keys but other numbers: its hash has to be waived."""
+    """With a file of torchvision's keys but other numbers, and its hash."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         network = torchvision.models.vgg19(weights=None)
     torch.save(network.state_dict(), tmp_path / "vgg19-dcbb9e9d.pth")
     monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
 
-    class Digest:
-        def __init__(self, data):
-            pass
-
-        def hexdigest(self):
-            return "dcbb9e9d"
-
-    monkeypatch.setattr("rfsr_ext.losses.gram.hashlib.sha256", Digest)
+    digest = hashlib.sha256((tmp_path / "vgg19-dcbb9e9d.pth").read_bytes()).hexdigest()
+    monkeypatch.setitem(registry.FILES, "vgg19", replace(registry.FILES["vgg19"], sha256=digest))
     features = VGG19Features(("conv2_2",))
     assert torch.equal(features.features[7].weight, network.features[7].weight)
     assert not any(p.requires_grad for p in features.parameters())
