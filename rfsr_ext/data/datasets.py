@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from rfsr_ext.data.dead_leaves import dead_leaves
 from rfsr_ext.data.degradation import Degradation
 from rfsr_ext.data.distortions import distort
-from rfsr_ext.data.images import read_image, resize, to_tensor
+from rfsr_ext.data.images import SUFFIXES, read_image, resize, to_tensor
 from rfsr_ext.data.photographs import PHOTOGRAPHS, load_photograph
 
 __all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "evaluation_crops"]
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _PYRAMID = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3)  # photographs are cropped at these scales, each computed once
 _FLAT = 0.04  # crops whose brightness varies less than this show a background; they teach and measure nothing
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class Sample(TypedDict):
@@ -179,12 +178,12 @@ class ImageFolder(Dataset):
             raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
         if not self.root.is_dir():
             raise FileNotFoundError(f"data folder {str(root)!r} does not exist; give a folder of images")
-        candidates = sorted(p for p in self.root.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
+        candidates = sorted(p for p in self.root.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
         self.paths = [path for path in candidates if self._header_fits(path)]
         if not self.paths:
             raise FileNotFoundError(
                 f"data folder {str(root)!r} has no usable image: {len(candidates)} image files found, "
-                f"{len(self._unusable)} skipped; wanted {', '.join(sorted(_SUFFIXES))} of at least {size}x{size} pixels"
+                f"{len(self._unusable)} skipped; wanted {', '.join(sorted(SUFFIXES))} of at least {size}x{size} pixels"
             )
         # that a file cannot be decoded shows late, in some loader process: all of them share these flags
         self._broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()

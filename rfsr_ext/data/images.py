@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-__all__ = ["from_uint8", "jpeg", "read_image", "resize", "to_tensor", "to_uint8"]
+__all__ = ["SUFFIXES", "from_uint8", "jpeg", "read_image", "resize", "to_tensor", "to_uint8"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}  # of files in a folder that count as pictures
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

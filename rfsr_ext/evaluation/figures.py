@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rfsr_ext.sampling import TimestepWindows
 
-__all__ = ["comparison_figure", "curves_figure", "trajectory_figure"]
+__all__ = ["cases_figure", "comparison_figure", "curves_figure", "trajectory_figure"]
 
 _DPI = 100
 _INK, _FAINT = "#222222", "#8a8a8a"
@@ -62,6 +62,22 @@ def comparison_figure(rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequ
             below = 1 - (top + height + 12) / total[1]
             figure.text(centre, below, caption, ha="center", va="center", size=9, color="#5c5c5c")
     return figure
+
+
+def cases_figure(
+    rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequence[str], size: int = 256, tile: int = 320
+) -> Figure:
+    """`comparison_figure` of pictures of any sizes: of each the middle, a square of ``size`` pixels or all there is.
+
+    The square is the same for all pictures, so that one picture pixel has the same size everywhere.
+    """
+    size = min(size, *(min(image.shape[-2:]) for row in rows for image, _ in row))
+
+    def middle(image: Tensor) -> Tensor:
+        top, left = ((length - size) // 2 for length in image.shape[-2:])
+        return image[:, top : top + size, left : left + size]
+
+    return comparison_figure([[(middle(image), text) for image, text in row] for row in rows], titles, tile)
 
 
 def _tidy(axes: Axes) -> None:

@@ -6,6 +6,7 @@ are averaged first, because they are no independent evidence about other images.
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.metrics import band_ssim, psnr, ssim
+from rfsr_ext.evaluation.suite import Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.sampling import generators, sample, trajectory
 
@@ -38,11 +40,16 @@ def _batches(samples: Sequence[Sample], batch_size: int, desc: str, seeds: Seque
                 progress.update(len(part))
 
 
-def _rows(sr: Tensor, gt: Tensor, prompts: list[str], scorers: dict[str, Scorer], **keys) -> pd.DataFrame:
+def _rows(
+    sr: Tensor, gt: Tensor, prompts: list[str], scorers: dict[str, Scorer], suite: Suite | None, **keys
+) -> pd.DataFrame:
     low, high = band_ssim(sr, gt)
     columns = {"psnr": psnr(sr, gt), "ssim": ssim(sr, gt), "low_ssim": low, "high_ssim": high}
     with torch.no_grad():
         columns |= {name: scorer(sr, prompts).detach().float().cpu() for name, scorer in scorers.items()}
+    if suite is not None:  # its PSNR and SSIM take the place of those above
+        columns |= suite(sr, gt)
+        keys["preset"] = suite.preset.label
     return pd.DataFrame({**keys, "prompt": prompts, **{name: values.numpy() for name, values in columns.items()}})
 
 
@@ -58,6 +65,7 @@ def evaluate(
     batch_size: int = 8,
     num_inference_steps: int | None = None,
     name: str = "",
+    suite: Suite | None = None,
     on_images: Callable[[range, Tensor], None] | None = None,
 ) -> pd.DataFrame:
     """Upscale every sample with every seed and measure the result.
@@ -72,6 +80,7 @@ def evaluate(
         batch_size: images at once.
         num_inference_steps: the model's own by default.
         name: what the column ``model`` says.
+        suite: published metrics to measure as well; the column ``preset`` then says which settings they had.
         on_images: called with the indices and the results of every batch, for those who want to look at them.
 
     Returns:
@@ -84,26 +93,33 @@ def evaluate(
     parts = []
     for seed, images, gt, lr, prompts in _batches(samples, batch_size, f"evaluate {name}".strip(), seeds):
         sr = sample(model, lr.to(model.device), prompts, generators(seed, images), num_inference_steps)
-        parts.append(_rows(sr, gt, prompts, scorers, model=name, image=images, seed=seed))
+        parts.append(_rows(sr, gt, prompts, scorers, suite, model=name, image=images, seed=seed))
         if on_images is not None:
             on_images(images, sr)
     return _table(parts)
 
 
 def evaluate_bicubic(
-    samples: Sequence[Sample], scorers: dict[str, Scorer], scale: int, batch_size: int = 8, name: str = "bicubic"
+    samples: Sequence[Sample],
+    scorers: dict[str, Scorer],
+    scale: int,
+    batch_size: int = 8,
+    name: str = "bicubic",
+    suite: Suite | None = None,
 ) -> pd.DataFrame:
     """The same table for bicubic interpolation, the floor any model must beat; its ``seed`` is `pandas.NA`."""
     parts = []
     for _, images, gt, lr, prompts in _batches(samples, batch_size, f"evaluate {name}".strip(), [None]):
         sr = F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(0, 1)
-        parts.append(_rows(sr, gt, prompts, scorers, model=name, image=images, seed=pd.NA))
+        parts.append(_rows(sr, gt, prompts, scorers, suite, model=name, image=images, seed=pd.NA))
     return _table(parts)
 
 
 def _per_image(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean over an image's seeds, indexed by (model, image)."""
-    return frame.drop(columns=["seed", "prompt"]).groupby(["model", "image"], sort=False).mean()
+    keys = ["model", "image"]
+    metrics = frame.drop(columns=[*keys, "seed"], errors="ignore").select_dtypes("number").columns
+    return frame.groupby(keys, sort=False)[list(metrics)].mean()
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
@@ -120,25 +136,36 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis(["model", "metric"]).rename(columns={"sem": "standard_error", "count": "n"})
 
 
-def compare(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
+def _bootstrap(differences: pd.DataFrame, confidence: float, resamples: int) -> np.ndarray:
+    """Percentile intervals of the columns' means, ``[2, columns]``: whole images are drawn again, with replacement."""
+    values, generator = differences.to_numpy(float), np.random.default_rng(0)
+    with np.errstate(invalid="ignore"):  # the difference of two infinite PSNRs is no number, and so are its means
+        means = [values[generator.integers(len(values), size=len(values))].mean(0) for _ in range(resamples)]
+        return np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+
+
+def compare(frame: pd.DataFrame, a: str, b: str, confidence: float = 0.95, resamples: int = 10_000) -> pd.DataFrame:
     """Paired difference b − a of every metric: what changed between two models on the same images and noise.
 
     Args:
         frame: rows of both models, as `evaluate` gave them.
         a, b: names in the column ``model``.
+        confidence: of the bootstrap interval.
+        resamples: of the images, with replacement, for that interval; their seed is fixed.
 
     Returns:
         Indexed by metric: ``difference`` (mean over image and seed), its ``standard_error`` over images, their
-        ``ratio`` (beyond ±2 it is hardly chance) and ``n``, the number of images.
+        ``ratio`` (beyond ±2 it is hardly chance), the ends ``low`` and ``high`` of the paired percentile bootstrap
+        interval (Efron, 1979; too narrow for fewer than about ten images) and ``n``, the number of images.
 
     Raises:
-        ValueError: if a model has no rows, or both were not measured on the same images and seeds.
+        ValueError: if a model has no rows, or both were not measured on the same images and seeds with the same preset.
     """
     rows = {name: frame[frame["model"] == name] for name in (a, b)}
     for name, part in rows.items():
         if part.empty:
             raise ValueError(f"model must be one of {sorted(frame['model'].unique())}, got {name!r}")
-    for column in ("image", "seed"):
+    for column in (name for name in ("image", "seed", "preset") if name in frame):
         first, second = (sorted(part[column].dropna().unique()) for part in rows.values())
         if first != second and first and second:  # bicubic interpolation has no seed and pairs with any
             raise ValueError(
@@ -147,6 +174,9 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
     difference = _per_image(rows[b]).droplevel("model") - _per_image(rows[a]).droplevel("model")
     table = difference.agg(["mean", "sem", "count"]).T.rename_axis("metric")
     table.insert(2, "ratio", table["mean"] / table["sem"])
+    low, high = _bootstrap(difference, confidence, resamples)
+    table.insert(3, "low", low)
+    table.insert(4, "high", high)
     return table.rename(columns={"mean": "difference", "sem": "standard_error", "count": "n"}).astype({"n": int})
 
 

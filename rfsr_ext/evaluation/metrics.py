@@ -12,30 +12,45 @@ _WINDOW = 11  # pixels: the Gaussian of standard deviation 1.5 that Wang et al. 
 _BAND_RANGE = 2.0
 
 
-def _pair(sr: Tensor, gt: Tensor, smallest: int = 1) -> tuple[Tensor, Tensor]:
-    """Check both batches; give them back clamped to [0, 1], in float64 on the CPU."""
+def _pair(sr: Tensor, gt: Tensor, smallest: int = 1, channel: str = "rgb", crop: int = 0) -> tuple[Tensor, Tensor]:
+    """Check both batches; give them back clamped to [0, 1], cropped, in float64 on the CPU."""
+    if channel not in ("rgb", "y"):
+        raise ValueError(f"channel must be 'rgb' or 'y', got {channel!r}")
+    if crop < 0:
+        raise ValueError(f"crop must be at least 0, got {crop}")
     if sr.ndim != 4 or sr.shape[1] != 3:
         raise ValueError(f"sr must have shape [N, 3, H, W], got {list(sr.shape)}")
     if gt.shape != sr.shape:
         raise ValueError(f"gt must have the shape of sr {list(sr.shape)}, got {list(gt.shape)}")
-    if min(sr.shape[-2:]) < smallest:
-        raise ValueError(f"sr must be at least {smallest} pixels high and wide, got {sr.shape[-2]}x{sr.shape[-1]}")
-    return tuple(x.detach().double().cpu().clamp(0, 1) for x in (sr, gt))
+    least = smallest + 2 * crop
+    if min(sr.shape[-2:]) < least:
+        raise ValueError(f"sr must be at least {least} pixels high and wide, got {sr.shape[-2]}x{sr.shape[-1]}")
+    inside = (..., slice(crop, sr.shape[-2] - crop), slice(crop, sr.shape[-1] - crop))
+    pair = (x.detach().double().cpu().clamp(0, 1)[inside] for x in (sr, gt))
+    return tuple(_luma(x) if channel == "y" else x for x in pair)
 
 
-def psnr(sr: Tensor, gt: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, −10·log₁₀ of the mean squared error over all pixels and RGB channels.
+def _luma(images: Tensor) -> Tensor:
+    """Y of YCbCr as ITU-R BT.601 and the super-resolution literature have it: 16/255 for black, 235/255 for white."""
+    r, g, b = images.unbind(1)
+    return ((65.481 * r + 128.553 * g + 24.966 * b + 16) / 255)[:, None]
+
+
+def psnr(sr: Tensor, gt: Tensor, channel: str = "rgb", crop: int = 0) -> Tensor:
+    """Peak signal-to-noise ratio in dB, −10·log₁₀ of the mean squared error over all pixels and channels.
 
     Args:
         sr, gt: ``[N, 3, H, W]`` in [0, 1]; values outside are clamped, as saving the image would.
+        channel: "rgb", or "y" for the luma of YCbCr (ITU-R BT.601), not rounded.
+        crop: pixels left out along every border.
 
     Returns:
         ``[N]`` on the CPU; infinite for equal images.
 
     Raises:
-        ValueError: if a shape is wrong.
+        ValueError: if a shape or an option is wrong.
     """
-    sr, gt = _pair(sr, gt)
+    sr, gt = _pair(sr, gt, channel=channel, crop=crop)
     return -10 * (sr - gt).square().mean(dim=(1, 2, 3)).log10().float()
 
 
@@ -49,19 +64,20 @@ def _ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def ssim(sr: Tensor, gt: Tensor) -> Tensor:
-    """Structural similarity as Wang et al. (2004) define it, mean over RGB channels (scikit-image underneath).
+def ssim(sr: Tensor, gt: Tensor, channel: str = "rgb", crop: int = 0) -> Tensor:
+    """Structural similarity as Wang et al. (2004) define it, mean over channels (scikit-image underneath).
 
     Args:
-        sr, gt: ``[N, 3, H, W]`` in [0, 1], at least 11 pixels high and wide; values outside are clamped.
+        sr, gt: ``[N, 3, H, W]`` in [0, 1], at least 11 pixels high and wide after ``crop``; values outside are clamped.
+        channel, crop: as of `psnr`.
 
     Returns:
         ``[N]`` on the CPU, at most 1.
 
     Raises:
-        ValueError: if a shape is wrong.
+        ValueError: if a shape or an option is wrong.
     """
-    return _ssim(*(x.numpy() for x in _pair(sr, gt, smallest=_WINDOW)), data_range=1.0)
+    return _ssim(*(x.numpy() for x in _pair(sr, gt, _WINDOW, channel, crop)), data_range=1.0)
 
 
 def band_ssim(sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:

@@ -204,6 +204,45 @@ def test_one_image_has_no_standard_error():
     assert np.isnan(summarise(table("a", {(0, 0): 1.0})).standard_error.item())
 
 
+def of_one_metric(differences):
+    zeros = {(i, 0): 0.0 for i in range(len(differences))}
+    both = [table("a", zeros), table("b", {(i, 0): float(d) for i, d in enumerate(differences)})]
+    return pd.concat(both)
+
+
+def test_bootstrap_of_two_images_is_known_exactly():
+    """Means of two draws out of {0, 1}: 0, ½ and 1 with probabilities ¼, ½ and ¼."""
+    frame = of_one_metric([0, 1])
+    ends = {level: compare(frame, "a", "b", level).loc["psnr", ["low", "high"]].tolist() for level in (0.4, 0.9)}
+    assert ends == {0.4: [0.5, 0.5], 0.9: [0.0, 1.0]}
+
+
+def test_bootstrap_of_many_images_is_the_normal_interval():
+    differences = np.random.default_rng(1).normal(0.3, 1, 400)
+    row = compare(of_one_metric(differences), "a", "b").loc["psnr"]
+    error = differences.std() / math.sqrt(400)  # the bootstrap's own variance is that of the sample, not n − 1
+    assert row.low == pytest.approx(row.difference - 1.96 * error, abs=0.05 * 1.96 * error)
+    assert row.high == pytest.approx(row.difference + 1.96 * error, abs=0.05 * 1.96 * error)
+
+
+def test_bootstrap_is_paired_and_repeatable():
+    frame = pd.concat([table("a", A), table("b", B)])
+    first, second = compare(frame, "a", "b"), compare(frame, "a", "b")
+    pd.testing.assert_frame_equal(first, second)
+    assert 0 <= first.low["psnr"] <= 1 <= first.high["psnr"] <= 2  # images differ by 10 dB, their differences by 2
+
+
+def test_a_suite_adds_its_metrics_and_says_which(samples):
+    from rfsr_ext.evaluation import Preset, Suite
+
+    preset = Preset("luma", ("psnr", "judge"), "y", 4)
+    frame = evaluate(NoisyBicubic(), samples, SCORERS, name="noisy", suite=Suite(preset))
+    plain = evaluate(NoisyBicubic(), samples, SCORERS, name="noisy")
+    assert set(frame.preset) == {preset.label} and "preset" not in plain
+    assert (frame.psnr != plain.psnr).all() and (frame.ssim == plain.ssim).all()
+    assert frame.judge.notna().all() and "judge" in summarise(frame).loc["noisy"].index
+
+
 # -- trajectories -----------------------------------------------------------------------------------------------------
 
 

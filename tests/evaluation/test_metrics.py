@@ -51,6 +51,38 @@ def test_ssim(pair):
     torch.testing.assert_close(ssim(*pair), reference_ssim(*pair, data_range=1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("crop", [0, 5])
+def test_luma_and_border_are_scikit_images(pair, crop):
+    from skimage.color import rgb2ycbcr
+
+    inside = slice(crop, 64 - crop)
+    lumas = [[rgb2ycbcr(image.permute(1, 2, 0).double().numpy())[inside, inside, 0] for image in x] for x in pair]
+    for sr, gt, p, s in zip(*lumas, psnr(*pair, "y", crop), ssim(*pair, "y", crop), strict=True):
+        assert p.item() == pytest.approx(peak_signal_noise_ratio(gt, sr, data_range=255), abs=1e-4)
+        options = {"data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        assert s.item() == pytest.approx(structural_similarity(sr, gt, **options), abs=1e-5)
+
+
+def test_border_is_left_out(pair):
+    gt = pair[1]
+    framed = gt.clone()
+    framed[..., :3, :] = framed[..., -3:] = 0
+    assert psnr(framed, gt, crop=3).isinf().all() and psnr(framed, gt, crop=2).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"channel": "luma"}, "channel must be 'rgb' or 'y', got 'luma'"),
+        ({"crop": -1}, "crop must be at least 0, got -1"),
+        ({"crop": 27}, "sr must be at least 65 pixels high and wide, got 64x64"),
+    ],
+)
+def test_rejects_options(pair, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ssim(*pair, **options)
+
+
 def test_band_ssim(pair):
     (low_sr, high_sr), (low_gt, high_gt) = map(haar, pair)
     low, high = band_ssim(*pair)
