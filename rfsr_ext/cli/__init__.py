@@ -20,6 +20,8 @@ _typer = typer.Typer(
 )
 _mini = typer.Typer(help="The mini model that ships with the package.", no_args_is_help=True)
 _typer.add_typer(_mini, name="mini")
+_weights = typer.Typer(invoke_without_command=True)
+_typer.add_typer(_weights, name="weights")
 
 
 def app() -> None:
@@ -94,19 +96,62 @@ def upscale(
 
 @_typer.command()
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help='"mini" and folders; the first is what others are compared with.')
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help='Models ("mini" or model folders), or folders of pictures; others are compared with the first.'
+        ),
     ],
+    gt: Annotated[Path | None, typer.Option(help="Folder of ground truths, matched by name (pictures).")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="basic, rfsr-paper, seesr, held-out or weightless; basic for pictures.")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated names instead of those of the preset.")] = None,
+    channel: Annotated[str | None, typer.Option(help="rgb or y, of PSNR and SSIM; the preset's by default.")] = None,
+    border: Annotated[int | None, typer.Option(help="Pixels PSNR and SSIM leave out along every border.")] = None,
+    cases: Annotated[Path | None, typer.Option(help="PNG of the best and worst cases (pictures).")] = None,
+    by: Annotated[str | None, typer.Option(help="Metric that ranks the cases; the first by default.")] = None,
     crops: Annotated[int, typer.Option(help="Held-out crops.")] = 64,
     size: Annotated[int, typer.Option(help="Their side in pixels.")] = 64,
     seeds: Annotated[int, typer.Option(help="Seeds of the noise, from 0.")] = 3,
-    output: Annotated[Path | None, typer.Option(help="Also write every row to this CSV file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write every row to this .csv or .parquet file.")] = None,
     steps: Annotated[bool, typer.Option(help="Also measure every sampling step (Figure 1 of the paper).")] = False,
 ) -> None:
-    """Measure models on held-out photographs: fidelity, the two rewards and the held-out judge."""
-    from rfsr_ext.cli.evaluate import evaluate_models
+    """Measure folders of pictures, or models on held-out photographs, by the metrics of a preset."""
+    from rfsr_ext.cli.evaluate import choose_preset, evaluate_folders, evaluate_models, holds_pictures
 
-    evaluate_models(models, crops, size, range(seeds), output, steps)
+    chosen = choose_preset(preset, metrics, channel, border)
+    folders = [holds_pictures(target) for target in targets]
+    if all(folders):
+        evaluate_folders([Path(target) for target in targets], gt, chosen, output, cases, by)
+    elif any(folders):
+        raise ValueError(f"targets must be all models or all folders of pictures, got {' '.join(targets)}")
+    elif gt is not None or cases is not None:
+        raise ValueError("--gt and --cases are for folders of pictures; models are measured on the bundled photographs")
+    else:
+        evaluate_models(targets, crops, size, range(seeds), output, steps, chosen)
+
+
+@_weights.callback()
+def weights(
+    context: typer.Context,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List every published weight file that some part can use, and whether it is here; nothing is downloaded."""
+    if context.invoked_subcommand is None:
+        from rfsr_ext.cli.weights import list_weights
+
+        list_weights(json_)
+
+
+@_weights.command("fetch")
+def weights_fetch(
+    names: Annotated[list[str], typer.Argument(help="Names as `rfsr weights` lists them.")],
+) -> None:
+    """Download files by name into the folder RFSR_WEIGHTS names, or where the package that reads them looks."""
+    from rfsr_ext.cli.weights import fetch_weights
+
+    fetch_weights(names)
 
 
 @_typer.command()

@@ -1,29 +1,74 @@
-"""``rfsr evaluate`` and ``rfsr ablate``: tables of held-out measurements."""
+"""``rfsr evaluate`` and ``rfsr ablate``: tables of measurements."""
 
+import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 import typer
 
 from rfsr_ext.data import evaluation_crops, photographs
+from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
+    METRICS,
+    FolderResult,
     Judge,
+    Preset,
     Scorer,
+    Suite,
+    best_and_worst,
+    cases_figure,
     compare,
     evaluate,
     evaluate_bicubic,
+    evaluate_folder,
+    get_preset,
     measure_trajectory,
     summarise,
     trajectory_figure,
 )
+from rfsr_ext.evaluation.folders import read_picture
 from rfsr_ext.files import replace_file
 from rfsr_ext.models import load_model
 from rfsr_ext.rewards import REWARDS, create_reward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
 
-__all__ = ["ablate_variants", "difference_table", "evaluate_models", "held_out_scorers", "mean_table"]
+__all__ = [
+    "ablate_variants",
+    "choose_preset",
+    "difference_table",
+    "evaluate_folders",
+    "evaluate_models",
+    "held_out_scorers",
+    "holds_pictures",
+    "mean_table",
+    "write_table",
+]
+
+
+def choose_preset(name: str | None, metrics: str | None, channel: str | None, border: int | None) -> Preset | None:
+    """The preset of this name; with anything changed it is called "custom".  None if nothing was asked for."""
+    changes = {"metrics": tuple(metrics.split(",")) if metrics else None, "channel": channel, "crop": border}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if name is None and not changes:
+        return None
+    preset = get_preset(name or "basic")
+    return replace(preset, name="custom", **changes) if changes else preset
+
+
+def holds_pictures(target: str) -> bool:
+    """Whether ``target`` is a folder of pictures instead of a model."""
+    folder = Path(target)
+    if target == "mini" or not folder.is_dir() or (folder / "isr_config.json").is_file():
+        return False
+    return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def held_out_scorers() -> dict[str, Scorer]:
@@ -33,46 +78,133 @@ def held_out_scorers() -> dict[str, Scorer]:
 
 
 def mean_table(frame: pd.DataFrame) -> str:
-    """Models in rows, metrics in columns, ``mean ± standard error`` in cells."""
+    """Models in rows, metrics in columns, ``mean ± standard error`` in cells; ``n`` is the number of images."""
     table = summarise(frame)
     cells = table["mean"].map("{:.3f}".format) + " ± " + table["standard_error"].map("{:.3f}".format)
     wide = cells.unstack("metric")[table.index.get_level_values("metric").unique()]
+    wide.insert(0, "n", table["n"].groupby("model").max())
     return wide.loc[frame["model"].unique()].to_string()
 
 
 def difference_table(frame: pd.DataFrame, base: str, names: Sequence[str]) -> str:
-    """What changed against ``base``, with standard errors over images and the ratio of the two."""
+    """What changed against ``base``: standard errors over images, the ratio of the two, 95 % bootstrap intervals."""
     parts = []
     for name in names:
         table = compare(frame, base, name)
         table.insert(0, "model", name)
         parts.append(table.reset_index())
-    columns = {"difference": "{:+.4f}".format, "standard_error": "{:.4f}".format, "ratio": "{:+.1f}".format}
+    columns = {"difference": "{:+.4f}".format, "standard_error": "{:.4f}".format, "ratio": "{:+.1f}".format,
+               "low": "{:+.4f}".format, "high": "{:+.4f}".format}  # fmt: skip
     return pd.concat(parts).to_string(index=False, formatters=columns)
 
 
-def write_csv(frame: pd.DataFrame, path: Path) -> None:
+def check_table(path: Path | None) -> None:
+    """Refuse, before anything is measured, a table that could not be written afterwards."""
+    if path is None:
+        return
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"output must end in .csv or .parquet, got {str(path)!r}")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ModuleNotFoundError("writing .parquet needs pyarrow (pip install pyarrow); give a .csv instead")
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Every row, as CSV or Parquet by the ending."""
     with replace_file(path) as aside:
-        frame.to_csv(aside, index=False)
+        frame.to_parquet(aside, index=False) if path.suffix == ".parquet" else frame.to_csv(aside, index=False)
+
+
+def _cases(results: dict[str, FolderResult], metric: str, frame: pd.DataFrame, path: Path) -> None:
+    """Best and worst by a metric, of two folders by what changed from the first to the second."""
+    values = {name: part.set_index("image")[metric] for name, part in frame.groupby("model", sort=False)}
+    first, *others = values
+    ranking = values[others[0]] - values[first] if others else values[first]
+    best, worst = best_and_worst(ranking, metric)
+    rows = []
+    for kind, images in (("best", best), ("worst", worst)):
+        for image in images:
+            row = [(read_picture(result.pictures[image]), f"{kind}: {image} · {metric} {values[name][image]:.3f}")
+                   for name, result in results.items()]  # fmt: skip
+            truth = results[first].references.get(image)
+            rows.append(row + ([(read_picture(truth), "")] if truth else []))
+    titles = [Path(name).name for name in results] + (["ground truth"] if results[first].references else [])
+    with replace_file(path) as aside:
+        cases_figure(rows, titles).savefig(aside, format="png", dpi=100)
+
+
+def evaluate_folders(
+    folders: Sequence[Path],
+    references: Path | None,
+    preset: Preset | None,
+    output: Path | None,
+    cases: Path | None,
+    by: str | None,
+) -> None:
+    """Print the table of folders of pictures and of their differences from the first one.
+
+    Raises:
+        ValueError: at the end, if a picture could not be measured; the others were.
+    """
+    check_table(output)
+    suite = Suite(preset or get_preset("basic"), references is not None, _device())
+    if by is not None and by not in suite.metrics:
+        raise ValueError(f"--by must be one of {', '.join(suite.metrics)}, got {by!r}")
+    left_out = [name for name in suite.preset.metrics if name not in suite.metrics]
+    results = {name: evaluate_folder(name, suite, references) for name in dict.fromkeys(map(str, folders))}
+    frame = pd.concat([result.frame for result in results.values()], ignore_index=True)
+    typer.echo(suite.preset.label)
+    if left_out:
+        typer.echo(f"without --gt there is no {', '.join(left_out)}")
+    better = ", ".join(name for name in suite.metrics if METRICS[name].lower_better)
+    typer.echo(f"mean ± standard error over pictures{f'; lower is better for {better}' if better else ''}\n")
+    typer.echo(mean_table(frame))
+    common = set.intersection(*(set(result.pictures) for result in results.values()))
+    base, *others = results
+    shared = frame[frame["image"].isin(common)]
+    if others and common:
+        typer.echo(f"\nAgainst {base}, {len(common)} pictures that all folders have:\n")
+        typer.echo(difference_table(shared, base, others))
+    elif others:
+        typer.echo("\nno picture is in all folders, so that nothing can be compared")
+    if output is not None:
+        write_table(frame, output)
+    if cases is not None and common:
+        _cases(results, by or suite.metrics[0], shared, cases)
+    broken = {path: reason for result in results.values() for path, reason in result.broken.items()}
+    if broken:
+        for path, reason in broken.items():
+            typer.echo(f"left out {path}: {reason}", err=True)
+        pictures = len(frame) + len(broken)
+        raise ValueError(f"{len(broken)} of {pictures} pictures could not be measured: {', '.join(map(str, broken))}")
 
 
 def evaluate_models(
-    names: Sequence[str], crops: int, size: int, seeds: Sequence[int], output: Path | None, steps: bool
+    names: Sequence[str],
+    crops: int,
+    size: int,
+    seeds: Sequence[int],
+    output: Path | None,
+    steps: bool,
+    preset: Preset | None = None,
 ) -> None:
     """Print the table of models and of their differences from the first one."""
+    check_table(output)
+    suite = Suite(preset, device=_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops)
     scorers = held_out_scorers()
     models = {name: load_model(name) for name in dict.fromkeys(names)}
-    frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale)]
-    frames += [evaluate(model, samples, scorers, seeds=seeds, name=name) for name, model in models.items()]
+    frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
+    frames += [evaluate(model, samples, scorers, seeds=seeds, name=name, suite=suite) for name, model in models.items()]
     frame = pd.concat(frames, ignore_index=True)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} seeds; rewards are the small stand-ins\n")
+    if suite is not None:
+        typer.echo(f"{suite.preset.label}\n")
     typer.echo(mean_table(frame))
     base, *others = models
     if others:
         typer.echo(f"\nAgainst {base}:\n\n{difference_table(frame, base, others)}")
     if output is not None:
-        write_csv(frame, output)
+        write_table(frame, output)
     if steps:
         paths = [measure_trajectory(model, samples, seeds, name=name) for name, model in models.items()]
         for name, path in zip(models, paths, strict=True):
@@ -85,7 +217,7 @@ def evaluate_models(
                 with replace_file(output.with_suffix(f".{Path(name).name}.png")) as aside:
                     trajectory_figure(path).savefig(aside, format="png", dpi=150)
         if output is not None:
-            write_csv(pd.concat(paths, ignore_index=True), output.with_suffix(".steps.csv"))
+            write_table(pd.concat(paths, ignore_index=True), output.with_suffix(".steps.csv"))
 
 
 def ablate_variants(
@@ -95,7 +227,7 @@ def ablate_variants(
     variants = list(variants or VARIANTS)
     samples = evaluation_crops(photographs("test"), size, crops)
     frame = ablate(RFSRConfig.load(config), samples, held_out_scorers(), variants, seeds, output)
-    write_csv(frame, output / "ablation.csv")
+    write_table(frame, output / "ablation.csv")
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} training seeds; rewards are stand-ins\n")
     typer.echo(mean_table(frame))
     typer.echo(f"\nAgainst base:\n\n{difference_table(frame, 'base', variants)}")

@@ -1,8 +1,12 @@
 """The command line as a user types it: what works, and the one sentence when something does not."""
 
+import importlib.util
+import json
+import re
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -38,6 +42,13 @@ def test_doctor_says_what_serves_each_operator(rfsr):
         (["train", "mini", "--set", "model=nowhere"], "model folder 'nowhere' has no isr_config.json"),
         (["train", "paper", "--set", "model=mini"], "reward must be one of mini-iqa, mini-preference, got 'clipiqa'"),
         (["evaluate", "mini", "--crops", "100000"], "count must be at most"),
+        (["evaluate", "mini", "--gt", "."], "--gt and --cases are for folders of pictures"),
+        (["evaluate", "mini", "."], "targets must be all models or all folders of pictures, got mini ."),
+        (["evaluate", ".", "--preset", "magic"], "preset must be one of basic, rfsr-paper, seesr,"),
+        (["evaluate", ".", "--metrics", "psnr"], "preset 'custom' has only metrics that compare with a ground truth"),
+        (["evaluate", ".", "--by", "psnr"], "--by must be one of judge, got 'psnr'"),
+        (["evaluate", ".", "--output", "table.xlsx"], "output must end in .csv or .parquet, got 'table.xlsx'"),
+        (["weights", "fetch", "magic"], "name must be one of vgg19, "),
         (["ablate", "--variants", "magic"], "variants must be among rfsr, "),
         (["upscale", "x.png", "--color-fix", "sepia"], "color_fix must be"),
     ],
@@ -68,10 +79,98 @@ def test_upscale_writes_what_it_can_and_names_the_rest(rfsr, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["alpha_x4.png", "grey_x4.png"]
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """Ground truths, results of two makers, and a file that is no picture among the first one's."""
+    rng = np.random.default_rng(0)
+    for maker, noise in {"gt": 0, "noisy": 30, "clean": 3}.items():
+        (tmp_path / maker).mkdir()
+        for i in range(5):
+            image = np.kron(np.random.default_rng(i).integers(60, 200, (8, 8, 3)), np.ones((6, 6, 1)))
+            image = (image + rng.normal(0, noise, image.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / maker / f"{i}.png")
+    (tmp_path / "noisy" / "half.png").write_bytes((tmp_path / "noisy" / "0.png").read_bytes()[:200])
+    return tmp_path
+
+
+def test_evaluate_folders_measures_what_it_can_and_names_the_rest(rfsr, pictures):
+    table, cases = pictures / "out" / "table.csv", pictures / "out" / "cases.png"
+    code, printed = rfsr("evaluate", pictures / "noisy", pictures / "clean", "--gt", pictures / "gt", "--output", table,
+                         "--cases", cases)  # fmt: skip
+    broken = pictures / "noisy" / "half.png"
+    assert code == f"rfsr: 1 of 11 pictures could not be measured: {broken}"
+    assert f"left out {broken}: " in printed.err
+    frame = pd.read_csv(table)
+    assert list(frame.columns) == ["model", "image", "preset", "psnr", "ssim", "judge"] and len(frame) == 10
+    assert set(frame.preset) == {"basic: seed 0, PSNR and SSIM on RGB, border 0"}
+    assert "basic: seed 0" in printed.out and f"Against {pictures / 'noisy'}, 5 pictures" in printed.out
+    assert "low" in printed.out and "high" in printed.out
+    with Image.open(cases) as image:
+        assert image.width > 3 * 320 and image.height > 5 * 320  # two makers and the truth; all five pictures
+
+
+def test_evaluate_one_good_folder_exits_with_0(rfsr, pictures):
+    code, printed = rfsr("evaluate", pictures / "clean", "--gt", pictures / "gt", "--metrics", "psnr,ssim", "--channel",
+                         "y", "--border", 4)  # fmt: skip
+    assert code == 0
+    assert "custom: seed 0, PSNR and SSIM on Y, border 4" in printed.out
+
+
+def test_evaluate_without_ground_truths_says_what_is_left_out(rfsr, pictures):
+    code, printed = rfsr("evaluate", pictures / "clean")
+    assert code == 0 and "without --gt there is no psnr, ssim" in printed.out
+
+
+def test_parquet_needs_pyarrow(rfsr, pictures):
+    table = pictures / "table.parquet"
+    code, _ = rfsr("evaluate", pictures / "clean", "--output", table)
+    if importlib.util.find_spec("pyarrow"):
+        assert code == 0 and len(pd.read_parquet(table)) == 5
+    else:
+        assert code == "rfsr: writing .parquet needs pyarrow (pip install pyarrow); give a .csv instead"
+        assert not table.exists()
+
+
+def test_missing_weights_are_named_before_anything_runs(rfsr, pictures, monkeypatch):
+    pytest.importorskip("pyiqa", reason="pyiqa is not installed (pip install 'rfsr_ext[metrics]')")
+    monkeypatch.setenv("TORCH_HOME", str(pictures / "torch"))
+    monkeypatch.setenv("RFSR_WEIGHTS", str(pictures / "mine"))
+    code, printed = rfsr("evaluate", pictures / "clean", "--gt", pictures / "gt", "--metrics", "psnr,musiq")
+    assert "lacks the weights musiq (musiq_koniq_ckpt-e95806b9.pth)" in code and "\n" not in code
+    assert printed.out == ""
+
+
+def test_evaluate_models_by_a_preset(rfsr, tmp_path):
+    code, printed = rfsr("evaluate", "mini", "--crops", 3, "--seeds", 1, "--preset", "basic", "--output",
+                         tmp_path / "table.csv")  # fmt: skip
+    assert code == 0 and "basic: seed 0" in printed.out
+    frame = pd.read_csv(tmp_path / "table.csv")
+    assert {"bicubic", "mini"} == set(frame.model) and frame.preset.notna().all() and frame.judge.notna().all()
+
+
+def test_weights_are_listed(rfsr, tmp_path, monkeypatch):
+    monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
+    (tmp_path / "musiq_koniq_ckpt-e95806b9.pth").write_bytes(b"x")
+    code, printed = rfsr("weights")
+    assert code == 0
+    (line,) = (line for line in printed.out.splitlines() if line.startswith("musiq "))
+    assert re.match(r"musiq +yes +\? +\? +MUSIQ \(KonIQ-10k\) +musiq_koniq_ckpt-e95806b9.pth +https://", line)
+    assert str(tmp_path) in printed.out
+    code, printed = rfsr("weights", "--json")
+    (row,) = (row for row in json.loads(printed.out) if row["name"] == "musiq")
+    assert row["found"] == row["looked_for"][0] == str(tmp_path / "musiq_koniq_ckpt-e95806b9.pth")
+    assert row["sha256"] == "" and row["mib"] is None
+
+
+def test_fetching_what_is_there_says_where(rfsr, tmp_path, monkeypatch):
+    monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
+    (tmp_path / "musiq_koniq_ckpt-e95806b9.pth").write_bytes(b"x")
+    code, printed = rfsr("weights", "fetch", "musiq")
+    assert code == 0 and printed.out == f"musiq: {tmp_path / 'musiq_koniq_ckpt-e95806b9.pth'}\n"
+
+
 @pytest.mark.slow
 def test_demo_in_small(rfsr, tmp_path):
-    import json
-
     code, printed = rfsr("demo", "--output", tmp_path / "demo", "--iterations", 8, "--crops", 3)  # 8 reach both windows
     assert code == 0
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
