@@ -225,25 +225,15 @@ def fetch(name: str) -> Path:
     weight = _named(name)
     if find(name) is not None:
         return locate(name)
-    remedy = f"fetch it where there is a network and put it into {weight.places()[0]}"
     if weight.home == "hub":
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, hf_hub_url
 
-        try:
-            return Path(hf_hub_download(weight.source, weight.file, cache_dir=weight.folder().parent))
-        except Exception as error:  # the hub's own errors and those of several libraries below it
-            raise ConnectionError(
-                f"{weight.file} could not be had from {weight.source} on Hugging Face ({_reason(error)}); fetch it "
-                f"where there is a network and copy the cache folder {weight.folder()}"
-            ) from error
+        # asked first, because the hub's own client would try again for half a minute and say so many times
+        _open(weight, hf_hub_url(weight.source, weight.file), "HEAD").close()
+        return Path(hf_hub_download(weight.source, weight.file, cache_dir=weight.folder().parent))
     target = weight.places()[0] / weight.file
     with replace_file(target) as aside:
-        try:
-            response = urllib.request.urlopen(weight.source, timeout=30)
-        except OSError as error:
-            raise ConnectionError(
-                f"{weight.file} could not be had from {weight.source} ({_reason(error)}); {remedy}"
-            ) from error
+        response = _open(weight, weight.source, "GET")
         with response, open(aside, "wb") as file:
             shutil.copyfileobj(response, file, _CHUNK)
         length = response.headers.get("Content-Length")
@@ -255,5 +245,12 @@ def fetch(name: str) -> Path:
     return target
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+def _open(weight: WeightFile, address: str, method: str):
+    try:
+        return urllib.request.urlopen(urllib.request.Request(address, method=method), timeout=30)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ConnectionError(
+            f"{weight.file} could not be had from {address} ({reason}); fetch it where there is a network and put it "
+            f"into {weight.places()[0]}"
+        ) from error
