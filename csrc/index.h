@@ -4,9 +4,9 @@
 // the tests of a machine without a GPU run. The two operators need:
 //   * Strided4: a view of an [N, C, H, W] tensor by sizes and strides (in elements), which is how any
 //     layout - contiguous, channels_last, sliced, expanded, transposed - is read without a copy;
-//   * the edge rule of the Haar transform. A one-level transform pairs samples (2i, 2i+1). When the
-//     length is odd the last pair lacks its second sample, and symmetric extension repeats the first.
-//     Transposed (the gradient), that repetition is a weight of 2 on the last sample.
+//   * the edge rules of the Haar transform: which samples a pair is the sum of and, read the other way
+//     round for the gradient, which pairs a sample is part of;
+//   * what the Haar loss keeps for backward, in bits.
 #pragma once
 
 #include <cmath>
@@ -41,14 +41,94 @@ struct Strided4 {
 };
 
 // ----------------------------------------------------------------------------------- Haar pairs
+// A one-level transform pairs samples (2i, 2i+1). Only an odd length n leaves a pair incomplete, and only
+// by one sample, so each of PyWavelets' extension modes comes down to three numbers:
+//   x[n] = last * x[n-1] + before * x[n-2] + first * x[0]
+
+struct HaarEdge {
+  int last, before, first;
+};
+
+// In the order of MODES in rfsr_ext/ops/reference.py.
+enum HaarMode : i64 {
+  kSymmetric,
+  kReflect,
+  kPeriodic,
+  kZeroPad,
+  kConstant,
+  kSmooth,
+  kAntisymmetric,
+  kAntireflect,
+  kPeriodization,
+  kHaarModes
+};
+
+RFSR_HD HaarEdge haar_edge(i64 mode) {
+  switch (mode) {
+    case kReflect:
+      return {0, 1, 0};
+    case kPeriodic:
+      return {0, 0, 1};
+    case kZeroPad:
+      return {0, 0, 0};
+    case kAntisymmetric:
+      return {-1, 0, 0};
+    case kSmooth:
+    case kAntireflect:
+      return {2, -1, 0};
+    default:  // symmetric, constant, periodization: the last sample once more
+      return {1, 0, 0};
+  }
+}
 
 RFSR_HD i64 haar_size(i64 size) { return (size + 1) / 2; }
 
-// Index of the second sample of pair i; the first is 2i.
-RFSR_HD i64 haar_second(i64 i, i64 size) { return smaller(2 * i + 1, size - 1); }
+// Up to three samples or pairs with their weights. The first always counts, even 0 times; the others only
+// with a weight, so that a NaN which the mode does not look at stays where it is.
+struct HaarTerms {
+  i64 index[3];
+  int weight[3];
 
-// How often sample k enters its pair: twice at an odd end, else once.
-RFSR_HD int haar_weight(i64 k, i64 size) { return (k == size - 1 && size % 2 == 1) ? 2 : 1; }
+  RFSR_HD bool has(int t) const { return t == 0 || weight[t] != 0; }
+};
+
+// The samples whose weighted sum is pair i. A single sample is its own neighbour.
+RFSR_HD HaarTerms haar_pair(i64 i, i64 size, HaarEdge edge) {
+  const i64 k = 2 * i;
+  if (k + 1 < size) return {{k, k + 1, k}, {1, 1, 0}};
+  return {{k, larger(k - 1, 0), 0}, {1 + edge.last, edge.before, edge.first}};
+}
+
+// The pairs that sample k is part of: the columns of the matrix whose rows are haar_pair. The gradient
+// gathers along them, so every pixel has one writer.
+RFSR_HD HaarTerms haar_users(i64 k, i64 size, HaarEdge edge) {
+  const i64 pair = k / 2, end = size - 1;
+  if (size % 2 == 0) return {{pair, pair, pair}, {1, 0, 0}};
+  return {{pair, end / 2, end / 2},
+          {k == end ? 1 + edge.last : 1, k == larger(end - 1, 0) ? edge.before : 0, k == 0 ? edge.first : 0}};
+}
+
+// --------------------------------------------------------------------------------- range of pixels
+
+// An input range [low, high] that is mapped to [0, 1] and cut off outside; low == high means none.
+// LL is linear, so of the map (x - low) / (high - low) a difference of two LL bands keeps only the factor
+// 1 / (high - low). The sum is multiplied by it, and pixels are only clamped.
+template <class Acc>
+struct Range {
+  Acc low, high;
+  bool active;
+
+  // A pixel on an end of the range has no gradient, as in torch.clamp of torch 2.15. NaN is inside and stays
+  // NaN, so that it is seen in the loss and in the gradient.
+  RFSR_HD bool inside(Acc x) const { return !(x <= low) & !(x >= high); }
+  RFSR_HD Acc clamped(Acc x) const { return x < low ? low : x > high ? high : x; }
+};
+
+template <class Acc>
+RFSR_HD Range<Acc> range_of(double low, double high) {
+  return {static_cast<Acc>(low), static_cast<Acc>(high), low != high};
+}
+RFSR_HD double range_factor(double low, double high) { return low == high ? 1 : 1 / (high - low); }
 
 // ----------------------------------------------------------------------------------- sign codes
 // The gradient of |d| needs only the sign of d. It is kept as two bits per coefficient, four
@@ -69,6 +149,36 @@ RFSR_HD uint8_t code_at(const uint8_t* row, i64 j) { return (row[j / kCodesPerBy
 template <class Acc>
 RFSR_HD Acc signed_value(uint8_t code, Acc g) {
   return code == kPlus ? g : code == kMinus ? -g : code == kZero ? Acc(0) * g : g * static_cast<Acc>(NAN);
+}
+
+// ------------------------------------------------------------------------- kept by the Haar loss
+
+// Bytes the loss keeps for backward. Of each sample, one after the other:
+//   signs   [C, h, ceil(w/4)]  two bits per coefficient
+//   inside  [C, H, ceil(W/8)]  one bit per pixel: not clamped. None, or one block for each clamped input
+//                              whose gradient is wanted
+struct Kept {
+  i64 channels, height, width;
+  int masks;  // blocks of inside bits
+
+  RFSR_HD i64 sign_bytes() const { return ceil_div(haar_size(width), kCodesPerByte); }  // of a row
+  RFSR_HD i64 mask_bytes() const { return ceil_div(width, 8); }
+  RFSR_HD i64 signs() const { return channels * haar_size(height) * sign_bytes(); }  // of a sample
+  RFSR_HD i64 mask() const { return channels * height * mask_bytes(); }
+  RFSR_HD i64 sample() const { return signs() + masks * mask(); }
+  RFSR_HD i64 sign_row(i64 n, i64 c, i64 i) const { return n * sample() + (c * haar_size(height) + i) * sign_bytes(); }
+  RFSR_HD i64 mask_row(int which, i64 n, i64 c, i64 r) const {
+    return n * sample() + signs() + which * mask() + (c * height + r) * mask_bytes();
+  }
+};
+
+RFSR_HD bool bit_at(const uint8_t* row, i64 k) { return (row[k / 8] >> (k % 8)) & 1; }
+
+// What the sum of |d| over N samples of `coefficients` each is divided by; in the order of REDUCTIONS in
+// rfsr_ext/ops/reference.py. kNone gives the mean of each sample.
+enum Reduction : i64 { kMean, kSum, kNone };
+RFSR_HD i64 divisor(i64 reduction, i64 n, i64 coefficients) {
+  return reduction == kSum ? 1 : reduction == kNone ? coefficients : n * coefficients;
 }
 
 // ------------------------------------------------------------------------- lower-triangle tiles

@@ -32,19 +32,22 @@ __device__ inline double block_sum(double value) {
   return shared[0];
 }
 
-// out = (sum of partials) / divisor, one block. Empty sums divided by zero give NaN, as torch.mean does.
+// out[b] = (sum of partials[b * count ...]) / divisor for block b. Empty sums divided by zero give NaN, as
+// torch.mean does.
 template <class Acc>
 __global__ void finish_sum_kernel(const double* partials, int count, double divisor, Acc* out) {
   double sum = 0;
-  for (int i = threadIdx.x; i < count; i += kThreads) sum += partials[i];
+  for (int i = threadIdx.x; i < count; i += kThreads) sum += partials[i64(blockIdx.x) * count + i];
   sum = block_sum(sum);
-  if (threadIdx.x == 0) *out = static_cast<Acc>(sum / divisor);
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<Acc>(sum / divisor);
 }
 
+// All partials to one sum, or in equal shares, in order, to several.
 template <class Acc>
-void finish_sum(const Tensor& partials, double divisor, Acc* out, cudaStream_t stream) {
-  launch("finish_sum_kernel", finish_sum_kernel<Acc>, 1, stream, data<double>(partials),
-         static_cast<int>(partials.numel()), divisor, out);
+void finish_sum(const Tensor& partials, double divisor, Acc* out, cudaStream_t stream, i64 sums = 1) {
+  if (sums == 0) return;
+  launch("finish_sum_kernel", finish_sum_kernel<Acc>, static_cast<unsigned>(sums), stream, data<double>(partials),
+         static_cast<int>(partials.numel() / sums), divisor, out);
 }
 
 }  // namespace rfsr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,26 @@ def alike(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
         raise ValueError(f"{name} must have {other_name}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {_dtype(other)}, got {_dtype(x)}")
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")
+
+
+def one_of(value: object, name: str, choices: Iterable[str]) -> None:
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def per_sample(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    """``x`` holds one floating-point number for each sample of ``other``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {_dtype(x)}")
+    if x.shape != other.shape[:1]:
+        raise ValueError(
+            f"{name} must have one number per sample of {other_name}, shape {tuple(other.shape[:1])}, "
+            f"got shape {tuple(x.shape)}"
+        )
     if x.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")
 

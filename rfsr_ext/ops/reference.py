@@ -8,13 +8,28 @@ wherever no compiled library does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+# PyWavelets' extension modes, in the order of csrc/index.h. A Haar pair lacks its second sample only at the end of
+# an odd length n; then x[n] = last * x[n-1] + before * x[n-2] + first * x[0]. Numbers: (last, before, first).
+MODES = {
+    "symmetric": (1, 0, 0),
+    "reflect": (0, 1, 0),
+    "periodic": (0, 0, 1),
+    "zero": (0, 0, 0),
+    "constant": (1, 0, 0),
+    "smooth": (2, -1, 0),
+    "antisymmetric": (-1, 0, 0),
+    "antireflect": (2, -1, 0),
+    "periodization": (1, 0, 0),
+}
+REDUCTIONS = ("mean", "sum", "none")
 SIGNS_PER_BYTE = 4  # two bits per LL coefficient, see csrc/index.h
-_ZERO, _PLUS, _MINUS, _NAN = range(4)
+_PLUS, _MINUS, _NAN = 1, 2, 3
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,25 +40,49 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 # ------------------------------------------------------------------------------------ the formulas
 
 
-def _pair_sums(x: Tensor, dim: int) -> Tensor:
-    """Sums of neighbours (2i, 2i+1) along ``dim``; an odd end is paired with itself (symmetric extension)."""
+def _pair_sums(x: Tensor, dim: int, mode: str) -> Tensor:
+    """Sums of neighbours (2i, 2i+1) along ``dim``, extended by one sample where the length is odd."""
     size = x.shape[dim]
-    first = x.narrow(dim, 0, size - size % 2).unflatten(dim, (-1, 2)).sum(dim)
-    if size % 2 == 0:
-        return first
-    return torch.cat([first, 2 * x.narrow(dim, size - 1, 1)], dim)
+    if size % 2 == 1:
+        samples = [x.narrow(dim, index, 1) for index in (size - 1, max(size - 2, 0), 0)]
+        terms = [weight * sample for weight, sample in zip(MODES[mode], samples, strict=True) if weight]
+        x = torch.cat([x, sum(terms) if terms else torch.zeros_like(samples[0])], dim)
+    return x.unflatten(dim, (-1, 2)).sum(dim)
 
 
-def haar_ll(x: Tensor) -> Tensor:
-    """LL band of the one-level orthonormal Haar transform, ``[N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)]``."""
+def haar_ll(x: Tensor, mode: str = "symmetric", level: int = 1) -> Tensor:
+    """LL band of the orthonormal Haar transform, ``[N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)]`` per level."""
     wide = x.to(acc_dtype(x.dtype))
-    return (_pair_sums(_pair_sums(wide, -2), -1) / 2).to(x.dtype)
+    for _ in range(level):
+        wide = _pair_sums(_pair_sums(wide, -2, mode), -1, mode) / 2
+    return wide.to(x.dtype)
 
 
-def haar_ll_l1_loss(pred: Tensor, target: Tensor) -> Tensor:
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """``x.clamp(low, high)``; the gradient is 0 at and outside the ends (torch versions differ at the ends)."""
+    return torch.where((x <= low) | (x >= high), x.detach().clamp(low, high), x)
+
+
+def haar_ll_l1_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    mode: str = "symmetric",
+    level: int = 1,
+    input_range: tuple[float, float] | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
     """``mean |LL(pred) - LL(target)|`` (arXiv 2412.03268, eq. 2), written as ``mean |LL(pred - target)|``."""
-    wide = acc_dtype(pred.dtype)
-    return haar_ll(pred.to(wide) - target.to(wide)).abs().mean()
+    pred, target = (x.to(acc_dtype(x.dtype)) for x in (pred, target))
+    if input_range is not None:
+        low, high = input_range
+        pred, target = ((clamp(x, low, high) - low) / (high - low) for x in (pred, target))
+    distance = haar_ll(pred - target, mode, level).abs()
+    per_sample = distance.sum((1, 2, 3)) if reduction == "sum" else distance.mean((1, 2, 3))
+    if weight is not None:
+        per_sample = weight.to(per_sample.dtype) * per_sample
+    return {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}[reduction](per_sample)
 
 
 def gram_matrix(features: Tensor) -> Tensor:
@@ -71,43 +110,103 @@ def gram_loss(
 # ------------------------------------------------------------- operator contracts (see haar.py, gram.py)
 
 
-def haar_ll_backward(grad: Tensor, height: int, width: int) -> Tensor:
-    """Gradient of :func:`haar_ll`: each pixel reads the one coefficient it belongs to, twice at an odd end."""
-    wide = grad.to(acc_dtype(grad.dtype)) / 2
-    return _spread(wide, height, width).to(grad.dtype)
+def _name(mode: int) -> str:
+    return list(MODES)[mode]
 
 
-def _spread(coefficients: Tensor, height: int, width: int) -> Tensor:
-    rows = torch.arange(height, device=coefficients.device)
-    columns = torch.arange(width, device=coefficients.device)
-    out = coefficients.index_select(-2, rows // 2).index_select(-1, columns // 2)
-    if height % 2:
-        out = torch.cat([out[..., :-1, :], 2 * out[..., -1:, :]], -2)
-    if width % 2:
-        out = torch.cat([out[..., :-1], 2 * out[..., -1:]], -1)
+def haar_ll_band(x: Tensor, mode: int, dtype: torch.dtype) -> Tensor:
+    return haar_ll(x.to(acc_dtype(x.dtype)), _name(mode)).to(dtype)
+
+
+def haar_ll_backward(grad: Tensor, mode: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Gradient of :func:`haar_ll_band`."""
+    return _spread(grad.to(acc_dtype(dtype)) / 2, mode, height, width).to(dtype)
+
+
+def _spread(coefficients: Tensor, mode: int, height: int, width: int) -> Tensor:
+    """Each pixel takes the coefficient of its pair; an odd end's extra sample goes back to where it came from."""
+    out = coefficients
+    for dim, size in ((-2, height), (-1, width)):
+        out = out.repeat_interleave(2, dim)
+        if size % 2 == 1:
+            extra, out = out.narrow(dim, size, 1), out.narrow(dim, 0, size)
+            for index, weight in zip((size - 1, max(size - 2, 0), 0), MODES[_name(mode)], strict=True):
+                if weight:
+                    out = out.index_add(dim, torch.tensor([index], device=out.device), weight * extra)
     return out
 
 
-def haar_ll_l1(pred: Tensor, target: Tensor, keep_signs: bool) -> tuple[Tensor, Tensor]:
-    wide = acc_dtype(pred.dtype)
-    d = haar_ll(pred.to(wide) - target.to(wide))
-    if not keep_signs:
-        return d.abs().mean(), pred.new_empty(0, dtype=torch.uint8)
-    codes = (d > 0) * _PLUS + (d < 0) * _MINUS + d.isnan() * _NAN
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % SIGNS_PER_BYTE))
-    shifts = torch.tensor([1, 4, 16, 64], device=d.device)
-    shape = [*codes.shape[:-1], codes.shape[-1] // SIGNS_PER_BYTE, SIGNS_PER_BYTE]  # explicit: the batch may be empty
-    return d.abs().mean(), (codes.reshape(shape) * shifts).sum(-1).to(torch.uint8)
+def _pack(values: Tensor, bits: int) -> Tensor:
+    """Small integers of ``bits`` bits, packed into bytes along the last axis, the first one lowest."""
+    count = 8 // bits
+    values = torch.nn.functional.pad(values.long(), (0, -values.shape[-1] % count))
+    shifts = torch.tensor([1 << bits * k for k in range(count)], device=values.device)
+    shape = [*values.shape[:-1], values.shape[-1] // count, count]  # explicit: the batch may be empty
+    return (values.reshape(shape) * shifts).sum(-1).to(torch.uint8).flatten(1)
 
 
-def haar_ll_l1_backward(grad: Tensor, signs: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    h, w = (height + 1) // 2, (width + 1) // 2
-    shifts = torch.tensor([1, 4, 16, 64], device=signs.device)
-    shape = [*signs.shape[:-1], signs.shape[-1] * SIGNS_PER_BYTE]
-    codes = (signs.unsqueeze(-1) // shifts % 4).reshape(shape)[..., :w].long()
-    g = grad / (2 * max(1, signs.shape[0] * signs.shape[1] * h * w))
-    values = torch.stack([0 * g, g, -g, g * float("nan")])
-    return _spread(values[codes], height, width).to(dtype)
+def _unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """What :func:`_pack` packed, ``[N, ...] = shape``."""
+    count = 8 // bits
+    shifts = torch.tensor([1 << bits * k for k in range(count)], device=packed.device)
+    values = packed.unsqueeze(-1) // shifts % (1 << bits)
+    row = (shape[-1] + count - 1) // count * count
+    return values.reshape([*shape[:-1], row])[..., : shape[-1]]
+
+
+def packed_bytes(bits: int, *shape: int) -> int:
+    """Bytes of ``bits`` bits per element of ``shape``, each row rounded up to whole bytes."""
+    return math.prod(shape[:-1]) * ((shape[-1] * bits + 7) // 8)
+
+
+def haar_ll_l1(
+    pred: Tensor,
+    target: Tensor,
+    mode: int,
+    low: float,
+    high: float,
+    reduction: int,
+    pred_grad: bool,
+    target_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    pred, target = (x.to(acc_dtype(x.dtype)) for x in (pred, target))
+    factor, kept = 1.0, []
+    if low != high:
+        inside = [~((x <= low) | (x >= high)) for x, wanted in ((pred, pred_grad), (target, target_grad)) if wanted]
+        kept = [_pack(bits, 1) for bits in inside]
+        pred, target, factor = pred.clamp(low, high), target.clamp(low, high), 1 / (high - low)
+    d = haar_ll(pred - target, _name(mode))
+    if pred_grad or target_grad:
+        kept = [_pack((d > 0) * _PLUS + (d < 0) * _MINUS + d.isnan() * _NAN, 2), *kept]
+    distance = d.abs() * factor
+    loss = {"mean": distance.mean, "sum": distance.sum, "none": lambda: distance.mean((1, 2, 3))}
+    return loss[REDUCTIONS[reduction]](), torch.cat(kept, 1) if kept else d.new_empty(len(d), 0, dtype=torch.uint8)
+
+
+def haar_ll_l1_backward(
+    grad: Tensor,
+    kept: Tensor,
+    mode: int,
+    low: float,
+    high: float,
+    reduction: int,
+    channels: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    mask: int,
+) -> Tensor:
+    n, h, w = len(kept), (height + 1) // 2, (width + 1) // 2
+    signs, bits = packed_bytes(2, channels, h, w), packed_bytes(1, channels, height, width)
+    codes = _unpack(kept[:, :signs], 2, (n, channels, h, w))
+    over = {"mean": max(n, 1) * channels * h * w, "sum": 1, "none": channels * h * w}[REDUCTIONS[reduction]]
+    g = grad.reshape(-1, 1, 1, 1) / (2 * over if low == high else 2 * over * (high - low))
+    values = torch.where(codes == _PLUS, g, torch.where(codes == _MINUS, -g, 0 * g))
+    out = _spread(torch.where(codes == _NAN, g * float("nan"), values), mode, height, width).to(dtype)
+    if mask < 0:
+        return out
+    start = signs + mask * bits
+    return out.masked_fill(_unpack(kept[:, start : start + bits], 1, out.shape) == 0, 0)
 
 
 def gram_l2(features: Tensor, target_features: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,14 @@ def images(device, *shape, grad=True):
 def test_opcheck(size, device):
     x, y = images(device, 2, 3, *size)
     ll = torch.randn_like(haar_ll(x))
-    signs = OPS.haar_ll_l1(x.detach(), y.detach(), True)[1]
+    kept = OPS.haar_ll_l1(x.detach(), y.detach(), 0, -1.0, 1.0, 0, True, True)[1]
     s = torch.randn(2, 3, 3, device=device, requires_grad=True)
-    opcheck(OPS.haar_ll, (x,))
-    opcheck(OPS.haar_ll_backward, (ll.requires_grad_(), *size))
-    opcheck(OPS.haar_ll_l1, (x, y, True))
-    opcheck(OPS.haar_ll_l1, (x.detach(), y.detach(), False))
-    opcheck(OPS.haar_ll_l1_backward, (torch.tensor(0.5, device=device), signs, *size, torch.float32))
+    opcheck(OPS.haar_ll, (x, 0, torch.float32))
+    opcheck(OPS.haar_ll_backward, (ll.requires_grad_(), 0, *size, torch.float32))
+    opcheck(OPS.haar_ll_l1, (x, y, 0, -1.0, 1.0, 0, True, True))
+    opcheck(OPS.haar_ll_l1, (x.detach(), y.detach(), 0, 0.0, 0.0, 0, False, False))
+    options = 0, -1.0, 1.0, 0, 3, *size, torch.float32, 1
+    opcheck(OPS.haar_ll_l1_backward, (torch.tensor(0.5, device=device), kept, *options))
     opcheck(OPS.gram_matrix, (x,))
     opcheck(OPS.gram_l2, (x, y))
     opcheck(OPS.gram_backward, (s, x))
