@@ -346,7 +346,8 @@ std::tuple<Tensor, Tensor> haar_ll_l1(const Tensor& pred, const Tensor& target, 
     std::vector<double> sums(static_cast<size_t>(vx.n));
     l1_kernel(x, y, edge, bits, layout, sums);
     const i64 coefficients = vx.c * haar_size(vx.h) * haar_size(vx.w);
-    const double factor = range_factor(low, high) / 2, over = static_cast<double>(divisor(reduction, vx.n, coefficients));
+    const double factor = range_factor(low, high) / 2;
+    const double over = static_cast<double>(divisor(reduction, vx.n, coefficients));
     Acc* out = mutable_data<Acc>(loss);
     if (reduction == kNone) {
       for (double sum : sums) *out++ = static_cast<Acc>(sum * factor / over);

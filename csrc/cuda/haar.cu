@@ -345,7 +345,8 @@ Tensor haar_ll_l1_backward(const Tensor& grad, const Tensor& kept, int64_t mode,
   Tensor out = torch::stable::new_empty(kept, {samples, channels, height, width}, dtype);
   if (out.numel() == 0) return out;
   const OnDevice stream(kept);
-  const double over = 2 * static_cast<double>(divisor(reduction, samples, channels * haar_size(height) * haar_size(width)));
+  const i64 coefficients = channels * haar_size(height) * haar_size(width);
+  const double over = 2 * static_cast<double>(divisor(reduction, samples, coefficients));
   dispatch(dtype, "dtype", [&](auto t) {
     using T = decltype(t);
     using Acc = acc_t<T>;
