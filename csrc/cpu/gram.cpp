@@ -1,219 +1,336 @@
-// Gram matrix and Gram loss on the CPU.
+// Gram matrix and distances of Gram matrices on the CPU.
 //
-//   G(F)[i,j] = sum_k F[i,k] F[j,k] / (C H W),   k over the H W pixels                (F: [C, H W] per sample)
-//   loss      = mean_n sum_ij D[i,j]^2,  D = G(F1) - G(F2)                            (arXiv 2412.03268, eq. 6)
-//   backward  : dF1 = (4 / (N C H W)) dloss D F1, and the negative with F2 for F2;
-//               both are the product S^T F of a small C x C matrix and the features, done by gram_backward.
+//   G(F)[i,j] = sum_k F[i,k] F[j,k] / (C H W),   k over the H W pixels                (F: [C, H, W] per sample)
+//   loss      = mean_n of sum D^2 (l2), sum |D| (l1) or sqrt(sum D^2) (fro),  D = G(F1) - G(F2)
+//               l2 is arXiv 2412.03268, eq. 6
+//   backward  : dF = S^T F + b, with a small C x C matrix S made from D in rfsr_ext/ops/gram.py. A bias b per
+//               channel comes with layer norm, whose Gram is that of F less a shift with a rank-2 correction.
 //
 // Per feature element (s = bytes per element): the Gram reads s once and does C FLOP (only the lower triangle
-// of tiles is computed), the backward reads s, writes s and does 2 C FLOP. C is 64 ... 512 in VGG19, so on a
-// CPU all of it is bound by arithmetic: relu1_1 of a 512 x 512 image is 1.1 GFLOP, 22 ms on a core of 50 GFLOP/s.
+// of panels is computed), the backward reads s, writes s and does 2 C FLOP. C is 64 ... 512 in VGG19, so on a
+// CPU all of it is bound by arithmetic: relu1_1 of a 512 x 512 image is 1.1 GFLOP, 11 ms on a core of 100 GFLOP/s.
 // D comes from one signed accumulation over both inputs; the two Gram matrices are never written.
 //
-// How: a block of pixels is packed into panels of 16 channels, pixel-major ([panel][k][16], as fp32 or fp64),
-// whatever the dtype and layout of the input; a 4 x 16 tile of the result is then a sum of outer products that
-// lives in registers. The backward uses the same tile routine with the panels of S and rows of F.
+// How: a block of pixels is packed into panels of 32 channels, pixel-major ([panel][k][32], as fp32 or fp64),
+// whatever the dtype and layout of the input; an 8 x 32 tile of the result is then a sum of outer products that
+// lives in 16 AVX-512 registers (or, 4 x 16 at a time, in 8 of AVX2). The backward uses the same tile with
+// strips of S and panels of 32 pixels.
 //
 // Deterministic: an output tile is added up by one thread, over pixels in order. 128 products at a time are
 // summed in fp32 (fp64 for fp64) and those sums are added in fp64, so length costs no accuracy and the
 // difference of two nearly equal Grams keeps the digits the inputs have. Threads only decide who does a tile.
 //
-// Limits: C*C fp64 accumulators and a packed block of about 0.5 MB are held; small C gives few tiles to share
-// out between many threads.
+// Limits: C*C fp64 accumulators and a packed block of about 0.5 MB are held; the samples of a batch take turns;
+// small C gives few tiles to share out between many threads.
 
 #include <algorithm>
 #include <vector>
 
+#include "../gram.h"
 #include "rows.h"
 
 namespace rfsr {
 namespace {
 
-constexpr i64 kRows = 4;         // tile height: 4 x 16 fp32 sums are 8 AVX2 or 4 AVX-512 registers
-constexpr i64 kPanel = 16;       // channels per panel = tile width
+constexpr i64 kStrip = 8;        // tile height
+constexpr i64 kPanel = 32;       // tile width: channels (forward) or pixels (backward) of a panel
+constexpr i64 kStrips = kPanel / kStrip;
 constexpr i64 kDepth = 128;      // products summed in the accumulation type before the sum goes to fp64
 constexpr i64 kPacked = 131072;  // elements of a packed block: stays in a second-level cache
+constexpr i64 kRun = 128;        // pixels read from one channel before the next has its turn
 
-// out[i][j] = sum_p a[p*kPanel + i] * b[p*ldb + j]
-//
-// The sums are spelt as vectors of 32 bytes because a compiler left to vectorise plain loops keeps a 4 x 16 array in
-// memory, ten times slower. Eight of them in fp32 hide the latency of the multiply-add.
-template <class Acc>
-RFSR_INLINE void tile(const Acc* a, const Acc* b, i64 ldb, i64 depth, Acc* out) {
-  typedef Acc Vec __attribute__((vector_size(32), aligned(alignof(Acc)), may_alias));
-  constexpr i64 lanes = 32 / sizeof(Acc), vectors = kPanel / lanes;
-  Vec sum[kRows][vectors] = {};
-  for (i64 p = 0; p < depth; ++p) {
-    const Vec* row = reinterpret_cast<const Vec*>(b + p * ldb);
+// ------------------------------------------------------------------------------------------- tile
+// sum[i][j] = sum_p a[p * lda + i] * b[p * kPanel + j], and then
+//   kAdd:   out[i][j] += sign * sum[i][j]       in fp64
+//   else:   out[i][j]  = bias[i] + sum[i][j]
+// in pieces of kRows x 2 vectors of kBytes. The sums are spelt as vectors because a compiler left to vectorise plain
+// loops keeps them in memory, ten times slower; there are enough of them to hide the latency of the multiply-add.
+template <int kRows, int kBytes, bool kAdd, class Acc, class Out>
+RFSR_INLINE void tile(const Acc* a, i64 lda, const Acc* b, i64 depth, double sign, const Acc* bias, Out* out, i64 ld) {
+  typedef Acc Vec __attribute__((vector_size(kBytes), aligned(alignof(Acc)), may_alias));
+  constexpr i64 lanes = kBytes / sizeof(Acc);
+  for (i64 i0 = 0; i0 < kStrip; i0 += kRows)
+    for (i64 j0 = 0; j0 < kPanel; j0 += 2 * lanes) {
+      Vec sum[kRows][2] = {};
+      for (i64 p = 0; p < depth; ++p) {
+        const Vec* row = reinterpret_cast<const Vec*>(b + p * kPanel + j0);
+        const Vec first = row[0], second = row[1];
 #pragma GCC unroll 8
-    for (i64 i = 0; i < kRows; ++i)
+        for (i64 i = 0; i < kRows; ++i) {
+          const Acc factor = a[p * lda + i0 + i];
+          sum[i][0] += factor * first;
+          sum[i][1] += factor * second;
+        }
+      }
 #pragma GCC unroll 8
-      for (i64 j = 0; j < vectors; ++j) sum[i][j] += a[p * kPanel + i] * row[j];
+      for (i64 i = 0; i < kRows; ++i) {
+        Out* o = out + (i0 + i) * ld + j0;
+        if constexpr (kAdd) {
+          Acc part[2 * lanes];
+          reinterpret_cast<Vec*>(part)[0] = sum[i][0];
+          reinterpret_cast<Vec*>(part)[1] = sum[i][1];
+          for (i64 j = 0; j < 2 * lanes; ++j) o[j] += sign * static_cast<double>(part[j]);
+        } else {
+          reinterpret_cast<Vec*>(o)[0] = sum[i][0] + bias[i0 + i];
+          reinterpret_cast<Vec*>(o)[1] = sum[i][1] + bias[i0 + i];
+        }
+      }
+    }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define RFSR_AVX512 __attribute__((target("avx512f")))
+inline bool has_avx512() {
+  static const bool yes = __builtin_cpu_supports("avx512f");
+  return yes;
+}
+#else
+#define RFSR_AVX512
+inline bool has_avx512() { return false; }
+#endif
+
+#define RFSR_PRODUCTS(Acc)                                                                                            \
+  RFSR_AVX512 void add_wide(const Acc* a, const Acc* b, i64 depth, double sign, double* out, i64 ld) {                \
+    tile<8, 64, true>(a, kPanel, b, depth, sign, a, out, ld);                                                         \
+  }                                                                                                                   \
+  RFSR_CLONES void add_narrow(const Acc* a, const Acc* b, i64 depth, double sign, double* out, i64 ld) {              \
+    tile<4, 32, true>(a, kPanel, b, depth, sign, a, out, ld);                                                         \
+  }                                                                                                                   \
+  RFSR_AVX512 void store_wide(const Acc* a, const Acc* b, i64 depth, const Acc* bias, Acc* out, i64 ld) {             \
+    tile<8, 64, false>(a, kStrip, b, depth, 1, bias, out, ld);                                                        \
+  }                                                                                                                   \
+  RFSR_CLONES void store_narrow(const Acc* a, const Acc* b, i64 depth, const Acc* bias, Acc* out, i64 ld) {           \
+    tile<4, 32, false>(a, kStrip, b, depth, 1, bias, out, ld);                                                        \
   }
-  for (i64 i = 0; i < kRows; ++i)
-    for (i64 j = 0; j < vectors; ++j) reinterpret_cast<Vec*>(out + i * kPanel)[j] = sum[i][j];
-}
-RFSR_CLONES void product(const float* a, const float* b, i64 ldb, i64 depth, float* out) {
-  tile(a, b, ldb, depth, out);
-}
-RFSR_CLONES void product(const double* a, const double* b, i64 ldb, i64 depth, double* out) {
-  tile(a, b, ldb, depth, out);
+RFSR_PRODUCTS(float)
+RFSR_PRODUCTS(double)
+
+// out += sign * (strip of a panel)^T panel, both packed.
+template <class Acc>
+void add_product(const Acc* a, const Acc* b, i64 depth, double sign, double* out, i64 ld) {
+  has_avx512() ? add_wide(a, b, depth, sign, out, ld) : add_narrow(a, b, depth, sign, out, ld);
 }
 
-// Packs channels [16 panel, 16 panel + 16) of pixels [k0, k0 + count) as [k][16]; absent channels are zero.
+// out = bias + (strip)^T panel, both packed.
+template <class Acc>
+void store_product(const Acc* a, const Acc* b, i64 depth, const Acc* bias, Acc* out, i64 ld) {
+  has_avx512() ? store_wide(a, b, depth, bias, out, ld) : store_narrow(a, b, depth, bias, out, ld);
+}
+
+// ---------------------------------------------------------------------------------------- packing
+
+// Pixels [k0, k0 + count) of the channel at p as contiguous Acc values, in `scratch` unless they already are that.
 template <class T, class Acc>
-void pack(const T* x, const Strided4& v, i64 panel, i64 k0, i64 count, Acc* out) {
-  const i64 channels = smaller(kPanel, v.c - panel * kPanel);
-  const bool flat = v.flat();
-  const T* base = x + panel * kPanel * v.sc;
-  for (i64 k = 0; k < count; k += 64) {  // 64 pixels of output are 4 kB: written 16 times while in the L1 cache
-    const i64 block = smaller(64, count - k);
-    i64 offset[64];
-    for (i64 q = 0; q < block; ++q) offset[q] = flat ? (k0 + k + q) * v.sw : v.pixel(k0 + k + q);
-    for (i64 c = 0; c < kPanel; ++c) {
-      Acc* o = out + k * kPanel + c;
-      const T* p = base + c * v.sc;
-      if (c >= channels)
-        for (i64 q = 0; q < block; ++q) o[q * kPanel] = Acc(0);
-      else
-        for (i64 q = 0; q < block; ++q) o[q * kPanel] = static_cast<Acc>(p[offset[q]]);
+const Acc* read_pixels(const T* p, const Strided4& v, i64 k0, i64 count, Acc* scratch) {
+  if (v.flat()) return load_row(p + k0 * v.sw, v.sw, count, scratch);
+  for (i64 k = 0; k < count; ++k) scratch[k] = static_cast<Acc>(p[v.pixel(k0 + k)]);
+  return scratch;
+}
+
+// Packs channels [kWidth panel, kWidth (panel + 1)) of pixels [k0, k0 + count), less `shift`, as [k][kWidth];
+// absent channels are zero.
+template <i64 kWidth, class T, class Acc>
+void pack(const T* x, const Strided4& v, i64 panel, i64 k0, i64 count, Acc shift, Acc* out) {
+  const i64 channels = smaller(kWidth, v.c - panel * kWidth);
+  const T* base = x + panel * kWidth * v.sc;
+  if (v.sc == 1 && v.flat() && channels == kWidth) {  // channels_last lies there almost as it is wanted
+    Acc scratch[kWidth];
+    for (i64 k = 0; k < count; ++k) {
+      const Acc* pixel = load_row(base + (k0 + k) * v.sw, 1, kWidth, scratch);
+      for (i64 c = 0; c < kWidth; ++c) out[k * kWidth + c] = pixel[c] - shift;
+    }
+    return;
+  }
+  typedef Acc Four __attribute__((vector_size(4 * sizeof(Acc)), aligned(alignof(Acc)), may_alias));
+  Acc scratch[4][kRun];
+  for (i64 k = 0; k < count; k += kRun) {
+    const i64 run = smaller(kRun, count - k);
+    for (i64 c = 0; c < kWidth; c += 4) {
+      const Acc* rows[4];
+      for (i64 i = 0; i < 4; ++i) {
+        if (c + i < channels) {
+          rows[i] = read_pixels(base + (c + i) * v.sc, v, k0 + k, run, scratch[i]);
+        } else {
+          std::fill(scratch[i], scratch[i] + run, shift);
+          rows[i] = scratch[i];
+        }
+      }
+      const Acc *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
+      Acc* o = out + k * kWidth + c;
+      for (i64 q = 0; q < run; ++q) *reinterpret_cast<Four*>(o + q * kWidth) = Four{r0[q], r1[q], r2[q], r3[q]} - shift;
     }
   }
 }
 
-// sums[C', C'] += sign * F F^T over all pixels; C' = C rounded up to whole panels, lower triangle of panels.
+// ---------------------------------------------------------------------------------------- forward
+
+i64 padded(i64 channels) { return ceil_div(channels, kPanel) * kPanel; }
+
+// sums[C', C'] += sign * (F - shift) (F - shift)^T over all pixels, C' = padded(C), lower triangle of panels;
+// rows[C'] += the sums of the rows of F - shift, unless it is null.
 template <class T>
-void accumulate(const T* x, const Strided4& v, double sign, double* sums) {
+void accumulate(const T* x, const Strided4& v, acc_t<T> shift, double sign, double* sums, double* rows) {
   using Acc = acc_t<T>;
-  const i64 panels = ceil_div(v.c, kPanel), width = panels * kPanel, pixels = v.pixels();
+  const i64 width = padded(v.c), panels = width / kPanel, pixels = v.pixels();
   const i64 block = larger(kDepth, kPacked / width / kDepth * kDepth);
-  const i64 strips = kPanel / kRows, tasks = panels * (panels + 1) / 2 * strips;
   Buffer<Acc> packed(width * smaller(block, pixels));
   for (i64 k0 = 0; k0 < pixels; k0 += block) {
     const i64 count = smaller(block, pixels - k0);
     torch::stable::parallel_for(0, panels, grain(count * kPanel), [&](i64 begin, i64 end) {
-      for (i64 panel = begin; panel < end; ++panel) pack(x, v, panel, k0, count, packed.get() + panel * count * kPanel);
-    });
-    torch::stable::parallel_for(0, tasks, grain(count * kPanel * kRows), [&](i64 begin, i64 end) {
-      Acc part[kRows * kPanel];
-      for (i64 task = begin; task < end; ++task) {
-        const TilePair pair = triangle(task / strips);
-        const i64 row = pair.i * kPanel + task % strips * kRows, column = pair.j * kPanel;
-        const Acc* a = packed.get() + pair.i * count * kPanel + task % strips * kRows;
-        const Acc* b = packed.get() + pair.j * count * kPanel;
-        for (i64 p = 0; p < count; p += kDepth) {
-          product(a + p * kPanel, b + p * kPanel, kPanel, smaller(kDepth, count - p), part);
-          for (i64 i = 0; i < kRows; ++i)
-            for (i64 j = 0; j < kPanel; ++j)
-              sums[(row + i) * width + column + j] += sign * static_cast<double>(part[i * kPanel + j]);
+      for (i64 panel = begin; panel < end; ++panel) {
+        Acc* p = packed.get() + panel * count * kPanel;
+        pack<kPanel>(x, v, panel, k0, count, shift, p);
+        for (i64 k = 0; rows && k < count; k += kDepth) {
+          Acc part[kPanel] = {};
+          for (i64 q = k; q < smaller(k + kDepth, count); ++q)
+            for (i64 c = 0; c < kPanel; ++c) part[c] += p[q * kPanel + c];
+          for (i64 c = 0; c < kPanel; ++c) rows[panel * kPanel + c] += static_cast<double>(part[c]);
         }
+      }
+    });
+    // A task is a strip of a pair of panels. A thread takes neighbouring strips together, 128 pixels at a time: they
+    // need the same panel, which so stays in the first-level cache.
+    const i64 tasks = panels * (panels + 1) / 2 * kStrips;
+    torch::stable::parallel_for(0, tasks, grain(count * kPanel * kStrip), [&](i64 begin, i64 end) {
+      for (i64 task = begin, next; task < end; task = next) {
+        next = smaller(end, (task / kStrips + 1) * kStrips);
+        const TilePair pair = triangle(task / kStrips);
+        const Acc *a = packed.get() + pair.i * count * kPanel, *b = packed.get() + pair.j * count * kPanel;
+        double* out = sums + pair.i * kPanel * width + pair.j * kPanel;
+        for (i64 k = 0; k < count; k += kDepth)
+          for (i64 strip = task % kStrips; strip <= (next - 1) % kStrips; ++strip)
+            add_product(a + k * kPanel + strip * kStrip, b + k * kPanel, smaller(kDepth, count - k), sign,
+                        out + strip * kStrip * width, width);
       }
     });
   }
 }
 
-// Writes out = sums / (C H W), both triangles, and returns the sum of its squares.
+// Writes out = sums / (C H W), both triangles, and returns the criterion of it.
 template <class Acc>
-double finish(const double* sums, const Strided4& v, Acc* out) {
-  const i64 width = ceil_div(v.c, kPanel) * kPanel;
+double finish(const double* sums, const Strided4& v, i64 criterion, Acc* out) {
+  const i64 width = padded(v.c);
   const double scale = 1.0 / static_cast<double>(v.c * v.pixels());
-  double squares = 0;
-  for (i64 i = 0; i < v.c; ++i)
-    for (i64 j = 0; j < v.c; ++j) {
-      const double d = scale * (j <= i ? sums[i * width + j] : sums[j * width + i]);
-      out[i * v.c + j] = static_cast<Acc>(d);
-      squares += d * d;
+  double total = 0;
+  for (i64 i = 0; i < v.c; ++i) {
+    double row = 0;
+    for (i64 j = 0; j <= i; ++j) {
+      const double d = scale * sums[i * width + j];
+      out[i * v.c + j] = out[j * v.c + i] = static_cast<Acc>(d);
+      row += (j < i ? 2 : 1) * criterion_term(criterion, d);
     }
-  return squares;
-}
-
-// D (or G, when other is null) of every sample into out [N, C, C]; returns the sum of squares over the batch.
-template <class T>
-double gram_kernel(const T* x, const Strided4& vx, const T* other, const Strided4& vo, acc_t<T>* out) {
-  const i64 width = ceil_div(vx.c, kPanel) * kPanel;
-  std::vector<double> sums(static_cast<size_t>(width * width));
-  double squares = 0;
-  for (i64 n = 0; n < vx.n; ++n) {
-    std::fill(sums.begin(), sums.end(), 0.0);
-    accumulate(x + n * vx.sn, vx, 1.0, sums.data());
-    if (other) accumulate(other + n * vo.sn, vo, -1.0, sums.data());
-    squares += finish(sums.data(), vx, out + n * vx.c * vx.c);
+    total += row;
   }
-  return squares;
+  return criterion_value(criterion, total);
 }
 
-// out[n, c, k] = sum_p s[n, p, c] F[n, p, k]
+// -> (gram [N, C, C], means [N, C]) of features less shift [N]; without a shift the means are left out (empty).
+std::tuple<Tensor, Tensor> gram_moments(const Tensor& features, std::optional<Tensor> shift) {
+  const Strided4 v = view4(features, "features");
+  check_per_sample(shift, features, "shift", {v.n});
+  const ScalarType acc = acc_dtype(features.scalar_type());
+  Tensor gram = torch::stable::new_empty(features, {v.n, v.c, v.c}, acc);
+  Tensor means = shift ? torch::stable::new_empty(features, {v.n, v.c}, acc) : torch::stable::new_empty(features, {0}, acc);
+  dispatch(features.scalar_type(), "features", [&](auto t) {
+    using T = decltype(t);
+    using Acc = acc_t<T>;
+    const i64 width = padded(v.c);
+    std::vector<double> sums(static_cast<size_t>(width * width)), rows(static_cast<size_t>(width));
+    for (i64 n = 0; n < v.n; ++n) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      std::fill(rows.begin(), rows.end(), 0.0);
+      accumulate(data<T>(features) + n * v.sn, v, shift ? data<Acc>(*shift)[n * shift->stride(0)] : Acc(0), 1.0,
+                 sums.data(), shift ? rows.data() : nullptr);
+      finish(sums.data(), v, kL2, mutable_data<Acc>(gram) + n * v.c * v.c);
+      for (i64 c = 0; shift && c < v.c; ++c)
+        mutable_data<Acc>(means)[n * v.c + c] = static_cast<Acc>(rows[c] / static_cast<double>(v.pixels()));
+    }
+  });
+  return {gram, means};
+}
+
+// -> (loss: scalar, difference: D [N, C, C])
+std::tuple<Tensor, Tensor> gram_distance(const Tensor& features, const Tensor& target, int64_t criterion) {
+  const Strided4 vx = view4(features, "features"), vy = view4(target, "target_features");
+  check_alike(features, target, "target_features");
+  check_criterion(criterion);
+  const ScalarType acc = acc_dtype(features.scalar_type());
+  Tensor loss = torch::stable::new_empty(features, {}, acc);
+  Tensor difference = torch::stable::new_empty(features, {vx.n, vx.c, vx.c}, acc);
+  dispatch(features.scalar_type(), "features", [&](auto t) {
+    using T = decltype(t);
+    using Acc = acc_t<T>;
+    const i64 width = padded(vx.c);
+    std::vector<double> sums(static_cast<size_t>(width * width));
+    double total = 0;
+    for (i64 n = 0; n < vx.n; ++n) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      accumulate(data<T>(features) + n * vx.sn, vx, Acc(0), 1.0, sums.data(), nullptr);
+      accumulate(data<T>(target) + n * vy.sn, vy, Acc(0), -1.0, sums.data(), nullptr);
+      total += finish(sums.data(), vx, criterion, mutable_data<Acc>(difference) + n * vx.c * vx.c);
+    }
+    *mutable_data<Acc>(loss) = static_cast<Acc>(total / static_cast<double>(vx.n));
+  });
+  return {loss, difference};
+}
+
+// --------------------------------------------------------------------------------------- backward
+
+// out[n, c, k] = bias[n, c] + sum_p s[n, p, c] F[n, p, k]
 template <class T>
-void backward_kernel(const acc_t<T>* s, i64 sn, i64 sp, i64 sc, const T* x, const Strided4& v, T* out) {
+void backward_kernel(const Tensor& s, const T* x, const Strided4& v, const Tensor* bias, T* out) {
   using Acc = acc_t<T>;
-  const i64 panels = ceil_div(v.c, kPanel), pixels = v.pixels(), block = 128;
-  const Strided4 small{1, v.c, v.c, 1, 0, sc, sp, 0};  // S as "features": channel c, pixel p
-  Buffer<Acc> packed(panels * kPanel * v.c);
+  const i64 strips = ceil_div(v.c, kStrip), pixels = v.pixels(), panels = ceil_div(pixels, kPanel);
+  const Strided4 small{1, v.c, v.c, 1, 0, s.stride(2), s.stride(1), 0};  // S as "features": channel c, pixel p
+  Buffer<Acc> packed(strips * kStrip * v.c);
+  std::vector<Acc> biases(static_cast<size_t>(strips * kStrip));
   for (i64 n = 0; n < v.n; ++n) {
-    for (i64 panel = 0; panel < panels; ++panel)
-      pack(s + n * sn, small, panel, 0, v.c, packed.get() + panel * v.c * kPanel);
-    torch::stable::parallel_for(0, ceil_div(pixels, block), grain(v.c * v.c * block), [&](i64 begin, i64 end) {
-      Buffer<Acc> rows(v.c * block);  // [p][block], zero beyond the last pixel
-      Acc part[kRows * kPanel];
-      for (i64 b = begin; b < end; ++b) {
-        const i64 k0 = b * block, count = smaller(block, pixels - k0);
+    for (i64 strip = 0; strip < strips; ++strip)
+      pack<kStrip>(data<Acc>(s) + n * s.stride(0), small, strip, 0, v.c, Acc(0), packed.get() + strip * v.c * kStrip);
+    for (i64 c = 0; bias && c < v.c; ++c) biases[c] = data<Acc>(*bias)[n * bias->stride(0) + c * bias->stride(1)];
+    torch::stable::parallel_for(0, panels, grain(v.c * v.c * kPanel), [&](i64 begin, i64 end) {
+      constexpr i64 group = 4;  // panels that share one reading of S
+      Buffer<Acc> rows(v.c * kPanel * group);  // [panel][p][32], zero beyond the last pixel
+      Acc scratch[kPanel * group], part[kStrip * kPanel];
+      for (i64 b = begin; b < end; b += group) {
+        const i64 k0 = b * kPanel, count = smaller(smaller(group, end - b) * kPanel, pixels - k0);
         for (i64 p = 0; p < v.c; ++p) {
-          const T* f = x + n * v.sn + p * v.sc;
-          Acc* row = rows.get() + p * block;
-          if (v.flat())
-            for (i64 k = 0; k < count; ++k) row[k] = static_cast<Acc>(f[(k0 + k) * v.sw]);
-          else
-            for (i64 k = 0; k < count; ++k) row[k] = static_cast<Acc>(f[v.pixel(k0 + k)]);
-          std::fill(row + count, row + block, Acc(0));
-        }
-        for (i64 c = 0; c < v.c; c += kRows)
+          const Acc* f = read_pixels(x + n * v.sn + p * v.sc, v, k0, count, scratch);
           for (i64 k = 0; k < count; k += kPanel) {
-            product(packed.get() + c / kPanel * v.c * kPanel + c % kPanel, rows.get() + k, block, v.c, part);
-            for (i64 i = 0; i < smaller(kRows, v.c - c); ++i)
-              for (i64 j = 0; j < smaller(kPanel, count - k); ++j)
-                out[((n * v.c) + c + i) * pixels + k0 + k + j] = static_cast<T>(part[i * kPanel + j]);
+            Acc* row = rows.get() + k * v.c + p * kPanel;
+            const i64 some = smaller(kPanel, count - k);
+            std::copy(f + k, f + k + some, row);
+            std::fill(row + some, row + kPanel, Acc(0));
+          }
+        }
+        for (i64 c = 0; c < v.c; c += kStrip)
+          for (i64 k = 0; k < count; k += kPanel) {
+            const Acc *a = packed.get() + c * v.c, *panel = rows.get() + k * v.c;
+            T* o = out + (n * v.c + c) * pixels + k0 + k;
+            const i64 height = smaller(kStrip, v.c - c), some = smaller(kPanel, count - k);
+            if constexpr (std::is_same_v<T, Acc>) {
+              if (height == kStrip && some == kPanel) {
+                store_product(a, panel, v.c, biases.data() + c, o, pixels);
+                continue;
+              }
+            }
+            store_product(a, panel, v.c, biases.data() + c, part, kPanel);
+            for (i64 i = 0; i < height; ++i)
+              for (i64 j = 0; j < some; ++j) o[i * pixels + j] = static_cast<T>(part[i * kPanel + j]);
           }
       }
     });
   }
 }
 
-Tensor gram_matrix(const Tensor& features) {
+Tensor gram_backward(const Tensor& s, const Tensor& features, std::optional<Tensor> bias) {
   const Strided4 v = view4(features, "features");
-  Tensor out = torch::stable::new_empty(features, {v.n, v.c, v.c}, acc_dtype(features.scalar_type()));
-  dispatch(features.scalar_type(), "features", [&](auto t) {
-    using T = decltype(t);
-    gram_kernel<T>(data<T>(features), v, nullptr, v, mutable_data<acc_t<T>>(out));
-  });
-  return out;
-}
-
-// -> (loss: scalar, difference: D [N, C, C])
-std::tuple<Tensor, Tensor> gram_l2(const Tensor& features, const Tensor& target) {
-  const Strided4 vx = view4(features, "features"), vy = view4(target, "target_features");
-  check_alike(features, target, "target_features");
-  const ScalarType acc = acc_dtype(features.scalar_type());
-  Tensor loss = torch::stable::new_empty(features, {}, acc);
-  Tensor difference = torch::stable::new_empty(features, {vx.n, vx.c, vx.c}, acc);
-  dispatch(features.scalar_type(), "features", [&](auto t) {
-    using T = decltype(t);
-    const double squares =
-        gram_kernel<T>(data<T>(features), vx, data<T>(target), vy, mutable_data<acc_t<T>>(difference));
-    *mutable_data<acc_t<T>>(loss) = static_cast<acc_t<T>>(squares / static_cast<double>(vx.n));
-  });
-  return {loss, difference};
-}
-
-Tensor gram_backward(const Tensor& s, const Tensor& features) {
-  const Strided4 v = view4(features, "features");
-  STD_TORCH_CHECK(s.dim() == 3 && s.size(0) == v.n && s.size(1) == v.c && s.size(2) == v.c &&
-                      s.scalar_type() == acc_dtype(features.scalar_type()),
-                  "s must be [N, C, C] in the accumulation dtype of features");
+  check_per_sample(s, features, "s", {v.n, v.c, v.c});
+  check_per_sample(bias, features, "bias", {v.n, v.c});
   Tensor out = torch::stable::new_empty(features, {v.n, v.c, v.h, v.w}, features.scalar_type());
   dispatch(features.scalar_type(), "features", [&](auto t) {
     using T = decltype(t);
-    backward_kernel<T>(data<acc_t<T>>(s), s.stride(0), s.stride(1), s.stride(2), data<T>(features), v,
-                       mutable_data<T>(out));
+    backward_kernel<T>(s, data<T>(features), v, bias ? &*bias : nullptr, mutable_data<T>(out));
   });
   return out;
 }
@@ -221,8 +338,8 @@ Tensor gram_backward(const Tensor& s, const Tensor& features) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rfsr_ext, CPU, m) {
-  m.impl("gram_matrix", TORCH_BOX(&gram_matrix));
-  m.impl("gram_l2", TORCH_BOX(&gram_l2));
+  m.impl("gram_moments", TORCH_BOX(&gram_moments));
+  m.impl("gram_distance", TORCH_BOX(&gram_distance));
   m.impl("gram_backward", TORCH_BOX(&gram_backward));
 }
 

@@ -1,8 +1,9 @@
-// Gram matrix and Gram loss on CUDA; formulas as in csrc/cpu/gram.cpp.
+// Gram matrix and distances of Gram matrices on CUDA; formulas as in csrc/cpu/gram.cpp.
 //
 //   G(F)[i,j] = sum_k F[i,k] F[j,k] / (C H W)
-//   loss      = mean_n sum_ij D[i,j]^2,  D = G(F1) - G(F2)                            (arXiv 2412.03268, eq. 6)
-//   backward  : S^T F with a C x C matrix S made from D
+//   loss      = mean_n of sum D^2 (l2), sum |D| (l1) or sqrt(sum D^2) (fro),  D = G(F1) - G(F2)
+//               l2 is arXiv 2412.03268, eq. 6
+//   backward  : S^T F + b with a C x C matrix S made from D, and a bias b per channel with layer norm
 //
 // Per feature element (s = bytes per element): the Gram reads s once per tile row that needs it and does C FLOP
 // (lower triangle of 64 x 64 tiles), the backward reads s, writes s and does 2 C FLOP. On an H200 (4.3 TB/s,
@@ -11,15 +12,16 @@
 //
 // How: the pixels are cut into ranges so that even C = 64, a single tile, keeps many blocks busy. Each block adds
 // up its tile of F1 F1^T - F2 F2^T over its range in registers and writes it to a workspace. A second kernel adds
-// the ranges in index order in fp64, scales, and writes both triangles and the sums of squares. G(F1) and G(F2)
-// never exist.
+// the ranges in index order in fp64, scales, and writes both triangles and sums of the criterion; a third adds
+// those. G(F1) and G(F2) never exist. Blocks on the diagonal also add up the rows, where the means are wanted.
 //
 // Deterministic: no atomics; ranges and blocks follow from the shape alone; every sum has a fixed order.
 //
-// First version, for correctness: plain multiply-adds, no tensor cores, three launches. Not run on a GPU yet; the
+// The plain version, for correctness: multiply-adds without tensor cores, three launches. Not run on a GPU yet; the
 // tests run these lines on the host (tests/ops/cuda_on_host). Limits: the workspace takes up to some 20 MB; N * C^2 /
 // 4096 tiles must stay below 2^31.
 
+#include "../gram.h"
 #include "sums.cuh"
 
 namespace rfsr {
@@ -31,6 +33,7 @@ constexpr int kEach = 4;         // results per thread and axis
 constexpr i64 kMinRange = 1024;  // pixels a block takes at least
 constexpr int kFlush = 8;        // stages (128 pixels) summed before the sum joins the block's total
 constexpr i64 kWantedBlocks = 512;
+constexpr i64 kParts = 64;  // blocks that share the criterion of a sample
 
 // One stage of a 64 x 64 product: sum[a][b] += sum_p left[p][.] * right[p][.]
 template <class Acc>
@@ -44,23 +47,26 @@ __device__ void multiply_stage(const Acc (*left)[kTile + 4], const Acc (*right)[
       for (int b = 0; b < kEach; ++b) sum[a][b] += left[p][row + a] * right[p][column + b];
 }
 
-// stage[p][c] = x[channel0 + c, k0 + p], zero outside. Threads run along the pixels, as memory does in NCHW.
+// stage[p][c] = x[channel0 + c, k0 + p] - shift, zero outside. Threads run along the pixels, as memory does in NCHW.
 template <class T, class Acc>
-__device__ void load_pixels(const T* x, const Strided4& v, i64 channel0, i64 k0, i64 end, Acc (*stage)[kTile + 4]) {
+__device__ void load_pixels(const T* x, const Strided4& v, i64 channel0, i64 k0, i64 end, Acc shift,
+                            Acc (*stage)[kTile + 4]) {
   for (int e = threadIdx.x; e < kStep * kTile; e += kThreads) {
     const int p = e % kStep, c = e / kStep;
     const i64 k = k0 + p;
     const bool inside = k < end && channel0 + c < v.c;
     const i64 offset = v.flat() ? k * v.sw : v.pixel(k);
-    stage[p][c] = inside ? static_cast<Acc>(x[(channel0 + c) * v.sc + offset]) : Acc(0);
+    stage[p][c] = inside ? static_cast<Acc>(x[(channel0 + c) * v.sc + offset]) - shift : Acc(0);
   }
 }
 
 template <class T>
 __global__ void gram_partial_kernel(const T* x, Strided4 vx,      // [N, C, H, W], any strides
                                     const T* other, Strided4 vo,  // the same, or null for a plain Gram
-                                    i64 range, i64 tiles,         // pixels per block; tiles of the lower triangle
-                                    acc_t<T>* partials) {         // [N, tiles, ranges, 64, 64]
+                                    const acc_t<T>* shift, i64 stride,  // [N] or null: taken off x
+                                    i64 range, i64 tiles,  // pixels per block; tiles of the lower triangle
+                                    acc_t<T>* partials,    // [N, tiles, ranges, 64, 64]
+                                    acc_t<T>* rows) {      // [N, tiles, ranges, 64] or null: sums of rows, on the diagonal
   using Acc = acc_t<T>;
   __shared__ Acc left[kStep][kTile + 4], right[kStep][kTile + 4];
   const i64 n = blockIdx.x / tiles, k0 = blockIdx.y * range, end = smaller(vx.pixels(), k0 + range);
@@ -68,6 +74,8 @@ __global__ void gram_partial_kernel(const T* x, Strided4 vx,      // [N, C, H, W
   // Two levels of sums: a long row of additions to one number would lose a digit in fp32. The two inputs have
   // sums of their own until they are subtracted, so that equal inputs differ by exactly 0.
   Acc total[kEach][kEach] = {}, sum[2][kEach][kEach] = {};
+  Acc row_total = 0, row_sum = 0;
+  const Acc off = shift ? shift[n * stride] : Acc(0);
   int stage = 0;
   for (i64 k = k0; k < end; k += kStep) {
 #pragma unroll
@@ -75,10 +83,12 @@ __global__ void gram_partial_kernel(const T* x, Strided4 vx,      // [N, C, H, W
       if (side == 1 && !other) continue;
       const Strided4& v = side ? vo : vx;
       const T* f = (side ? other : x) + n * v.sn;
-      load_pixels(f, v, pair.i * kTile, k, end, left);
-      load_pixels(f, v, pair.j * kTile, k, end, right);
+      load_pixels(f, v, pair.i * kTile, k, end, off, left);
+      load_pixels(f, v, pair.j * kTile, k, end, off, right);
       __syncthreads();
       multiply_stage(left, right, sum[side]);
+      if (rows && pair.i == pair.j && threadIdx.x < kTile)
+        for (int p = 0; p < kStep; ++p) row_sum += left[p][threadIdx.x];
       __syncthreads();
     }
     if (++stage % kFlush == 0 || k + kStep >= end) {
@@ -89,21 +99,28 @@ __global__ void gram_partial_kernel(const T* x, Strided4 vx,      // [N, C, H, W
           total[a][b] += sum[0][a][b] - sum[1][a][b];
           sum[0][a][b] = sum[1][a][b] = Acc(0);
         }
+      row_total += row_sum;
+      row_sum = Acc(0);
     }
   }
-  Acc* out = partials + (blockIdx.x * i64(gridDim.y) + blockIdx.y) * kTile * kTile;
+  const i64 place = blockIdx.x * i64(gridDim.y) + blockIdx.y;
+  Acc* out = partials + place * kTile * kTile;
   const int row = threadIdx.x / 16 * kEach, column = threadIdx.x % 16 * kEach;
   for (int a = 0; a < kEach; ++a)
     for (int b = 0; b < kEach; ++b) out[(row + a) * kTile + column + b] = total[a][b];
+  if (rows && pair.i == pair.j && threadIdx.x < kTile) rows[place * kTile + threadIdx.x] = row_total;
 }
 
+// Adds the ranges in index order; kParts blocks for a sample.
 template <class Acc>
-__global__ void gram_finish_kernel(const Acc* partials, i64 samples, i64 channels, i64 tiles, i64 ranges, double scale,
-                                   Acc* out,           // [N, C, C]
-                                   double* squares) {  // [gridDim.x] or null
+__global__ void gram_finish_kernel(const Acc* partials, i64 channels, i64 tiles, i64 ranges, double scale,
+                                   i64 criterion,
+                                   Acc* out,         // [N, C, C]
+                                   double* terms) {  // [N, kParts], the criterion's sums, or null
+  const i64 n = blockIdx.x / kParts;
   double sum = 0;
-  RFSR_GRID_LOOP(k, samples * channels * channels) {
-    const i64 j = k % channels, i = k / channels % channels, n = k / channels / channels;
+  for (i64 k = blockIdx.x % kParts * kThreads + threadIdx.x; k < channels * channels; k += kParts * kThreads) {
+    const i64 i = k / channels, j = k % channels;
     const i64 low = larger(i, j), high = smaller(i, j);  // the lower triangle is what was computed
     const i64 ti = low / kTile, tj = high / kTile;
     const Acc* p =
@@ -111,18 +128,44 @@ __global__ void gram_finish_kernel(const Acc* partials, i64 samples, i64 channel
     double total = 0;
     for (i64 r = 0; r < ranges; ++r) total += static_cast<double>(p[r * kTile * kTile]);
     total *= scale;
-    out[k] = static_cast<Acc>(total);
-    sum += total * total;
+    out[n * channels * channels + k] = static_cast<Acc>(total);
+    sum += criterion_term(criterion, total);
   }
-  if (!squares) return;
+  if (!terms) return;
   sum = block_sum(sum);
-  if (threadIdx.x == 0) squares[blockIdx.x] = sum;
+  if (threadIdx.x == 0) terms[blockIdx.x] = sum;
 }
 
-// out[n, c, k] = sum_p s[n, p, c] F[n, p, k]
+// loss = mean over the samples of the criterion, one block. An empty batch gives 0 / 0.
+template <class Acc>
+__global__ void gram_loss_kernel(const double* terms, i64 samples, i64 criterion, Acc* loss) {
+  double sum = 0;
+  for (i64 n = threadIdx.x; n < samples; n += kThreads) {
+    double sample = 0;
+    for (i64 part = 0; part < kParts; ++part) sample += terms[n * kParts + part];
+    sum += criterion_value(criterion, sample);
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *loss = static_cast<Acc>(sum / static_cast<double>(samples));
+}
+
+template <class Acc>
+__global__ void gram_means_kernel(const Acc* rows, i64 samples, i64 channels, i64 tiles, i64 ranges, i64 pixels,
+                                  Acc* means) {  // [N, C]
+  RFSR_GRID_LOOP(k, samples * channels) {
+    const i64 n = k / channels, c = k % channels, t = c / kTile;
+    const Acc* p = rows + (n * tiles + t * (t + 1) / 2 + t) * ranges * kTile + c % kTile;
+    double total = 0;
+    for (i64 r = 0; r < ranges; ++r) total += static_cast<double>(p[r * kTile]);
+    means[k] = static_cast<Acc>(total / static_cast<double>(pixels));
+  }
+}
+
+// out[n, c, k] = bias[n, c] + sum_p s[n, p, c] F[n, p, k]
 template <class T>
 __global__ void gram_backward_kernel(const acc_t<T>* s, i64 sn, i64 sp, i64 sc,  // [N, C, C]
                                      const T* x, Strided4 v,                     // [N, C, H, W], any strides
+                                     const acc_t<T>* bias, i64 bn, i64 bc,       // [N, C] or null
                                      i64 row_tiles,
                                      T* out) {  // [N, C, H, W], contiguous
   using Acc = acc_t<T>;
@@ -143,66 +186,77 @@ __global__ void gram_backward_kernel(const acc_t<T>* s, i64 sn, i64 sp, i64 sc, 
     __syncthreads();
   }
   const int row = threadIdx.x / 16 * kEach, column = threadIdx.x % 16 * kEach;
-  for (int a = 0; a < kEach; ++a)
+  for (int a = 0; a < kEach && c0 + row + a < v.c; ++a) {
+    const i64 channel = c0 + row + a;
+    const Acc offset = bias ? bias[n * bn + channel * bc] : Acc(0);
     for (int b = 0; b < kEach; ++b)
-      if (c0 + row + a < v.c && k0 + column + b < pixels)
-        out[(n * v.c + c0 + row + a) * pixels + k0 + column + b] = static_cast<T>(sum[a][b]);
+      if (k0 + column + b < pixels)
+        out[(n * v.c + channel) * pixels + k0 + column + b] = static_cast<T>(sum[a][b] + offset);
+  }
 }
 
-// D (or G, when other is null) of every sample into out; with `loss`, also mean_n sum D^2.
+// D (or G, when other is null) of every sample into out; with `loss` also the criterion, with `means` those of the rows.
 template <class T>
-void gram_launch(const Tensor& like, const T* x, const Strided4& vx, const T* other, const Strided4& vo, acc_t<T>* out,
-                 acc_t<T>* loss, cudaStream_t stream) {
+void gram_launch(const Tensor& features, const Strided4& vx, const Tensor* target, const Strided4& vo,
+                 const Tensor* shift, i64 criterion, Tensor& out, const Tensor* loss, const Tensor* means) {
   using Acc = acc_t<T>;
-  const i64 rows = ceil_div(vx.c, kTile), tiles = rows * (rows + 1) / 2, pixels = vx.pixels();
+  const OnDevice stream(features);
+  const i64 side = ceil_div(vx.c, kTile), tiles = side * (side + 1) / 2, pixels = vx.pixels();
   const i64 wanted = larger(1, smaller(ceil_div(kWantedBlocks, larger(1, tiles * vx.n)), ceil_div(pixels, kMinRange)));
   const i64 range = ceil_div(ceil_div(pixels, wanted), kStep) * kStep, ranges = ceil_div(pixels, range);
-  const i64 results = vx.n * vx.c * vx.c;
-  const unsigned blocks = summing_blocks(results, 1);
-  Tensor partials =
-      torch::stable::new_empty(like, {vx.n * tiles * ranges * kTile * kTile}, acc_dtype(like.scalar_type()));
-  Tensor squares = torch::stable::new_empty(like, {loss ? blocks : 0}, ScalarType::Double);
-  if (results > 0) {
+  const auto workspace = [&](i64 count, ScalarType type) { return torch::stable::new_empty(features, {count}, type); };
+  const Tensor partials = workspace(vx.n * tiles * ranges * kTile * kTile, out.scalar_type());
+  const Tensor rows = workspace(means ? vx.n * tiles * ranges * kTile : 0, out.scalar_type());
+  const Tensor terms = workspace(loss ? vx.n * kParts : 0, ScalarType::Double);
+  if (out.numel() > 0) {
     const dim3 grid(static_cast<unsigned>(vx.n * tiles), static_cast<unsigned>(ranges));
-    launch("gram_partial_kernel", gram_partial_kernel<T>, grid, stream, x, vx, other, vo, range, tiles,
-           mutable_data<Acc>(partials));
+    launch("gram_partial_kernel", gram_partial_kernel<T>, grid, stream, data<T>(features), vx,
+           target ? data<T>(*target) : nullptr, vo, shift ? data<Acc>(*shift) : nullptr, shift ? shift->stride(0) : 0,
+           range, tiles, mutable_data<Acc>(partials), means ? mutable_data<Acc>(rows) : nullptr);
+    launch("gram_finish_kernel", gram_finish_kernel<Acc>, static_cast<unsigned>(vx.n * kParts), stream,
+           data<Acc>(partials), vx.c, tiles, ranges, 1.0 / static_cast<double>(vx.c * pixels), criterion,
+           mutable_data<Acc>(out), loss ? mutable_data<double>(terms) : nullptr);
+    if (means)
+      launch("gram_means_kernel", gram_means_kernel<Acc>, blocks_for(vx.n * vx.c), stream, data<Acc>(rows), vx.n, vx.c,
+             tiles, ranges, pixels, mutable_data<Acc>(*means));
   }
-  launch("gram_finish_kernel", gram_finish_kernel<Acc>, blocks, stream, data<Acc>(partials), vx.n, vx.c, tiles, ranges,
-         1.0 / static_cast<double>(vx.c * pixels), out, loss ? mutable_data<double>(squares) : nullptr);
-  if (loss) finish_sum(squares, static_cast<double>(vx.n), loss, stream);
+  if (loss)
+    launch("gram_loss_kernel", gram_loss_kernel<Acc>, 1, stream, data<double>(terms), vx.n, criterion,
+           mutable_data<Acc>(*loss));
 }
 
-Tensor gram_matrix(const Tensor& features) {
+// -> (gram [N, C, C], means [N, C]) of features less shift [N]; without a shift the means are left out (empty).
+std::tuple<Tensor, Tensor> gram_moments(const Tensor& features, std::optional<Tensor> shift) {
   const Strided4 v = view4(features, "features");
-  const OnDevice stream(features);
-  Tensor out = torch::stable::new_empty(features, {v.n, v.c, v.c}, acc_dtype(features.scalar_type()));
+  check_per_sample(shift, features, "shift", {v.n});
+  const ScalarType acc = acc_dtype(features.scalar_type());
+  Tensor gram = torch::stable::new_empty(features, {v.n, v.c, v.c}, acc);
+  Tensor means = shift ? torch::stable::new_empty(features, {v.n, v.c}, acc) : torch::stable::new_empty(features, {0}, acc);
   dispatch(features.scalar_type(), "features", [&](auto t) {
-    using T = decltype(t);
-    gram_launch<T>(features, data<T>(features), v, nullptr, v, mutable_data<acc_t<T>>(out), nullptr, stream);
+    gram_launch<decltype(t)>(features, v, nullptr, v, shift ? &*shift : nullptr, kL2, gram, nullptr,
+                             shift ? &means : nullptr);
   });
-  return out;
+  return {gram, means};
 }
 
-std::tuple<Tensor, Tensor> gram_l2(const Tensor& features, const Tensor& target) {
+// -> (loss: scalar, difference: D [N, C, C])
+std::tuple<Tensor, Tensor> gram_distance(const Tensor& features, const Tensor& target, int64_t criterion) {
   const Strided4 vx = view4(features, "features"), vy = view4(target, "target_features");
   check_alike(features, target, "target_features");
-  const OnDevice stream(features);
+  check_criterion(criterion);
   const ScalarType acc = acc_dtype(features.scalar_type());
   Tensor loss = torch::stable::new_empty(features, {}, acc);
   Tensor difference = torch::stable::new_empty(features, {vx.n, vx.c, vx.c}, acc);
   dispatch(features.scalar_type(), "features", [&](auto t) {
-    using T = decltype(t);
-    gram_launch<T>(features, data<T>(features), vx, data<T>(target), vy, mutable_data<acc_t<T>>(difference),
-                   mutable_data<acc_t<T>>(loss), stream);
+    gram_launch<decltype(t)>(features, vx, &target, vy, nullptr, criterion, difference, &loss, nullptr);
   });
   return {loss, difference};
 }
 
-Tensor gram_backward(const Tensor& s, const Tensor& features) {
+Tensor gram_backward(const Tensor& s, const Tensor& features, std::optional<Tensor> bias) {
   const Strided4 v = view4(features, "features");
-  STD_TORCH_CHECK(s.dim() == 3 && s.size(0) == v.n && s.size(1) == v.c && s.size(2) == v.c && on_gpu(s) &&
-                      s.scalar_type() == acc_dtype(features.scalar_type()),
-                  "s must be [N, C, C] in the accumulation dtype of features");
+  check_per_sample(s, features, "s", {v.n, v.c, v.c});
+  check_per_sample(bias, features, "bias", {v.n, v.c});
   Tensor out = torch::stable::new_empty(features, {v.n, v.c, v.h, v.w}, features.scalar_type());
   if (out.numel() == 0) return out;
   const OnDevice stream(features);
@@ -210,9 +264,11 @@ Tensor gram_backward(const Tensor& s, const Tensor& features) {
   STD_TORCH_CHECK(v.n * row_tiles < 65536, "gram_backward takes fewer than 65536 tiles of 64 channels over the batch");
   dispatch(features.scalar_type(), "features", [&](auto t) {
     using T = decltype(t);
+    using Acc = acc_t<T>;
     const dim3 grid(static_cast<unsigned>(ceil_div(v.pixels(), kTile)), static_cast<unsigned>(v.n * row_tiles));
-    launch("gram_backward_kernel", gram_backward_kernel<T>, grid, stream, data<acc_t<T>>(s), s.stride(0), s.stride(1),
-           s.stride(2), data<T>(features), v, row_tiles, mutable_data<T>(out));
+    launch("gram_backward_kernel", gram_backward_kernel<T>, grid, stream, data<Acc>(s), s.stride(0), s.stride(1),
+           s.stride(2), data<T>(features), v, bias ? data<Acc>(*bias) : nullptr, bias ? bias->stride(0) : 0,
+           bias ? bias->stride(1) : 0, row_tiles, mutable_data<T>(out));
   });
   return out;
 }
@@ -220,8 +276,8 @@ Tensor gram_backward(const Tensor& s, const Tensor& features) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rfsr_ext, CUDA, m) {
-  m.impl("gram_matrix", TORCH_BOX(&gram_matrix));
-  m.impl("gram_l2", TORCH_BOX(&gram_l2));
+  m.impl("gram_moments", TORCH_BOX(&gram_moments));
+  m.impl("gram_distance", TORCH_BOX(&gram_distance));
   m.impl("gram_backward", TORCH_BOX(&gram_backward));
 }
 

@@ -23,11 +23,11 @@ def image_like(x: Tensor, name: str) -> None:
 
 
 def alike(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
-    """``x`` is comparable with ``other`` element by element."""
+    """``x`` is comparable with ``other`` element by element. Under autocast the operator promotes different dtypes."""
     image_like(x, name)
     if x.shape != other.shape:
         raise ValueError(f"{name} must have {other_name}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
-    if x.dtype != other.dtype:
+    if x.dtype != other.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{name} must have {other_name}'s dtype {_dtype(other)}, got {_dtype(x)}")
     if x.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -28,6 +29,20 @@ def define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
     _namespace.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _namespace.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_namespace)
+
+
+def promote_under_autocast(name: str) -> None:
+    """Under autocast ``rfsr_ext::name`` takes its tensors as they are; different dtypes become one that holds both."""
+    operator = getattr(torch.ops.rfsr_ext, name)
+    for device in ("CPU", "CUDA"):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+        def kernel(*args, keys=keys):
+            dtype = reduce(torch.promote_types, [x.dtype for x in args if isinstance(x, torch.Tensor)])
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return operator(*[x.to(dtype) if isinstance(x, torch.Tensor) else x for x in args])
+
+        _namespace.impl(name, kernel, f"Autocast{device}")
 
 
 @dataclass(frozen=True)

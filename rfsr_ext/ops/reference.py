@@ -30,6 +30,8 @@ MODES = {
 REDUCTIONS = ("mean", "sum", "none")
 SIGNS_PER_BYTE = 4  # two bits per LL coefficient, see csrc/index.h
 _PLUS, _MINUS, _NAN = 1, 2, 3
+CRITERIA = ("l2", "l1", "fro")  # the operators take their number, see csrc/gram.h
+LAYER_NORM_EPS = 1e-5  # torch.nn.functional.layer_norm's, and so the released code's
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,26 +87,53 @@ def haar_ll_l1_loss(
     return {"mean": torch.mean, "sum": torch.sum, "none": lambda x: x}[reduction](per_sample)
 
 
-def gram_matrix(features: Tensor) -> Tensor:
-    """``F F^T / (C H W)`` per sample, ``[N, C, H, W] -> [N, C, C]``."""
-    flat = features.to(acc_dtype(features.dtype)).flatten(2)
+def gram_matrix(features: Tensor, *, joint_layer_norm: bool = False) -> Tensor:
+    """``F F^T / (C H W)`` per sample, ``[N, C, H, W] -> [N, C, C]``; of layer-normalised features if asked for."""
+    wide = features.to(acc_dtype(features.dtype))
+    if joint_layer_norm:
+        wide = torch.nn.functional.layer_norm(wide, wide.shape[1:], eps=LAYER_NORM_EPS)
+    flat = wide.flatten(2)
     return flat @ flat.mT / (flat.shape[1] * flat.shape[2])
+
+
+def distance(difference: Tensor, criterion: str) -> Tensor:
+    """Size of a difference of Gram matrices, ``[..., N, C, C] -> [...]``, mean over the N samples.
+
+    Row by row: PyTorch shares a sum over everything out among its threads, and then the bits depend on their number.
+    """
+    if criterion == "l2":
+        return difference.square().sum(-1).sum(-1).mean(-1)
+    if criterion == "l1":
+        return difference.abs().sum(-1).sum(-1).mean(-1)
+    return frobenius_norm(difference).mean(-1)
+
+
+def frobenius_norm(matrices: Tensor) -> Tensor:
+    """``[..., C, C] -> [...]``; its gradient at 0 is 0."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(matrices, dim=-1), dim=-1)
 
 
 def gram_loss(
     features: Tensor | Sequence[Tensor],
-    target_features: Tensor | Sequence[Tensor],
+    target_features: Tensor | Sequence[Tensor] | None = None,
     weights: Sequence[float] | None = None,
+    *,
+    target_gram: Tensor | Sequence[Tensor] | None = None,
+    criterion: str = "l2",
+    joint_layer_norm: bool = False,
 ) -> Tensor:
-    """Squared Frobenius norm of the difference of Gram matrices, mean over the batch (arXiv 2412.03268, eq. 6)."""
-    if isinstance(features, Tensor):
-        features, target_features = [features], [target_features]
-    weights = [1.0] * len(features) if weights is None else weights
-    layers = [
-        w * (gram_matrix(f) - gram_matrix(t)).square().sum((1, 2)).mean()
-        for w, f, t in zip(weights, features, target_features, strict=True)
+    """Distance of Gram matrices (l2: arXiv 2412.03268, eq. 6), mean over the batch, weighted sum over the layers."""
+    layers = [features] if isinstance(features, Tensor) else features
+    if target_gram is None:
+        targets = [target_features] if isinstance(target_features, Tensor) else target_features
+        grams = [gram_matrix(target, joint_layer_norm=joint_layer_norm) for target in targets]
+    else:
+        grams = [target_gram] if isinstance(target_gram, Tensor) else target_gram
+    losses = [
+        weight * distance(gram_matrix(layer, joint_layer_norm=joint_layer_norm) - gram, criterion)
+        for weight, layer, gram in zip(weights or [1.0] * len(layers), layers, grams, strict=True)
     ]
-    return torch.stack(layers).sum()
+    return torch.stack(losses).sum()
 
 
 # ------------------------------------------------------------- operator contracts (see haar.py, gram.py)
@@ -209,11 +238,20 @@ def haar_ll_l1_backward(
     return out.masked_fill(_unpack(kept[:, start : start + bits], 1, out.shape) == 0, 0)
 
 
-def gram_l2(features: Tensor, target_features: Tensor) -> tuple[Tensor, Tensor]:
+def gram_moments(features: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    if shift is None:
+        return gram_matrix(features), features.new_empty(0, dtype=acc_dtype(features.dtype))
+    centred = features.to(shift.dtype) - shift[:, None, None, None]
+    return gram_matrix(centred), centred.mean((2, 3))
+
+
+def gram_distance(features: Tensor, target_features: Tensor, criterion: int) -> tuple[Tensor, Tensor]:
     difference = gram_matrix(features) - gram_matrix(target_features)
-    return difference.square().sum((1, 2)).mean(), difference
+    return distance(difference, CRITERIA[criterion]), difference
 
 
-def gram_backward(s: Tensor, features: Tensor) -> Tensor:
+def gram_backward(s: Tensor, features: Tensor, bias: Tensor | None) -> Tensor:
     out = s.mT @ features.to(s.dtype).flatten(2)
+    if bias is not None:
+        out = out + bias[:, :, None]
     return out.reshape(features.shape).to(features.dtype)

@@ -32,9 +32,13 @@ def test_opcheck(size, device):
     opcheck(OPS.haar_ll_l1, (x.detach(), y.detach(), 0, 0.0, 0.0, 0, False, False))
     options = 0, -1.0, 1.0, 0, 3, *size, torch.float32, 1
     opcheck(OPS.haar_ll_l1_backward, (torch.tensor(0.5, device=device), kept, *options))
-    opcheck(OPS.gram_matrix, (x,))
-    opcheck(OPS.gram_l2, (x, y))
-    opcheck(OPS.gram_backward, (s, x))
+    opcheck(OPS.gram_moments, (x, None))
+    opcheck(OPS.gram_moments, (x, torch.randn(2, device=device)))
+    opcheck(OPS.gram_distance, (x, y, 0))
+    opcheck(OPS.gram_distance, (x, y.detach(), 1))
+    opcheck(OPS.gram_distance, (x, y, 2))
+    opcheck(OPS.gram_backward, (s, x, None))
+    opcheck(OPS.gram_backward, (s, x, torch.randn(2, 3, device=device, requires_grad=True)))
 
 
 # ------------------------------------------------------------------------------------ torch.compile
@@ -47,6 +51,8 @@ def total(pred, target):
         + haar_ll_l1_loss(pred, target)
         + gram_matrix(pred).mean()
         + gram_loss([pred, pred * 2], [target, target], weights=[1.0, 0.5])
+        + gram_loss(pred, target, criterion="fro")
+        + gram_loss(pred, target_gram=gram_matrix(target, joint_layer_norm=True), criterion="l1", joint_layer_norm=True)
     )
 
 
@@ -56,6 +62,8 @@ def reference_total(pred, target):
         + reference.haar_ll_l1_loss(pred, target)
         + reference.gram_matrix(pred).mean()
         + reference.gram_loss([pred, pred * 2], [target, target], weights=[1.0, 0.5])
+        + reference.gram_loss(pred, target, criterion="fro")
+        + reference.gram_loss(pred, target, criterion="l1", joint_layer_norm=True)
     )
 
 
