@@ -41,8 +41,8 @@ constexpr i64 kRun = 128;        // pixels read from one channel before the next
 
 // ------------------------------------------------------------------------------------------- tile
 // sum[i][j] = sum_p a[p * lda + i] * b[p * kPanel + j], and then
-//   kAdd:   out[i][j] += sign * sum[i][j]       in fp64
-//   else:   out[i][j]  = bias[i] + sum[i][j]
+//   kAdd:   out[i * ld + j] += sign * sum[i][j]       in fp64
+//   else:   out[i * ld + j]  = bias[i] + sum[i][j]
 // in pieces of kRows x 2 vectors of kBytes. The sums are spelt as vectors because a compiler left to vectorise plain
 // loops keeps them in memory, ten times slower; there are enough of them to hide the latency of the multiply-add.
 template <int kRows, int kBytes, bool kAdd, class Acc, class Out>
@@ -90,11 +90,11 @@ inline bool has_avx512() { return false; }
 #endif
 
 #define RFSR_PRODUCTS(Acc)                                                                                            \
-  RFSR_AVX512 void add_wide(const Acc* a, const Acc* b, i64 depth, double sign, double* out, i64 ld) {                \
-    tile<8, 64, true>(a, kPanel, b, depth, sign, a, out, ld);                                                         \
+  RFSR_AVX512 void add_wide(const Acc* a, const Acc* b, i64 depth, double sign, double* out) {                        \
+    tile<8, 64, true>(a, kPanel, b, depth, sign, a, out, kPanel);                                                         \
   }                                                                                                                   \
-  RFSR_CLONES void add_narrow(const Acc* a, const Acc* b, i64 depth, double sign, double* out, i64 ld) {              \
-    tile<4, 32, true>(a, kPanel, b, depth, sign, a, out, ld);                                                         \
+  RFSR_CLONES void add_narrow(const Acc* a, const Acc* b, i64 depth, double sign, double* out) {                      \
+    tile<4, 32, true>(a, kPanel, b, depth, sign, a, out, kPanel);                                                         \
   }                                                                                                                   \
   RFSR_AVX512 void store_wide(const Acc* a, const Acc* b, i64 depth, const Acc* bias, Acc* out, i64 ld) {             \
     tile<8, 64, false>(a, kStrip, b, depth, 1, bias, out, ld);                                                        \
@@ -107,8 +107,8 @@ RFSR_PRODUCTS(double)
 
 // out += sign * (strip of a panel)^T panel, both packed.
 template <class Acc>
-void add_product(const Acc* a, const Acc* b, i64 depth, double sign, double* out, i64 ld) {
-  has_avx512() ? add_wide(a, b, depth, sign, out, ld) : add_narrow(a, b, depth, sign, out, ld);
+void add_product(const Acc* a, const Acc* b, i64 depth, double sign, double* out) {
+  has_avx512() ? add_wide(a, b, depth, sign, out) : add_narrow(a, b, depth, sign, out);
 }
 
 // out = bias + (strip)^T panel, both packed.
@@ -164,14 +164,23 @@ void pack(const T* x, const Strided4& v, i64 panel, i64 k0, i64 count, Acc shift
 
 // ---------------------------------------------------------------------------------------- forward
 
-i64 padded(i64 channels) { return ceil_div(channels, kPanel) * kPanel; }
+// Sums of one sample, in fp64: a 32 x 32 block for each pair of panels of the lower triangle, and the rows' sums.
+struct Sums {
+  explicit Sums(const Strided4& v)
+      : panels(ceil_div(v.c, kPanel)), blocks(panels * (panels + 1) / 2 * kPanel * kPanel), rows(panels * kPanel) {}
+  void clear() {
+    std::fill(blocks.begin(), blocks.end(), 0.0);
+    std::fill(rows.begin(), rows.end(), 0.0);
+  }
+  i64 panels;
+  std::vector<double> blocks, rows;
+};
 
-// sums[C', C'] += sign * (F - shift) (F - shift)^T over all pixels, C' = padded(C), lower triangle of panels;
-// rows[C'] += the sums of the rows of F - shift, unless it is null.
+// blocks += sign * (F - shift) (F - shift)^T over all pixels; rows += the sums of F - shift, if they are wanted.
 template <class T>
-void accumulate(const T* x, const Strided4& v, acc_t<T> shift, double sign, double* sums, double* rows) {
+void accumulate(const T* x, const Strided4& v, acc_t<T> shift, double sign, bool wants_rows, Sums& sums) {
   using Acc = acc_t<T>;
-  const i64 width = padded(v.c), panels = width / kPanel, pixels = v.pixels();
+  const i64 panels = sums.panels, width = panels * kPanel, pixels = v.pixels();
   const i64 block = larger(kDepth, kPacked / width / kDepth * kDepth);
   Buffer<Acc> packed(width * smaller(block, pixels));
   for (i64 k0 = 0; k0 < pixels; k0 += block) {
@@ -180,11 +189,11 @@ void accumulate(const T* x, const Strided4& v, acc_t<T> shift, double sign, doub
       for (i64 panel = begin; panel < end; ++panel) {
         Acc* p = packed.get() + panel * count * kPanel;
         pack<kPanel>(x, v, panel, k0, count, shift, p);
-        for (i64 k = 0; rows && k < count; k += kDepth) {
+        for (i64 k = 0; wants_rows && k < count; k += kDepth) {
           Acc part[kPanel] = {};
           for (i64 q = k; q < smaller(k + kDepth, count); ++q)
             for (i64 c = 0; c < kPanel; ++c) part[c] += p[q * kPanel + c];
-          for (i64 c = 0; c < kPanel; ++c) rows[panel * kPanel + c] += static_cast<double>(part[c]);
+          for (i64 c = 0; c < kPanel; ++c) sums.rows[panel * kPanel + c] += static_cast<double>(part[c]);
         }
       }
     });
@@ -196,31 +205,36 @@ void accumulate(const T* x, const Strided4& v, acc_t<T> shift, double sign, doub
         next = smaller(end, (task / kStrips + 1) * kStrips);
         const TilePair pair = triangle(task / kStrips);
         const Acc *a = packed.get() + pair.i * count * kPanel, *b = packed.get() + pair.j * count * kPanel;
-        double* out = sums + pair.i * kPanel * width + pair.j * kPanel;
+        double* out = sums.blocks.data() + task / kStrips * kPanel * kPanel;
         for (i64 k = 0; k < count; k += kDepth)
           for (i64 strip = task % kStrips; strip <= (next - 1) % kStrips; ++strip)
             add_product(a + k * kPanel + strip * kStrip, b + k * kPanel, smaller(kDepth, count - k), sign,
-                        out + strip * kStrip * width, width);
+                        out + strip * kStrip * kPanel);
       }
     });
   }
 }
 
-// Writes out = sums / (C H W), both triangles, and returns the criterion of it.
+// Writes out = blocks / (C H W), both triangles, and returns the criterion of it.
 template <class Acc>
-double finish(const double* sums, const Strided4& v, i64 criterion, Acc* out) {
-  const i64 width = padded(v.c);
+double finish(const Sums& sums, const Strided4& v, i64 criterion, Acc* out) {
   const double scale = 1.0 / static_cast<double>(v.c * v.pixels());
-  double total = 0;
-  for (i64 i = 0; i < v.c; ++i) {
-    double row = 0;
-    for (i64 j = 0; j <= i; ++j) {
-      const double d = scale * sums[i * width + j];
-      out[i * v.c + j] = out[j * v.c + i] = static_cast<Acc>(d);
-      row += (j < i ? 2 : 1) * criterion_term(criterion, d);
+  const double* block = sums.blocks.data();
+  double lanes[kPanel] = {};
+  for (i64 i0 = 0; i0 < v.c; i0 += kPanel)
+    for (i64 j0 = 0; j0 <= i0; j0 += kPanel, block += kPanel * kPanel) {
+      const i64 height = smaller(kPanel, v.c - i0), width = smaller(kPanel, v.c - j0), times = j0 < i0 ? 2 : 1;
+      for (i64 i = 0; i < height; ++i)
+        for (i64 j = 0; j < width; ++j) {
+          const double d = scale * block[i * kPanel + j];
+          out[(i0 + i) * v.c + j0 + j] = static_cast<Acc>(d);
+          lanes[j] += times * criterion_term(criterion, d);
+        }
+      for (i64 j = 0; j0 < i0 && j < width; ++j)
+        for (i64 i = 0; i < height; ++i) out[(j0 + j) * v.c + i0 + i] = out[(i0 + i) * v.c + j0 + j];
     }
-    total += row;
-  }
+  double total = 0;
+  for (double lane : lanes) total += lane;
   return criterion_value(criterion, total);
 }
 
@@ -234,16 +248,14 @@ std::tuple<Tensor, Tensor> gram_moments(const Tensor& features, std::optional<Te
   dispatch(features.scalar_type(), "features", [&](auto t) {
     using T = decltype(t);
     using Acc = acc_t<T>;
-    const i64 width = padded(v.c);
-    std::vector<double> sums(static_cast<size_t>(width * width)), rows(static_cast<size_t>(width));
+    Sums sums(v);
     for (i64 n = 0; n < v.n; ++n) {
-      std::fill(sums.begin(), sums.end(), 0.0);
-      std::fill(rows.begin(), rows.end(), 0.0);
-      accumulate(data<T>(features) + n * v.sn, v, shift ? data<Acc>(*shift)[n * shift->stride(0)] : Acc(0), 1.0,
-                 sums.data(), shift ? rows.data() : nullptr);
-      finish(sums.data(), v, kL2, mutable_data<Acc>(gram) + n * v.c * v.c);
+      sums.clear();
+      const Acc off = shift ? data<Acc>(*shift)[n * shift->stride(0)] : Acc(0);
+      accumulate(data<T>(features) + n * v.sn, v, off, 1.0, shift.has_value(), sums);
+      finish(sums, v, kL2, mutable_data<Acc>(gram) + n * v.c * v.c);
       for (i64 c = 0; shift && c < v.c; ++c)
-        mutable_data<Acc>(means)[n * v.c + c] = static_cast<Acc>(rows[c] / static_cast<double>(v.pixels()));
+        mutable_data<Acc>(means)[n * v.c + c] = static_cast<Acc>(sums.rows[c] / static_cast<double>(v.pixels()));
     }
   });
   return {gram, means};
@@ -260,14 +272,13 @@ std::tuple<Tensor, Tensor> gram_distance(const Tensor& features, const Tensor& t
   dispatch(features.scalar_type(), "features", [&](auto t) {
     using T = decltype(t);
     using Acc = acc_t<T>;
-    const i64 width = padded(vx.c);
-    std::vector<double> sums(static_cast<size_t>(width * width));
+    Sums sums(vx);
     double total = 0;
     for (i64 n = 0; n < vx.n; ++n) {
-      std::fill(sums.begin(), sums.end(), 0.0);
-      accumulate(data<T>(features) + n * vx.sn, vx, Acc(0), 1.0, sums.data(), nullptr);
-      accumulate(data<T>(target) + n * vy.sn, vy, Acc(0), -1.0, sums.data(), nullptr);
-      total += finish(sums.data(), vx, criterion, mutable_data<Acc>(difference) + n * vx.c * vx.c);
+      sums.clear();
+      accumulate(data<T>(features) + n * vx.sn, vx, Acc(0), 1.0, false, sums);
+      accumulate(data<T>(target) + n * vy.sn, vy, Acc(0), -1.0, false, sums);
+      total += finish(sums, vx, criterion, mutable_data<Acc>(difference) + n * vx.c * vx.c);
     }
     *mutable_data<Acc>(loss) = static_cast<Acc>(total / static_cast<double>(vx.n));
   });
@@ -281,12 +292,14 @@ template <class T>
 void backward_kernel(const Tensor& s, const T* x, const Strided4& v, const Tensor* bias, T* out) {
   using Acc = acc_t<T>;
   const i64 strips = ceil_div(v.c, kStrip), pixels = v.pixels(), panels = ceil_div(pixels, kPanel);
-  const Strided4 small{1, v.c, v.c, 1, 0, s.stride(2), s.stride(1), 0};  // S as "features": channel c, pixel p
+  const Strided4 small{1, v.c, 1, v.c, 0, s.stride(2), 0, s.stride(1)};  // S as "features": channel c, pixel p
   Buffer<Acc> packed(strips * kStrip * v.c);
   std::vector<Acc> biases(static_cast<size_t>(strips * kStrip));
   for (i64 n = 0; n < v.n; ++n) {
-    for (i64 strip = 0; strip < strips; ++strip)
-      pack<kStrip>(data<Acc>(s) + n * s.stride(0), small, strip, 0, v.c, Acc(0), packed.get() + strip * v.c * kStrip);
+    for (i64 p = 0; p < v.c; p += 16)  // a few rows of S at a time, which stay in the first-level cache
+      for (i64 strip = 0; strip < strips; ++strip)
+        pack<kStrip>(data<Acc>(s) + n * s.stride(0), small, strip, p, smaller(16, v.c - p), Acc(0),
+                     packed.get() + (strip * v.c + p) * kStrip);
     for (i64 c = 0; bias && c < v.c; ++c) biases[c] = data<Acc>(*bias)[n * bias->stride(0) + c * bias->stride(1)];
     torch::stable::parallel_for(0, panels, grain(v.c * v.c * kPanel), [&](i64 begin, i64 end) {
       constexpr i64 group = 4;  // panels that share one reading of S

@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from rfsr_ext.ops import gram_loss
+from rfsr_ext.ops import gram_loss, gram_matrix
+from rfsr_ext.ops.reference import CRITERIA
 from rfsr_ext.weights.registry import locate
 
 __all__ = ["VGG19Features", "VGGGramLoss", "vgg19_weights_path"]
@@ -80,20 +81,32 @@ class VGG19Features(nn.Module):
 
 
 class VGGGramLoss(nn.Module):
-    """Σ_l w_l ‖G_l(pred) − G_l(target)‖²_F, mean over the batch, G_l the Gram matrix of layer l divided by C·H·W.
+    """Σ_l w_l d(G_l(pred) − G_l(target)), mean over the batch, G_l the Gram matrix of layer l divided by C·H·W.
 
-    Gradients reach ``pred`` alone.  Layers and weights are those of the released RFSR code: conv1_2, 2_2, 3_4, 4_4, 5_4
-    before their ReLU, weighted 0.1, 0.1, 1, 1, 1.
+    d is the squared Frobenius norm of eq. 6 unless another criterion is named.  Gradients reach ``pred`` alone.  Layers
+    and weights are those of the released RFSR code: conv1_2, 2_2, 3_4, 4_4, 5_4 before their ReLU, weighted 0.1, 0.1,
+    1, 1, 1.  Its criterion is ``criterion="l1", joint_layer_norm=True`` with every weight divided by the layer's C².
 
     Args:
         layers: weight by layer name.
         weights: "imagenet" or "random", see `VGG19Features`.
+        criterion: "l2", "l1" or "fro", see `rfsr_ext.ops.gram_loss`.
+        joint_layer_norm: normalise each sample's features over C, H and W before their Gram matrix.
     """
 
-    def __init__(self, layers: dict[str, float] | None = None, weights: str = "imagenet"):
+    def __init__(
+        self,
+        layers: dict[str, float] | None = None,
+        weights: str = "imagenet",
+        criterion: str = "l2",
+        joint_layer_norm: bool = False,
+    ):
         super().__init__()
         layers = LAYERS if layers is None else layers
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion must be 'l2', 'l1' or 'fro', got {criterion!r}")
         self.layer_weights = list(layers.values())
+        self.criterion, self.joint_layer_norm = criterion, joint_layer_norm
         self.vgg = VGG19Features(tuple(layers), weights)
 
     @property
@@ -101,7 +114,23 @@ class VGGGramLoss(nn.Module):
         """What to call it in front of people: a random network is never passed off as a trained one."""
         return "Gram-KL" if self.vgg.weights == "imagenet" else "Gram-KL (random VGG19, a stand-in)"
 
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self.vgg(target)
-        return gram_loss(self.vgg(pred), wanted, weights=self.layer_weights)
+    @torch.no_grad()
+    def target_gram(self, target: Tensor) -> list[Tensor]:
+        """The target's Gram matrices, to be computed once where it is compared with many times."""
+        return [gram_matrix(features, joint_layer_norm=self.joint_layer_norm) for features in self.vgg(target)]
+
+    def forward(
+        self, pred: Tensor, target: Tensor | None = None, *, target_gram: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        wanted = None
+        if target is not None:
+            with torch.no_grad():
+                wanted = self.vgg(target)
+        return gram_loss(
+            self.vgg(pred),
+            wanted,
+            self.layer_weights,
+            target_gram=target_gram,
+            criterion=self.criterion,
+            joint_layer_norm=self.joint_layer_norm,
+        )

@@ -66,6 +66,30 @@ def test_gram_loss_is_eq_6(vgg):
     assert loss.label == "Gram-KL (random VGG19, a stand-in)"
 
 
+@pytest.mark.parametrize("layer_norm", [False, True], ids=["raw", "layer_norm"])
+@pytest.mark.parametrize("criterion", ["l2", "l1", "fro"])
+def test_gram_loss_takes_its_options_and_a_cached_target(vgg, criterion, layer_norm):
+    pred, target = torch.rand(2, 2, 3, 32, 32)
+    loss = VGGGramLoss({"conv1_2": 0.5, "conv2_2": 2.0}, "random", criterion, layer_norm)
+    features = [[f.flatten(2) for f in vgg(x)[:2]] for x in (pred, target)]
+    expected = 0
+    for weight, f, g in zip([0.5, 2.0], *features, strict=True):
+        if layer_norm:
+            f, g = (nn.functional.layer_norm(x, x.shape[1:]) for x in (f, g))
+        d = (f @ f.mT - g @ g.mT) / f[0].numel()
+        sums = {"l2": d.square(), "l1": d.abs(), "fro": d.square()}[criterion].sum((1, 2))
+        expected = expected + weight * (sums.sqrt() if criterion == "fro" else sums).mean()
+    torch.testing.assert_close(loss(pred, target), expected, rtol=1e-4, atol=1e-7)
+    cached = loss.target_gram(target)
+    assert not any(gram.requires_grad for gram in cached)
+    torch.testing.assert_close(loss(pred, target_gram=cached), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_unknown_criterion_is_refused():
+    with pytest.raises(ValueError, match="criterion must be 'l2', 'l1' or 'fro', got 'huber'"):
+        VGGGramLoss(weights="random", criterion="huber")
+
+
 def test_missing_imagenet_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RFSR_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
