@@ -1,14 +1,16 @@
 # make demo    set up, fine-tune the mini model, show what changed
 # make test    set up, run every test, quick ones first
+# make bench   set up, time the losses against every other way to compute them; ARGS="--operators haar" narrows it down
+# make install-matrix   install into fresh environments; ROWS="no-compiler two-torches" or ROWS=all chooses, see --help
 #
-# Both create .venv if there is none. PYTHON=python3.12 chooses the interpreter, VENV=... another place.
+# All create .venv if there is none. PYTHON=python3.12 chooses the interpreter, VENV=... another place.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD  := pyproject.toml setup.py $(shell find csrc rfsr_ext/_build -type f -not -name '*.pyc')
 
-.PHONY: demo test clean
+.PHONY: demo test bench install-matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rfsr demo
@@ -16,6 +18,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m "slow"
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+install-matrix: $(VENV)/.installed
+	$(BIN)/python tests/packaging/install_matrix.py $(ROWS)
 
 # Stamps: an unchanged second run installs nothing. torch comes first so that the extension is compiled against
 # the torch that stays, instead of a second copy in a temporary build environment.
@@ -26,6 +34,10 @@ $(VENV)/.installed: $(BUILD) | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install -e ".[test]"
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install -e ".[bench]"
 	touch $@
 
 $(BIN)/python:

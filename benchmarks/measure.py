@@ -1,0 +1,142 @@
+"""How a contestant is checked, timed and weighed."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils import benchmark
+
+# (B/s, FLOP/s by dtype) of data sheets, dense. fp32 is three TF32 products, the fastest way to its accuracy.
+DATASHEETS = {
+    "H200": (4.80e12, {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 495e12 / 3}),
+    "H100": (3.35e12, {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 495e12 / 3}),
+    "A100": (2.04e12, {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 156e12 / 3}),
+}
+
+
+# ---------------------------------------------------------------------------------------- the machine
+
+
+def last_level_cache(device: str) -> int:
+    """Bytes; a guess of 64 MiB where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes if s[-1] in "KM"), default=64 << 20)
+
+
+def pool_size(entry_bytes: int, cache: int) -> int:
+    """How many inputs to rotate through so that none is in a cache of this size when its turn comes."""
+    return max(2, math.ceil(1.5 * cache / entry_bytes))
+
+
+def best_rate(step: Callable[[], object], work: float) -> float:
+    timer = benchmark.Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    return work / min(timer.timeit(1).mean for _ in range(7))
+
+
+def floors(device: str, dtypes: list[torch.dtype], cache: int) -> tuple[float, dict[torch.dtype, float], str]:
+    """Bandwidth, FLOP/s by dtype, and their source: a data sheet, else a copy and a matrix product timed here."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        for model, (bandwidth, rates) in DATASHEETS.items():
+            if model in name:
+                return bandwidth, rates, f"data sheet of the {model}"
+    source = torch.ones(max(cache, 1 << 22) // 4, device=device)  # read and written: twice the cache
+    copy = torch.empty_like(source)
+    bandwidth = best_rate(lambda: copy.copy_(source), 2 * source.nbytes)
+    rates, side = {}, 2048
+    for dtype in dtypes:
+        a = torch.rand(side, side, device=device).to(dtype)
+        rates[dtype] = best_rate(lambda a=a: a @ a, 2 * side**3)
+    return bandwidth, rates, "a copy and a 2048³ matrix product, measured in this run"
+
+
+# ------------------------------------------------------------------------------------------ checking
+
+
+def relative_error(value, wanted) -> float:
+    """Largest difference in any of the tensors, relative to its largest entry; NaN and infinity count as infinite."""
+    worst = 0.0
+    for x, y in zip(value, wanted, strict=True):
+        error = ((x.double() - y).abs().max() / y.abs().max().clamp_min(1e-300)).item()
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+# -------------------------------------------------------------------------------------------- timing
+
+
+def race(steps: dict[str, Callable[[], object]], rounds: int, block: float = 0.02) -> dict[str, tuple]:
+    """Seconds per call of each step as (median, 20 %, 80 %) over rounds in which all take turns, in a drawn order.
+
+    A turn is as many calls as fill ``block`` seconds; `torch.utils.benchmark` warms each up and waits for the GPU.
+    """
+    threads = torch.get_num_threads()
+    timers = {n: benchmark.Timer("step()", globals={"step": step}, num_threads=threads) for n, step in steps.items()}
+    calls = {name: max(1, math.ceil(block / timer.timeit(1).mean)) for name, timer in timers.items()}
+    seconds = {name: [] for name in steps}
+    order, draw = list(steps), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            seconds[name].append(timers[name].timeit(calls[name]).mean)
+    quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    return {
+        n: tuple(torch.quantile(torch.tensor(s, dtype=torch.float64), quantiles).tolist()) for n, s in seconds.items()
+    }
+
+
+def cycle(call: Callable, pool: list[tuple]) -> Callable[[], object]:
+    """A step that gives ``call`` the next input of the pool each time."""
+    inputs = itertools.cycle(pool)
+    return lambda: call(*next(inputs))
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def _status(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) << 10
+
+
+def peak_memory(step: Callable[[], object], device: str) -> int | None:
+    """Bytes one call adds at its peak, results included; None where the system cannot say.
+
+    On a CPU this is resident memory, so it also sees what a kernel allocates behind PyTorch's back. The heap is first
+    given back to the system, or the call would reuse pages that are already counted.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        step()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):  # not Linux with glibc
+        return None
+
+
+def load() -> str:
+    """What else ran: load averages over 1, 5 and 15 minutes."""
+    return " ".join(f"{x:.2f}" for x in os.getloadavg())
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

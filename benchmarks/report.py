@@ -1,0 +1,108 @@
+"""Results as text: a table on screen and in Markdown, from the same dictionary that goes to JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ABOUT = """\
+Written by `python -m benchmarks`; do not edit. All contestants of a case took turns in one run; times are medians over
+rounds, with 20 % and 80 % quantiles; inputs rotate through a pool larger than the last-level cache. The floor is the
+time to move or multiply what the loss must, at the rates below; a pass that only reads can beat it, as a copy's writes
+cost more than they count. Peak is the memory one call adds, gradients included. Error is the largest difference of loss
+and gradient from our operator in fp64, relative to the largest entry; a contestant beyond the tolerance of its dtype is
+not timed. The released RFSR form normalises its features first and so computes another loss: it is checked against ours
+on normalised features, and is never the best peer."""
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("(r)", "")).strip("-")
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds * 1e6:.1f} µs"
+        if seconds < 1e-3
+        else f"{seconds * 1e3:.2f} ms"
+        if seconds < 1
+        else f"{seconds:.3f} s"
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def best_peer(case: dict) -> dict | None:
+    """The fastest contestant that is not ours and computes the same loss."""
+    others = [r for r in case["rows"] if "median" in r and r["name"] != "ours" and not r.get("other_loss")]
+    return min(others, key=lambda row: row["median"], default=None)
+
+
+def ours(case: dict) -> dict | None:
+    return next((row for row in case["rows"] if row["name"] == "ours" and "median" in row), None)
+
+
+def case_lines(case: dict) -> list[str]:
+    """One case: ours first, then by time, then those that have none."""
+    base = ours(case)
+    rows = sorted(case["rows"], key=lambda r: (r["name"] != "ours", r.get("median", float("inf"))))
+    body = []
+    for row in rows:
+        if "median" not in row:
+            body.append([row["name"], row["note"], "", "", "", "", ""])
+            continue
+        ratio = f"{row['median'] / base['median']:.2f}" if base else ""
+        floor = f"{100 * case['floor'] / row['median']:.0f} %" if case.get("floor") else ""
+        memory = "n/a" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.1f}"
+        spread = f"{_time(row['q20'])} – {_time(row['q80'])}"
+        body.append([row["name"], _time(row["median"]), spread, ratio, floor, memory, f"{row['error']:.0e}"])
+    header = ["", "median", "20 % – 80 %", "time / ours", "of the floor", "peak MiB", "error"]
+    return [f"### {case['title']}", "", *_table(header, body), ""]
+
+
+def summary_lines(cases: list[dict]) -> list[str]:
+    body = []
+    for case in cases:
+        base, peer = ours(case), best_peer(case)
+        if base is None or peer is None:
+            continue
+        ratio = peer["median"] / base["median"]
+        winner = "" if ratio >= 1 else "**the peer wins**"
+        both = (base.get("peak_bytes"), peer.get("peak_bytes"))
+        memory = "n/a" if None in both else " / ".join(f"{b / 2**20:.1f}" for b in both)
+        body.append(
+            [case["title"], _time(base["median"]), peer["name"], _time(peer["median"]), f"{ratio:.2f}×", memory, winner]
+        )
+    header = ["case", "ours", "best peer", "its time", "we are faster by", "peak MiB, ours / its", ""]
+    return _table(header, body)
+
+
+def markdown(result: dict) -> str:
+    lines = [
+        f"# {result['machine']['device']}",
+        "",
+        *ABOUT.splitlines(),
+        "",
+        *_table(["", ""], [[key.replace("_", " "), str(value)] for key, value in result["machine"].items()]),
+        "",
+        "## Summary",
+        "",
+        *summary_lines(result["cases"]),
+        "",
+        "## Every case",
+        "",
+    ]
+    for case in result["cases"]:
+        lines += case_lines(case)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(result: dict, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug(result['machine']['device'])}.md"
+    path.write_text(markdown(result))
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return path

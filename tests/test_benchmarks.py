@@ -1,0 +1,113 @@
+"""The benchmark runs, checks what it compares, and shows a peer that wins."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as bench
+from benchmarks import end_to_end, measure, peers, report
+from benchmarks.cases import Case, cases
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"haar": ((2, 3, 7, 9),), "gram": ((1, 4, 6, 5), (1, 8, 3, 3))}
+
+
+def small(operator, dtype=torch.float32):
+    return Case(operator, "small", SMALL[operator], dtype, backward=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operator", ["haar", "gram"])
+def test_eager_peers_compute_our_loss_and_gradient(operator, dtype):
+    case = small(operator, dtype)
+    entry = case.inputs(torch.Generator().manual_seed(0), "cpu")
+    for name, loss in peers.line_up(operator, dtype, "cpu").items():
+        if isinstance(loss, str) or name.startswith(("compile", "max-autotune", "ptwt", "pytorch_wavelets")):
+            continue
+        expected = bench.call(peers.reference(operator, name), True)(*bench.in_fp64(entry))
+        assert measure.relative_error(bench.call(loss, True)(*entry), expected) < bench.TOLERANCE[dtype], name
+
+
+def test_a_peer_that_disagrees_is_not_timed(monkeypatch):
+    monkeypatch.setattr(peers, "avg_pool2d", lambda prediction, target: 1.1 * peers.slices(prediction, target))
+    wanted = bench.re.compile("^(avg_pool2d|slices)$")
+    case = bench.run_case(small("haar"), "cpu", 2, wanted, 1 << 12, (1e9, {torch.float32: 1e9}))
+    rows = {row["name"]: row for row in case["rows"]}
+    assert set(rows) == {"ours", "avg_pool2d", "slices"}
+    assert "median" in rows["slices"] and "median" not in rows["avg_pool2d"]
+    assert rows["avg_pool2d"]["note"].startswith("disagrees: relative error 1e-01")
+
+
+def test_a_peer_that_wins_is_shown():
+    rows = [
+        {"name": "ours", "median": 2e-3, "q20": 2e-3, "q80": 2e-3, "error": 0.0, "peak_bytes": 1 << 20},
+        {"name": "quick", "median": 1e-3, "q20": 1e-3, "q80": 1e-3, "error": 0.0, "peak_bytes": 1 << 21},
+        {"name": "cheat", "median": 1e-4, "q20": 1e-4, "q80": 1e-4, "error": 0.0, "other_loss": True},
+        {"name": "absent", "note": "not installed"},
+    ]
+    case = {"title": "a case", "floor": 5e-4, "rows": rows}
+    assert "| a case | 2.00 ms | quick | 1.00 ms | 0.50× | 1.0 / 2.0 | **the peer wins** |" in report.summary_lines(
+        [case]
+    )
+    lines = report.case_lines(case)
+    assert "| quick | 1.00 ms | 1.00 ms – 1.00 ms | 0.50 | 50 % | 2.0 | 0e+00 |" in lines
+    assert "| absent | not installed |  |  |  |  |  |" in lines
+
+
+def test_floors_count_what_must_be_moved_and_multiplied():
+    haar = Case("haar", "", ((1, 1, 100, 100),), torch.float32, backward=True)
+    assert haar.floor(bandwidth=12e4, flops=1) == pytest.approx(1.0)  # 2 reads and 1 write of 40 kB
+    gram = Case("gram", "", ((1, 8, 10, 10),), torch.bfloat16, backward=True)
+    assert gram.floor(bandwidth=1e30, flops=4 * 64 * 100) == pytest.approx(1.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak resident memory needs Linux")
+def test_peak_memory_sees_memory_that_is_freed_again():
+    def step():
+        torch.ones(32 << 20, dtype=torch.uint8)
+
+    assert 30 << 20 < measure.peak_memory(step, "cpu") < 40 << 20
+
+
+def test_a_step_runs_with_a_peer_in_place_of_our_operator():
+    step = end_to_end.vgg_gram_step(32, "cpu")
+    seen = []
+
+    def peer(features, targets):
+        seen.append(len(features))
+        return peers.bmm(features, targets)
+
+    fitted = end_to_end.fitting("gram", peer)
+    torch.testing.assert_close(end_to_end.with_loss("gram", step, fitted)(), step(), rtol=1e-4, atol=0)
+    assert seen == [1] * 5
+    alone = end_to_end.loss_alone("gram", step, bench.rfsr_ext.gram_loss)
+    torch.testing.assert_close(alone(), step(), rtol=1e-4, atol=0)
+
+
+def test_the_command_writes_its_tables(tmp_path):
+    title = next(c.title for c in cases() if c.label == "1x3x64x64" and c.dtype == torch.float32)
+    options = [
+        "--device",
+        "cpu",
+        "--match",
+        f"^{title}$",
+        "--peers",
+        "^avg_pool2d$",
+        "--rounds",
+        "2",
+        "--cache-mib",
+        "1",
+    ]
+    command = [sys.executable, "-m", "benchmarks", *options, "--output", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert [case["title"] for case in result["cases"]] == [title]
+    assert {"device", "versions", "floor", "started", "ended"} <= set(result["machine"])
+    assert path.with_suffix(".md").read_text() == report.markdown(result)
+    assert f"### {title}" in run.stdout
