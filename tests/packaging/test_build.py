@@ -184,14 +184,13 @@ def test_a_failing_compiler_stops_the_install_on_request(sources):
 
 
 @pytest.mark.slow
-def test_no_compiler_on_path(sources):
-    run = build(sources, PATH=str(sources / "nothing-here"), CXX=None, CC=None, CUDA_HOME=None, RFSR_CUDA=None)
-    assert run.returncode == 0, run.stderr
-    assert record(sources)["cpu"]["why"] == "no C++ compiler was found"
-    info = served(sources)["cpu"]
-    assert info["backend"] == "reference"
-    assert info["why"] == "the PyTorch implementation serves because no C++ compiler was found"
-    assert info["remedy"] == "install a C++17 compiler such as g++, then repeat 'pip install -e .'"
+@pytest.mark.parametrize("row", ["no-compiler", "no-nvcc", "uv"])
+def test_light_rows_of_the_install_matrix(row):
+    script = ROOT / "tests/packaging/install_matrix.py"
+    run = subprocess.run([sys.executable, script, row], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    if "skipped: " in run.stdout:
+        pytest.skip(run.stdout.partition("skipped: ")[2].strip())
 
 
 @pytest.mark.slow

@@ -1,0 +1,230 @@
+"""Installs the package into fresh environments and asserts what serves there, and why.
+
+    python tests/packaging/install_matrix.py                    # the light rows
+    python tests/packaging/install_matrix.py two-torches uv     # rows by name
+    python tests/packaging/install_matrix.py all
+
+Light rows see the packages of the interpreter that runs this; heavy ones download PyTorch, gigabytes of it. Every row
+installs a copy of the sources by plain ``pip install -e .``, isolation on and no flags, except where its line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST = "2.11"
+
+PROBE = """
+import json, torch, rfsr_ext
+a, b = torch.arange(15.0).reshape(1, 1, 3, 5).requires_grad_(), torch.ones(1, 1, 3, 5)
+haar, gram = rfsr_ext.haar_ll_l1_loss(a, 0 * b), rfsr_ext.gram_loss(a, b)
+(haar + gram).backward()
+info = rfsr_ext.build_info()
+print(json.dumps({"file": rfsr_ext.__file__, "torch": torch.__version__, "cuda_version": torch.version.cuda,
+                  "haar": haar.item(), "gram": gram.item(), "finite": a.grad.isfinite().all().item(),
+                  **info["operators"]["haar_ll_l1_loss"]}))
+"""
+
+
+class Skip(Exception):
+    """Why a row cannot be run here."""
+
+
+class Environment:
+    """A fresh virtual environment with a copy of the sources beside it."""
+
+    def __init__(self, folder: Path, ambient: bool, name: str = ".venv"):
+        """``ambient`` lets it see the packages of this interpreter. uv finds it by its name and place."""
+        self.tree, self.venv = folder / "sources", folder / "sources" / name
+        if not self.tree.exists():
+            unwanted = shutil.ignore_patterns("*.so", "_build_record.json", "__pycache__", "build", ".*", "*.egg-info")
+            shutil.copytree(ROOT, self.tree, ignore=unwanted)
+        venv.create(self.venv, with_pip=True)
+        self.python = self.venv / "bin/python"
+        self.variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "RFSR_CUDA")}
+        self.variables |= {"RFSR_CUDA": "0", "MAX_JOBS": "1"}  # compiling CUDA takes minutes; a row may ask for it
+        if ambient:
+            (self.packages / "ambient.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    @property
+    def packages(self) -> Path:
+        return self.venv / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+    def run(self, *command, prefix=()) -> str:
+        run = subprocess.run(
+            [*prefix, *map(str, command)], cwd=self.tree, env=self.variables, capture_output=True, text=True
+        )
+        output = run.stdout + run.stderr
+        if run.returncode and re.search(r"No matching distribution|ConnectionError|resolve host", output):
+            raise Skip("the package index cannot be reached or does not have what the row needs")
+        assert run.returncode == 0, f"{' '.join(map(str, command))}:\n{output[-3000:]}"
+        return output
+
+    def pip(self, *arguments, prefix=()) -> str:
+        return self.run(self.python, "-m", "pip", "install", "-v", *arguments, prefix=prefix)
+
+    def probe(self) -> dict:
+        """``build_info()`` here, after both losses have run and given what they should."""
+        found = json.loads(self.run(self.python, "-c", PROBE).splitlines()[-1])
+        assert Path(found["file"]) == self.tree / "rfsr_ext/__init__.py", found["file"]
+        assert math.isclose(found["haar"], 103 / 6, rel_tol=1e-5), found["haar"]
+        assert math.isclose(found["gram"], (1015 / 15 - 1) ** 2, rel_tol=1e-5), found["gram"]
+        assert found["finite"]
+        return found
+
+    def assert_reported(self, found: dict, device: str, backend: str, why: str, remedy: str | None) -> None:
+        """``build_info()`` says so, and ``rfsr doctor`` says the same."""
+        served = found[device]
+        assert served["backend"] == backend and why in served["why"], served
+        assert remedy in served["remedy"] if remedy else served["remedy"] is None, served
+        report = self.run(self.python, "-m", "rfsr_ext.cli", "doctor")
+        assert f"{backend}: {served['why']}" in report, report
+
+    def assert_native(self, found: dict) -> Path:
+        """The compiled CPU library serves and names nothing of PyTorch's C++ ABI."""
+        assert found["cpu"]["backend"] == "native", found["cpu"]
+        library = Path(found["cpu"]["library"])
+        assert library.is_relative_to(self.tree)
+        if shutil.which("nm"):
+            symbols = self.run("nm", "-D", "--undefined-only", library)
+            assert "torch_call_dispatcher" in symbols  # the stable shims: the list is not empty
+            unstable = [name for name in symbols.split() if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
+            assert not unstable, unstable
+        return library
+
+
+def toolchain():
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "rfsr_ext/_build/toolchain.py")
+    module = sys.modules["toolchain"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --------------------------------------------------------------------------------------- light rows
+
+
+def no_compiler(folder: Path) -> None:
+    """PATH holds nothing but the environment: PyTorch serves, and the report says what to install."""
+    env = Environment(folder, ambient=True)
+    for name in ("CXX", "CC", "CUDA_HOME", "CUDA_PATH", "RFSR_CUDA"):
+        env.variables.pop(name, None)
+    env.variables["PATH"] = str(env.venv / "bin")
+    env.pip("--no-deps", "-e", ".")
+    found = env.probe()
+    env.assert_reported(found, "cpu", "reference", "no C++ compiler was found", "install a C++17 compiler")
+    if found["cuda_version"]:
+        env.assert_reported(found, "cuda", "reference", "no usable C++ compiler was found", "install a C++17 compiler")
+
+
+def no_nvcc(folder: Path) -> None:
+    """A CUDA build of torch and no toolkit: the CPU library serves, and the report says how to get nvcc."""
+    env = Environment(folder, ambient=True)
+    for name in ("CUDA_HOME", "CUDA_PATH", "RFSR_CUDA"):
+        env.variables.pop(name, None)
+    env.variables["PATH"] = ":".join(p for p in env.variables["PATH"].split(":") if not (Path(p) / "nvcc").exists())
+    empty = folder / "empty"
+    empty.mkdir()
+    # Toolkits in well-known places are covered up, for this row's processes alone.
+    cover = [f"mount --bind {empty} {toolkit.home / 'bin'}" for toolkit in toolchain().cuda_toolkits()]
+    prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", " && ".join([*cover, 'exec "$@"']), "sh"]
+    if not cover:
+        prefix = []
+    elif not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        raise Skip("there is a CUDA toolkit, and this user may not cover it up with a mount")
+    env.pip("--no-deps", "-e", ".", prefix=prefix)
+    found = env.probe()
+    env.assert_native(found)
+    if found["cuda_version"] is None:
+        raise Skip("torch was built without CUDA, which says so before it looks for nvcc")
+    env.assert_reported(found, "cuda", "reference", "nvcc was not found", "pip install 'cuda-toolkit[nvcc")
+
+
+def uv(folder: Path) -> None:
+    """``uv pip install -e .``, which builds in an interpreter of its own, compiles against the torch that is there."""
+    env = Environment(folder, ambient=True)
+    env.pip("uv")
+    output = env.run(env.venv / "bin/uv", "pip", "install", "-v", "--no-deps", "--python", env.python, "-e", ".")
+    assert "Selecting: torch==" not in output, output[-3000:]
+    env.assert_native(env.probe())
+
+
+# --------------------------------------------------------------------------------------- heavy rows
+
+
+def no_torch(folder: Path) -> None:
+    """An empty environment: the build asks for a torch of its own, and its library runs on the one then installed."""
+    env = Environment(folder, ambient=False)
+    env.pip("-e", ".")
+    found = env.probe()
+    env.assert_native(found)
+    env.assert_reported(found, "cpu", "native", "it was compiled with", None)
+
+
+def torch_present(folder: Path) -> None:
+    """A torch older than the newest is there: it is compiled against, and no other is fetched."""
+    env = Environment(folder, ambient=False)
+    env.pip(f"torch=={OLDEST}.*")
+    output = env.pip("-e", ".")
+    assert not re.search(r"(Collecting|Downloading) torch[<>=~!; -]", output)
+    found = env.probe()
+    assert found["torch"].startswith(f"{OLDEST}.")
+    env.assert_native(found)
+    env.assert_reported(found, "cpu", "native", "it was compiled with", None)
+
+
+def two_torches(folder: Path) -> None:
+    """One library, built with the torch of this interpreter, also runs on the oldest torch."""
+    newest = Environment(folder, ambient=True)
+    newest.pip("--no-deps", "-e", ".")
+    found = newest.probe()
+    library = newest.assert_native(found)
+    bits = library.read_bytes()
+    oldest = Environment(folder, ambient=False, name=".venv-oldest")
+    oldest.pip(f"torch=={OLDEST}.*", "numpy")
+    oldest.variables["PYTHONPATH"] = str(oldest.tree)
+    again = oldest.probe()
+    assert found["torch"] != again["torch"] and again["torch"].startswith(f"{OLDEST}."), again["torch"]
+    assert again["cpu"]["backend"] == "native" and Path(again["cpu"]["library"]) == library
+    assert library.read_bytes() == bits
+
+
+LIGHT = {"no-compiler": no_compiler, "no-nvcc": no_nvcc, "uv": uv}
+HEAVY = {"no-torch": no_torch, "torch-present": torch_present, "two-torches": two_torches}
+
+
+def main() -> int:
+    rows = LIGHT | HEAVY
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", choices=[*rows, "all", []], help=f"default: {' '.join(LIGHT)}")
+    names = parser.parse_args().rows or LIGHT
+    failed = 0
+    for name in rows if "all" in names else names:
+        start = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                rows[name](Path(folder).resolve())
+            outcome = "ok"
+        except Skip as reason:
+            outcome = f"skipped: {reason}"
+        except AssertionError as error:
+            outcome, failed = f"FAILED: {error}", failed + 1
+        print(f"{name:14s} {time.monotonic() - start:5.0f} s  {outcome}", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
