@@ -24,7 +24,14 @@ TESTS = [
     "test_gram.py::test_gradients_match_the_twin",
     "test_gram.py::test_nan_in_is_nan_out",
     "test_gram.py::test_poisoned_outputs_and_workspaces_are_overwritten",
-    "test_haar.py",
+    "test_haar.py::test_haar_ll_is_pywavelets",
+    "test_haar.py::test_loss_is_the_mean_distance_of_the_bands",
+    "test_haar.py::test_any_mode_level_range_and_reduction",
+    "test_haar.py::test_gradients_of_every_option",
+    "test_haar.py::test_gradients_of_every_mode_and_dtype",
+    "test_haar.py::test_modes_match_finite_differences",
+    "test_haar.py::test_nan_stays_where_the_mode_does_not_look",
+    "test_haar.py::test_every_byte_of_the_outputs_is_written",
 ]
 
 
@@ -68,6 +75,15 @@ def test_cuda_kernels_pass_the_operator_tests_on_the_host(tmp_path):
     shutil.copytree(ROOT / "tests/ops", tests / "ops", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "tests/conftest.py", tests)
     (tests / "pytest.ini").write_text("[pytest]\nmarkers =\n  cuda: GPU\n  slow: long\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not cuda", *[f"ops/{name}" for name in TESTS]]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--durations=6",
+        "-m",
+        "not slow and not cuda",
+        *[f"ops/{name}" for name in TESTS],
+    ]
     run = subprocess.run(command, cwd=tests, capture_output=True, text=True, env=environment)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
