@@ -74,10 +74,13 @@ STEPS: dict[str, tuple[str, Callable[[str], Step]]] = {
 
 
 def fitting(operator: str, loss: Callable) -> Callable:
-    """A peer with the signature the loss modules call; that it does the same is checked, not believed."""
+    """A peer with the signature the loss modules call; that it does the same is checked, not believed.
+
+    The modules also pass their options, which are all at their defaults here.
+    """
     if operator == "haar":
-        return loss
-    return lambda features, targets, weights: sum(
+        return lambda pred, target, **options: loss(pred, target)
+    return lambda features, targets, weights, **options: sum(
         w * loss([f], [t]) for w, f, t in zip(weights, features, targets, strict=True)
     )
 
@@ -96,13 +99,14 @@ def loss_alone(operator: str, step: Step, loss: Callable) -> Step:
     """``loss`` and its gradient at the very tensors ``step`` gives it: the most a faster loss could save."""
     with mock.patch(PLACES[operator], side_effect=loss) as spy:
         step()
-    (pred, target), options = spy.call_args
+    (pred, target, *weights), options = spy.call_args
     as_list = isinstance(pred, (list, tuple))
     pred = [x.detach().requires_grad_() for x in (pred if as_list else [pred])]
     target = [x.detach() for x in (target if as_list else [target])]
 
     def run():
-        value = loss(pred, target, **options) if as_list else loss(pred[0], target[0], **options)
+        inputs = (pred, target, *weights) if as_list else (pred[0], target[0])
+        value = loss(*inputs, **options)
         torch.autograd.grad(value, pred)
         return value.detach()
 
