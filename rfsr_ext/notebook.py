@@ -44,13 +44,13 @@ def panels(rows: int = 1, columns: int = 1, width: float = 7.2, height: float = 
 def pictures(
     images: Sequence, titles: Sequence[str], columns: int | None = None, tile: float = 1.75, span=(0, 1)
 ) -> Figure:
-    """A row or grid of pictures, every pixel drawn as a square, none smoothed.
+    """A row or grid of pictures, every pixel a square of whole screen pixels, none smoothed.
 
     Args:
-        images: tensors ``[3, H, W]`` in colour or ``[H, W]`` in grey.
-        titles: one per picture.
+        images: tensors ``[3, H, W]`` in colour or ``[H, W]`` in grey; sizes may differ by whole factors.
+        titles: one per picture, above it.
         columns: pictures per row; all of them by default.
-        tile: side of one picture in inches.
+        tile: about how wide a picture becomes, in inches.
         span: the values drawn black and white; others are clipped.
 
     Returns:
@@ -58,25 +58,32 @@ def pictures(
     """
     columns = columns or len(images)
     rows = -(-len(images) // columns)
-    figure, axes = panels(rows, columns, columns * tile, rows * (tile + 0.25), squeeze=False)
-    for panel in axes.flat:
-        panel.set_axis_off()
-    for panel, image, title in zip(axes.flat, images, titles, strict=False):
-        low, high = span
+    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+    zoom = max(1, round(tile * _DPI / width))
+    height, width, gap = height * zoom, width * zoom, 8
+    head = 6 + 15 * max(title.count("\n") + 1 for title in titles)
+    whole_width, whole_height = gap + columns * (width + gap), rows * (head + height) + gap
+    figure = Figure(figsize=(whole_width / _DPI, whole_height / _DPI), dpi=_DPI, facecolor="white")
+    low, high = span
+    for place, (image, title) in enumerate(zip(images, titles, strict=True)):
+        left, top = gap + place % columns * (width + gap), head + place // columns * (head + height)
+        box = left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height
+        axes = figure.add_axes(box)
         pixels = ((image.detach().cpu().float() - low) / (high - low)).clamp(0, 1)
-        panel.imshow(
-            pixels.movedim(0, -1) if image.ndim == 3 else pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-        )
-        panel.set_title(title, size=9)
+        pixels = pixels.movedim(0, -1) if image.ndim == 3 else pixels
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        axes.set_title(title, size=9, pad=3)
     return figure
 
 
 def _picture(figure: Figure) -> str:
-    """The figure as a data URI: PNG, or WebP without loss where PNG is too large, as it is for photographs."""
+    """The figure as a data URI: PNG, or WebP where that is too large, as for photographs; lossy only if it must be."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     image = Image.open(buffer).convert("RGB")
-    for form, options in (("png", {"optimize": True}), ("webp", {"lossless": True}), ("webp", {"quality": 92})):
+    attempts = {"optimize": True}, {"lossless": True}, {"quality": 92}, {"quality": 80}
+    for form, options in zip(("png", "webp", "webp", "webp"), attempts, strict=True):
         buffer = io.BytesIO()
         image.save(buffer, form, **options)
         if buffer.tell() <= _MOST_BYTES:
@@ -194,8 +201,12 @@ def explore(draw: Callable[[object], tuple[Figure, str]], values: Sequence, labe
         figure, alt = drawn[position]
         panel.value = f'{_html(figure, alt)}<p aria-live="polite">{html.escape(alt)}</p>'
 
+    class Explorer(widgets.VBox):
+        def __repr__(self) -> str:  # what stored notebooks show, where no kernel lives that could move it
+            return f"slider {label!r} with {len(values)} positions; run this notebook to move it"
+
     slider.observe(redraw, "value")
     redraw()
-    box = widgets.VBox([slider, panel])
+    box = Explorer([slider, panel])
     box.slider, box.panel = slider.add_class("rfsr-slider"), panel.add_class("rfsr-panel")
     return box
