@@ -1,5 +1,6 @@
 # make demo    set up, fine-tune the mini model, show what changed
 # make test    set up, run every test, quick ones first
+# make notebooks    run the course's sources in notebooks/src and store the notebooks; ONLY="02 04" for some of them
 # make bench   set up, time the losses against every other way to compute them; ARGS="--operators haar" narrows it down
 # make install-matrix   install into fresh environments; ROWS="no-compiler two-torches" or ROWS=all chooses, see --help
 #
@@ -10,7 +11,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD  := pyproject.toml setup.py $(shell find csrc rfsr_ext/_build -type f -not -name '*.pyc')
 
-.PHONY: demo test bench install-matrix clean
+.PHONY: demo test notebooks bench install-matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rfsr demo
@@ -18,6 +19,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m "slow"
+
+notebooks: $(VENV)/.installed-test
+	OMP_NUM_THREADS=2 $(BIN)/python notebooks/build.py $(ONLY)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
