@@ -1,11 +1,22 @@
-"""Differentiable image rewards behind one interface: ``score(images in [0, 1], prompts) → [N]``, higher is better."""
+"""Image rewards behind one interface: ``score(images in [0, 1], prompts) → [N]``, higher is better."""
 
 from collections.abc import Callable
 
-from rfsr_ext.rewards.base import Reward, WeightedReward, reward_loss
+from rfsr_ext.rewards.base import CallableReward, Reward
+from rfsr_ext.rewards.compose import WeightedReward, check_rewards, reward_loss
 from rfsr_ext.rewards.mini import MiniIQA, MiniPreference
 
-__all__ = ["REWARDS", "MiniIQA", "MiniPreference", "Reward", "WeightedReward", "create_reward", "reward_loss"]
+__all__ = [
+    "REWARDS",
+    "CallableReward",
+    "MiniIQA",
+    "MiniPreference",
+    "Reward",
+    "WeightedReward",
+    "check_rewards",
+    "create_reward",
+    "reward_loss",
+]
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "mini-iqa": MiniIQA.from_pretrained,

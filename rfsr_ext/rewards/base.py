@@ -1,24 +1,25 @@
-"""What a reward is, and how several are weighed into one loss (paper eq. 4 and 5)."""
+"""What a reward is, and how any callable becomes one."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-__all__ = ["Reward", "WeightedReward", "reward_loss"]
+__all__ = ["CallableReward", "Reward"]
 
 
 class Reward(nn.Module, ABC):
-    """A differentiable score of images, higher is better.
+    """A score of images, higher is better.
 
     Attributes:
         name: what it is called in logs and tables.
         stand_in_for: the published model a small stand-in plays the part of, or None if it is the real one.
+        differentiable: whether the score has a gradient with respect to the images.
     """
 
     name: str
     stand_in_for: str | None = None
+    differentiable: bool = True
 
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -33,30 +34,27 @@ class Reward(nn.Module, ABC):
         return f"{self.name} (stand-in for {self.stand_in_for})" if self.stand_in_for else self.name
 
 
-@dataclass(frozen=True)
-class WeightedReward:
-    """One term of eq. 5: ``weight`` is λ_clipiqa or λ_iw, the loss is −score."""
-
-    reward: Reward
-    weight: float
-
-
-def reward_loss(rewards: list[WeightedReward], images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_reward = Σ λ_k · mean(−r_k), eq. 5, and the detached ``[N]`` scores by name.
+class CallableReward(Reward):
+    """Any ``f(images, prompts) → [N]`` as a reward.
 
     Args:
-        rewards: what to weigh.
-        images: ``[N, 3, H, W]``, already clamped to [0, 1].
-        prompts: N prompts.
+        function: scores images in [0, 1]; a module moves with the reward.
+        name: what to call it.
+        higher_is_better: False turns the sign of the score.
+        differentiable: False for a function without a gradient; it can then measure, but not train by gradient.
     """
-    loss, scores = images.new_zeros((), dtype=torch.float32), {}
-    for term in rewards:
-        score = term.reward.score(images, prompts)
-        if score.shape != images.shape[:1]:
-            raise ValueError(
-                f"reward {term.reward.name!r} must return one score per image, shape [{images.shape[0]}], "
-                f"got {list(score.shape)}"
-            )
-        scores[term.reward.name] = score.detach()
-        loss = loss - term.weight * score.float().mean()
-    return loss, scores
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, list[str]], Tensor],
+        name: str,
+        higher_is_better: bool = True,
+        differentiable: bool = True,
+    ):
+        super().__init__()
+        self.function, self.name = function, name
+        self.sign = 1 if higher_is_better else -1
+        self.differentiable = differentiable
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.sign * self.function(images, prompts)

@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import yaml
 
+from rfsr_ext.rewards import WeightedReward
+
 __all__ = ["PRESETS", "RFSRConfig"]
 
 PRESETS = ("mini", "paper")
@@ -37,7 +39,9 @@ class RFSRConfig:
         allow_overlap: let both windows cover a step, which then gets both losses (Table 2, third row).
         structure_loss: "dwt-ll" (eq. 2), "l1" or "none" (Table 5).
         lambda_structure: λ_dwt.
-        rewards: weight by reward name (λ_clipiqa, λ_iw of eq. 5).
+        rewards: by reward name a weight (λ_clipiqa, λ_iw of eq. 5), or a mapping of ``weight`` and any other field of
+            `rfsr_ext.rewards.WeightedReward`: ``{image-reward: {weight: 5.0e-6, cap: 2, steps: [45, 50]}}``.
+        balance_rewards: bring the rewards' image gradients to one norm before they are weighed.
         regularization: "gram-kl" (eq. 6), "kl" (mean squared change of the predicted noise) or "none" (Table 4).
         lambda_regularization: λ_r.
         vgg_weights: "imagenet", or "random" for a stand-in where the file is not on disk.
@@ -66,7 +70,8 @@ class RFSRConfig:
     allow_overlap: bool = False
     structure_loss: str = "dwt-ll"
     lambda_structure: float = 5e-4
-    rewards: dict[str, float] = field(default_factory=lambda: {"clipiqa": 5e-5, "imagereward": 5e-5})
+    rewards: dict[str, float | dict[str, Any]] = field(default_factory=lambda: {"clipiqa": 5e-5, "imagereward": 5e-5})
+    balance_rewards: bool = False
     regularization: str = "gram-kl"
     lambda_regularization: float = 5e-5
     vgg_weights: str = "imagenet"
@@ -164,12 +169,32 @@ def _nearest(word: str, known) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(known)}"
 
 
+def _coerce_reward(key: str, value: Any, source: str) -> float | dict[str, Any]:
+    """A weight, or a mapping whose keys and values are those of `WeightedReward`."""
+    if not isinstance(value, dict):
+        return _coerce(key, value, "float", source)
+    known = {f.name: f.type for f in dataclasses.fields(WeightedReward) if f.init and f.name != "reward"}
+    for name in value:
+        if name not in known:
+            raise ValueError(f"{source}: unknown key {f'{key}.{name}'!r}{_nearest(str(name), known)}")
+    if "weight" not in value:
+        raise ValueError(f"{source}: {key} must have a weight, got {value!r}")
+    checked = {name: _coerce(f"{key}.{name}", term, known[name], source) for name, term in value.items()}
+    try:
+        WeightedReward(None, **checked)  # for its checks alone; the reward is loaded later
+    except ValueError as error:
+        raise ValueError(f"{source}: {key}.{error}") from None
+    return {name: list(term) if isinstance(term, tuple) else term for name, term in checked.items()}
+
+
 def _coerce(key: str, value: Any, annotation: Any, source: str) -> Any:
     """A YAML value to the type of the field, or one sentence."""
     wanted = str(annotation).replace("<class '", "").replace("'>", "")
     optional = "None" in wanted
     if value is None and optional:
         return None
+    if "dict" in wanted and isinstance(value, dict):
+        return {str(name): _coerce_reward(f"{key}.{name}", term, source) for name, term in value.items()}
     try:
         if "tuple" in wanted:
             if isinstance(value, str) or not hasattr(value, "__len__"):
@@ -179,7 +204,7 @@ def _coerce(key: str, value: Any, annotation: Any, source: str) -> Any:
             kind = int if "int" in wanted else float if "float" in wanted else str
             return tuple(kind(item) for item in value)
         if "dict" in wanted:
-            return {str(name): float(weight) for name, weight in value.items()}
+            raise TypeError
         if wanted.startswith("bool"):
             if not isinstance(value, bool):
                 raise TypeError

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfsr_ext.models import Condition, ISRModel
-from rfsr_ext.rewards import WeightedReward, reward_loss
+from rfsr_ext.rewards import WeightedReward, check_rewards, reward_loss
 from rfsr_ext.sampling import TimestepWindows, Trajectory, rollout
 
 __all__ = ["Prediction", "RFSRObjective"]
@@ -36,6 +36,7 @@ class RFSRObjective:
         structure_loss: ``f(images, ground truth)``, or None.
         lambda_structure: λ_dwt.
         rewards: the weighted rewards of eq. 5.
+        balance_rewards: see `rfsr_ext.rewards.reward_loss`.
         style_loss: ``f(images, reference images)`` for Gram-KL, or None.
         kl: regularise by the mean squared change of the network's output instead (Table 4, "KL"): up to a factor, the
             Kullback–Leibler divergence between the two models' denoising steps.
@@ -53,6 +54,7 @@ class RFSRObjective:
         structure_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         lambda_structure: float = 5e-4,
         rewards: list[WeightedReward] = (),
+        balance_rewards: bool = False,
         style_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         kl: bool = False,
         lambda_regularization: float = 5e-5,
@@ -62,9 +64,11 @@ class RFSRObjective:
     ):
         if (style_loss or kl) and reference is None and disable_adapters is None:
             raise ValueError("reference must be the frozen pre-trained model when a regulariser is used, got None")
+        check_rewards(rewards, windows.reward)
         self.model, self.windows = model, windows
         self.structure_loss, self.lambda_structure = structure_loss, lambda_structure
-        self.rewards, self.style_loss, self.kl = list(rewards), style_loss, kl
+        self.rewards, self.balance_rewards = list(rewards), balance_rewards
+        self.style_loss, self.kl = style_loss, kl
         self.lambda_regularization = lambda_regularization
         self.reference, self.disable_adapters = reference, disable_adapters
         self.num_inference_steps = num_inference_steps
@@ -113,7 +117,7 @@ class RFSRObjective:
             loss = loss + self.lambda_structure * logs["structure"]
         if in_reward:
             images = prediction.images.clamp(0, 1)
-            value, scores = reward_loss(self.rewards, images, prompts)
+            value, scores = reward_loss(self.rewards, images, prompts, step, generator, self.balance_rewards)
             loss = loss + value
             logs |= {f"reward/{name}": score.mean() for name, score in scores.items()}
             if self.style_loss is not None or self.kl:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -46,9 +47,13 @@ def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:
     return windows
 
 
-def build_rewards(weights: dict[str, float]) -> list[WeightedReward]:
-    """Rewards by their names in the configuration."""
-    return [WeightedReward(create_reward(name), weight) for name, weight in weights.items()]
+def build_rewards(terms: dict[str, float | dict[str, Any]]) -> list[WeightedReward]:
+    """Weighted rewards from the configuration: by name a weight, or a mapping with the fields of `WeightedReward`."""
+    built = []
+    for name, term in terms.items():
+        options = dict(term) if isinstance(term, dict) else {"weight": term}
+        built.append(WeightedReward(create_reward(name), **options))
+    return built
 
 
 def structure_loss(kind: str) -> nn.Module | None:

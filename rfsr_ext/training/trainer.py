@@ -142,13 +142,15 @@ class RFSRTrainer:
         self.wrapped = dict(zip(self.groups, prepared, strict=True))
 
         for term in self.rewards:
-            term.reward.to(self.accelerator.device)
+            if not term.offload:
+                term.reward.to(self.accelerator.device)
         self.objective = RFSRObjective(
             self.model,
             self.windows,
             structure_loss=setup.structure_loss(config.structure_loss),
             lambda_structure=config.lambda_structure,
             rewards=self.rewards,
+            balance_rewards=config.balance_rewards,
             style_loss=style_loss.to(self.accelerator.device) if style_loss else None,
             kl=regularized and config.regularization == "kl",
             lambda_regularization=config.lambda_regularization,
@@ -283,6 +285,7 @@ class RFSRTrainer:
                     "validation": self.measured,
                     "best_iteration": self.best_iteration,
                     "skipped_in_a_row": self.skipped_in_a_row,
+                    "reward_statistics": {term.reward.name: term.statistics.state() for term in self.rewards},
                     "optimizer_steps": self.state.ema.optimization_step,
                 },
             )
@@ -305,6 +308,8 @@ class RFSRTrainer:
                 f"restore them or give another output_dir"
             )
         self.state.load(tensors, metadata["optimizer_steps"])
+        for term in self.rewards:
+            term.statistics.load(metadata["reward_statistics"][term.reward.name])
         self.iteration = metadata["iteration"]
         self.history, self.measured = metadata["history"], metadata["validation"]
         self.best_iteration, self.skipped_in_a_row = metadata["best_iteration"], metadata["skipped_in_a_row"]
@@ -325,7 +330,7 @@ class RFSRTrainer:
     def _validate(self) -> None:
         """Measure the averaged weights on the held-out samples; keep them if they are the best so far."""
         if self.accelerator.is_main_process:
-            scorers = {term.reward.name: term.reward.score for term in self.rewards} | self.judges
+            scorers = {term.reward.name: term.measure for term in self.rewards} | self.judges
             with self._averaged():
                 frame = evaluate(
                     self.model, self.validation, scorers, seeds=(self.config.seed,),
