@@ -6,7 +6,6 @@ variant, colour channel, border and seed were used decides a number as much as t
 """
 
 import contextlib
-import importlib
 import importlib.util
 import logging
 import random
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from rfsr_ext.evaluation.judge import Judge
 from rfsr_ext.evaluation.metrics import psnr, ssim
+from rfsr_ext.rewards.pyiqa_metric import import_pyiqa
 from rfsr_ext.weights import registry
 
 __all__ = ["METRICS", "PRESETS", "Metric", "Preset", "Suite", "get_preset"]
@@ -167,10 +167,9 @@ def _build(name: str, device: str | torch.device) -> Callable[..., Tensor]:
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it loads; results belong on stdout
-            return importlib.import_module("pyiqa").create_metric(name, device=torch.device(device))
+            return import_pyiqa().create_metric(name, device=torch.device(device))
     except ModuleNotFoundError as error:
-        remedy = "pip install 'setuptools<82'" if error.name == "pkg_resources" else f"install {error.name}"
-        raise ModuleNotFoundError(f"metric {name!r} cannot be loaded: {error}; {remedy}", name=error.name) from error
+        raise ModuleNotFoundError(f"metric {name!r} cannot be loaded: {error}", name=error.name) from error
     except Exception as error:  # whatever the content of a file makes pyiqa and torch stumble over
         paths = ", ".join(str(registry.find(file)) for file in METRICS[name].files)
         reason = " ".join(str(error).split())[:160]

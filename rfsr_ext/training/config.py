@@ -70,7 +70,7 @@ class RFSRConfig:
     allow_overlap: bool = False
     structure_loss: str = "dwt-ll"
     lambda_structure: float = 5e-4
-    rewards: dict[str, float | dict[str, Any]] = field(default_factory=lambda: {"clipiqa": 5e-5, "imagereward": 5e-5})
+    rewards: dict[str, float | dict[str, Any]] = field(default_factory=lambda: {"clipiqa": 5e-5, "image-reward": 5e-5})
     balance_rewards: bool = False
     regularization: str = "gram-kl"
     lambda_regularization: float = 5e-5

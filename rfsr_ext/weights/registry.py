@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
@@ -81,7 +82,8 @@ class WeightFile:
 
 
 def _pyiqa(file: str, purpose: str) -> WeightFile:
-    return WeightFile(file, purpose, f"{_PYIQA}/{file}", "pyiqa", _NONCOMMERCIAL)
+    kept = quote(file)  # pyiqa names its copies after the last part of the address, "+" as %2B
+    return WeightFile(kept, purpose, f"{_PYIQA}/{kept}", "pyiqa", _NONCOMMERCIAL)
 
 
 def _torchvision(file: str, purpose: str, mib: float) -> WeightFile:

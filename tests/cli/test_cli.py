@@ -40,7 +40,10 @@ def test_doctor_says_what_serves_each_operator(rfsr):
         (["train", "mini", "--set", "lerning_rate=1"], "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
         (["train", "mini", "--set", "seed"], "--set must be KEY=VALUE, got 'seed'"),
         (["train", "mini", "--set", "model=nowhere"], "model folder 'nowhere' has no isr_config.json"),
-        (["train", "paper", "--set", "model=mini"], "reward must be one of mini-iqa, mini-preference, got 'clipiqa'"),
+        (
+            ["train", "mini", "--set", "rewards={magic: 1}"],
+            "reward must be one of mini-iqa, mini-preference, clipiqa, ",
+        ),
         (["evaluate", "mini", "--crops", "100000"], "count must be at most"),
         (["evaluate", "mini", "--gt", "."], "--gt and --cases are for folders of pictures"),
         (["evaluate", "mini", "."], "targets must be all models or all folders of pictures, got mini ."),

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -34,8 +37,31 @@ def test_a_reward_of_the_wrong_shape_is_named():
 
 
 def test_unknown_reward():
-    with pytest.raises(ValueError, match="reward must be one of mini-iqa, mini-preference, got 'clip'"):
+    with pytest.raises(
+        ValueError, match="reward must be one of mini-iqa, .*, image-reward or pyiqa:METRIC, got 'clip'"
+    ):
         create_reward("clip")
+
+
+@pytest.mark.parametrize("name", ["clipiqa", "clipiqa+", "pyiqa:musiq"])
+def test_without_pyiqa_one_sentence_says_what_to_install(monkeypatch, name):
+    for module in [module for module in sys.modules if module.partition(".")[0] == "pyiqa"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"the package pyiqa cannot be imported .*; pip install 'rfsr_ext\[rewards\]'"
+    ) as error:
+        create_reward(name)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_heavy_is_imported_before_a_reward_is_made():
+    code = (
+        "import sys, rfsr_ext; assert 'transformers' not in sys.modules; import rfsr_ext.rewards;"
+        "heavy = {'pyiqa', 'clip', 'ImageReward', 'transformers.models.blip.modeling_blip'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("make", [MiniIQA, lambda: MiniPreference(architecture.tokenizer())])

@@ -1,6 +1,6 @@
 import pytest
 
-from rfsr_ext.training import RFSRConfig
+from rfsr_ext.training import RFSRConfig, setup
 
 
 def test_paper_preset_holds_the_papers_numbers():
@@ -8,7 +8,7 @@ def test_paper_preset_holds_the_papers_numbers():
     assert (config.crop_size, config.batch_size, config.iterations) == (512, 8, 10_000)
     assert (config.structure_window, config.reward_window) == ((1, 20), (41, 50))
     assert (config.lambda_structure, config.lambda_regularization) == (5e-4, 5e-5)
-    assert config.rewards == {"clipiqa": 5e-5, "imagereward": 5e-5}
+    assert config.rewards == {"clipiqa": 5e-5, "image-reward": 5e-5}
     assert (config.learning_rate, config.ema_decay, config.regularization) == (5e-6, 0.999, "gram-kl")
     assert config == RFSRConfig()  # the defaults are the paper's too
 
@@ -29,7 +29,15 @@ def test_mini_preset_loads():
         ({"ema_decay": 1.0}, "ema_decay must be in [0, 1), got 1.0"),
         ({"structure_window": [1, 2, 3]}, "structure_window must be of type tuple[int, int] | None, got [1, 2, 3]"),
         ({"structure_window": "1-20"}, "structure_window must be of type"),
-        ({"rewards": ["clipiqa"]}, "rewards must be of type dict[str, float]"),
+        ({"rewards": ["clipiqa"]}, "rewards must be of type dict[str, float | dict"),
+        ({"rewards": {"clipiqa": "much"}}, "rewards.clipiqa must be of type float, got 'much'"),
+        ({"rewards": {"clipiqa": {"cap": 2}}}, "rewards.clipiqa must have a weight, got {'cap': 2}"),
+        ({"rewards": {"x": {"weight": 1, "capp": 2}}}, "unknown key 'rewards.x.capp'; did you mean 'cap'?"),
+        (
+            {"rewards": {"x": {"weight": 1, "steps": 4}}},
+            "rewards.x.steps must be of type tuple[int, int] | None, got 4",
+        ),
+        ({"rewards": {"x": {"weight": 1, "views": [2]}}}, "rewards.x.views must be factors up to 1, such as 0.5, or"),
         ({"allow_overlap": "yes"}, "allow_overlap must be of type bool"),
         ({"model": 5}, "model must be of type str, got 5"),
     ],
@@ -47,6 +55,25 @@ def test_exponents_without_a_dot_are_numbers(tmp_path):
     config = RFSRConfig.load(file)
     assert config.learning_rate == 5e-6
     assert config.reward_window is None
+
+
+def test_rewards_are_numbers_or_mappings(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "rewards:\n  clipiqa: 1e-2\n"
+        "  image-reward: {weight: 1e-3, cap: 2, steps: [45, 50], views: [1, 0.5, crop-256], normalize: true}\n"
+    )
+    config = RFSRConfig.load(file)
+    assert config.rewards == {
+        "clipiqa": 1e-2,
+        "image-reward": {
+            "weight": 1e-3, "cap": 2.0, "steps": [45, 50], "views": ["1", "0.5", "crop-256"], "normalize": True,
+        },
+    }  # fmt: skip
+    assert RFSRConfig.from_dict(config.to_dict()) == config
+    plain, term = setup.build_rewards({"mini-iqa": 0.5, "mini-preference": config.rewards["image-reward"]})
+    assert (plain.weight, plain.cap, plain.views) == (0.5, None, ("1",))
+    assert (term.weight, term.cap, term.normalize, term.reward.name) == (1e-3, 2.0, True, "MiniPreference")
 
 
 def test_broken_files(tmp_path):

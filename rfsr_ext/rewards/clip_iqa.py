@@ -1,0 +1,115 @@
+"""CLIP-IQA (arXiv 2207.12396), the first reward of the paper, with pyiqa's networks and published weights.
+
+The extra ``rewards`` installs pyiqa.  ``pip check`` then reports nothing; what it does not show (openai-clip's missing
+``pkg_resources``, two builds of OpenCV) is said beside the extra in pyproject.toml.
+"""
+
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfsr_ext.rewards.base import Reward
+from rfsr_ext.rewards.files import load_strictly, read_tensors
+from rfsr_ext.rewards.pyiqa_metric import import_pyiqa
+from rfsr_ext.weights import registry
+
+__all__ = ["CLIPIQA"]
+
+_CLIP_FILES = {"RN50": "clip-rn50", "ViT-L/14": "clip-vit-l14"}  # in rfsr_ext.weights.registry
+
+
+class CLIPIQA(Reward):
+    """How much more an image looks to CLIP like "Good image" than like "bad image", in [0, 1].
+
+    r = mean_k softmax(s · cos(image, good_k), s · cos(image, bad_k))₁ with CLIP's own scale s and, for ``clipiqa``,
+    five fixed pairs of prompts; the ``clipiqa+`` variants have one pair of learned ones.  The text features are
+    constants: they are computed once and the text tower is let go, which is the only difference to pyiqa's own forward
+    pass.
+
+    Images of any size from 32 pixels.  Computes in the type of its weights (``.to(torch.bfloat16)``), or as autocast
+    says; the comparison with the text is in single precision at least.
+
+    Args:
+        variant: one of `CLIPIQA.VARIANTS`.
+        clip: a file with the weights of CLIP, in place of OpenAI's; TorchScript, ``torch.save`` or safetensors.
+        prompts: a file with learned prompts, in place of the published one.
+
+    Raises:
+        ModuleNotFoundError: without pyiqa.
+        FileNotFoundError: if a file of weights is not on disk; nothing is ever downloaded.
+        ValueError: if a file is damaged or of another model, or there is no such variant.
+    """
+
+    VARIANTS = ("clipiqa", "clipiqa+", "clipiqa+_rn50_512", "clipiqa+_vitL14_512")
+    MIN_SIZE = 32
+
+    def __init__(self, variant: str = "clipiqa", *, clip: str | Path | None = None, prompts: str | Path | None = None):
+        super().__init__()
+        if variant not in self.VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(self.VARIANTS)}, got {variant!r}")
+        self.name = variant
+        architecture = import_pyiqa("pyiqa.archs.clipiqa_arch")
+        options = dict(import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS[variant]["metric_opts"])
+        options.pop("type")
+        self.pos_embedding = options.get("pos_embedding", False)
+        network = _load_clip(options.pop("backbone", "RN50"), clip)
+        # pyiqa's own loader downloads what it does not find, and reads TorchScript alone
+        with mock.patch.object(architecture, "load", lambda *args: network):
+            metric = architecture.CLIPIQA(**options, backbone="", pretrained=False)
+        if variant != "clipiqa":
+            _load_prompts(metric, variant, prompts)
+        with torch.no_grad():
+            fixed = variant == "clipiqa"
+            text = network.encode_text(metric.prompt_pairs) if fixed else metric.prompt_learner(network)
+        self.visual = network.visual.requires_grad_(False)
+        for module in self.visual.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.__class__ = nn.LayerNorm  # theirs computes in single precision with weights that may be another
+        self.register_buffer("text", F.normalize(text, dim=-1))
+        self.register_buffer("scale", network.logit_scale.detach().exp())
+        self.register_buffer("mean", metric.default_mean)
+        self.register_buffer("std", metric.default_std)
+        self.eval()
+
+    def score(self, images: Tensor, prompts: list[str] | None = None) -> Tensor:
+        if min(images.shape[-2:]) < self.MIN_SIZE:
+            raise ValueError(f"images must be at least {self.MIN_SIZE} pixels wide and high, got {list(images.shape)}")
+        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        features = self.visual(pixels, pos_embedding=self.pos_embedding)
+        with torch.autocast(images.device.type, enabled=False):
+            exact = torch.promote_types(self.text.dtype, torch.float32)
+            logits = self.scale.to(exact) * F.normalize(features.to(exact), dim=-1) @ self.text.to(exact).t()
+            return logits.unflatten(1, (-1, 2)).softmax(-1)[..., 0].mean(1)
+
+
+def _load_clip(backbone: str, path: str | Path | None) -> nn.Module:
+    clip_model = import_pyiqa("pyiqa.archs.clip_model")
+    what = "CLIP's weights"
+    path = registry.locate(_CLIP_FILES[backbone]) if path is None else Path(path)
+    tensors = read_tensors(path, what)
+    # three numbers that only OpenAI's files hold beside the weights; pyiqa leaves them out itself
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        tensors.pop(name, None)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = clip_model.build_model(dict(tensors)).float().eval()
+    except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} is not a CLIP model: {reason[:200]}") from error
+    load_strictly(network, tensors, path, "a CLIP model")  # in full precision: building rounds to half
+    return network
+
+
+def _load_prompts(metric: nn.Module, variant: str, path: str | Path | None) -> None:
+    what = f"learned prompts of {variant}"
+    path = registry.locate(variant) if path is None else Path(path)
+    tensors = read_tensors(path, what)
+    learner = metric.prompt_learner
+    if set(tensors) == {""}:  # the file of clipiqa+ is one tensor
+        tensors = {f"prompt_learner.{key}": value for key, value in learner.state_dict().items()} | {
+            "prompt_learner.ctx": tensors[""]
+        }
+    load_strictly(metric, tensors, path, what)

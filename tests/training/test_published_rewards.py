@@ -1,0 +1,90 @@
+"""RFSR with the real reward classes, tiny and random, and with everything rewards can be composed of."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from rfsr_ext import rewards
+from rfsr_ext.files import load_tensors
+from rfsr_ext.models import load_model
+from rfsr_ext.rewards import CallableReward, WeightedReward
+from rfsr_ext.training import RFSRConfig, RFSRTrainer
+from tests.rewards import tiny
+from tests.training.conftest import Brightness, make_tiny_model
+
+COMPOSED = {"weight": 1.0, "cap": 2.0, "tags": "worst", "normalize": True}
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path):
+    monkeypatch.setitem(rewards.PUBLISHED, "image-reward", lambda: tiny.OriginalImageReward().reward())
+    monkeypatch.setitem(rewards.PUBLISHED, "clipiqa", lambda: tiny.clip_iqa(tmp_path))
+
+
+@pytest.fixture(params=["no", "bf16"])
+def mixed_precision(request):
+    """accelerate remembers the precision of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield request.param
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("terms", [["image-reward"], ["clipiqa", "image-reward"]])
+def test_one_iteration_in_each_window_of_the_mini_model(settings, parts, published, terms, mixed_precision):
+    if "clipiqa" in terms:
+        pytest.importorskip("pyiqa", reason="CLIP-IQA needs the package pyiqa (pip install 'rfsr_ext[rewards]')")
+    model = load_model("mini")
+    before = {name: p.clone() for name, p in model.unet.named_parameters()}
+    changes = {
+        "rewards": {name: COMPOSED for name in terms},
+        "balance_rewards": True,
+        "num_inference_steps": 4,
+        "structure_window": [1, 1],
+        "reward_window": [4, 4],
+        "iterations": 2,
+        "mixed_precision": mixed_precision,
+    }
+    given = {key: value for key, value in parts.items() if key != "rewards"}
+    result = RFSRTrainer(RFSRConfig.from_dict(settings | changes), model, **given).train()
+    assert list(result.history["window"]) == ["structure", "reward"]
+    assert not result.history["skipped"].any() and (result.history["grad_norm"] > 0).all()
+    logged = {f"reward/{'ImageReward' if name == 'image-reward' else name}" for name in terms}
+    assert result.history.loc[result.history["window"] == "reward", sorted(logged)].notna().all().all()
+    assert any(not torch.equal(p, before[name]) for name, p in result.model.unet.named_parameters())
+
+
+def composed(settings, parts, **changes):
+    terms = [
+        WeightedReward(Brightness(), 1.0, cap=2.0, views=("1", "0.5", "crop-16"), normalize=True),
+        WeightedReward(CallableReward(lambda x, p: x.var((1, 2, 3)), "contrast"), 0.5, steps=(5, 5), tags="mean"),
+    ]
+    config = RFSRConfig.from_dict(settings | {"balance_rewards": True} | changes)
+    return RFSRTrainer(config, make_tiny_model(), **parts | {"rewards": terms}).train()
+
+
+def test_a_resumed_run_has_the_same_crops_and_statistics(settings, parts, tmp_path):
+    whole = composed(settings, parts, structure_loss="none", output_dir=str(tmp_path / "whole"))
+    composed(settings, parts, structure_loss="none", iterations=2)
+    resumed = composed(settings, parts, structure_loss="none")
+    ends = [
+        load_tensors(sorted((Path(run.folder) / "checkpoints").glob("*.safetensors"))[-1]) for run in (whole, resumed)
+    ]
+    assert ends[0][1]["reward_statistics"] == ends[1][1]["reward_statistics"]
+    assert ends[0][1]["reward_statistics"]["brightness"][0] is not None
+    for name, tensor in ends[0][0].items():
+        assert torch.equal(tensor, ends[1][0][name]), name
+    assert whole.history.loc[whole.history["step"] == 4, "reward/contrast"].isna().all()
+    assert whole.history.loc[whole.history["step"] == 5, "reward/contrast"].notna().all()
+
+
+def test_the_gradient_trainer_refuses_rewards_without_a_gradient(settings, parts):
+    flat = CallableReward(lambda x, p: x.mean((1, 2, 3)).round(), "steps", differentiable=False)
+    with pytest.raises(ValueError, match="reward 'steps' has no gradient .* leave it to a preference trainer"):
+        RFSRTrainer(
+            RFSRConfig.from_dict(settings), make_tiny_model(), **parts | {"rewards": [WeightedReward(flat, 1.0)]}
+        )
+    with pytest.raises(ValueError, match=r"steps of reward 'brightness' must overlap the reward window \[4, 5\]"):
+        terms = [WeightedReward(Brightness(), 1.0, steps=(1, 2))]
+        RFSRTrainer(RFSRConfig.from_dict(settings), make_tiny_model(), **parts | {"rewards": terms})
