@@ -15,7 +15,8 @@ RFSR_HD double criterion_term(i64 criterion, double d) { return criterion == kL1
 RFSR_HD double criterion_value(i64 criterion, double sum) { return criterion == kFro ? sqrt(sum) : sum; }
 
 inline void check_criterion(int64_t criterion) {
-  STD_TORCH_CHECK(kL2 <= criterion && criterion <= kFro, "criterion must be 0 (l2), 1 (l1) or 2 (fro), got ", criterion);
+  STD_TORCH_CHECK(kL2 <= criterion && criterion <= kFro, "criterion must be 0 (l2), 1 (l1) or 2 (fro), got ",
+                  criterion);
 }
 
 // A small tensor that belongs to `features`: on its device, in its accumulation dtype, with these sizes.

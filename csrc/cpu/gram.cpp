@@ -89,18 +89,18 @@ inline bool has_avx512() {
 inline bool has_avx512() { return false; }
 #endif
 
-#define RFSR_PRODUCTS(Acc)                                                                                            \
-  RFSR_AVX512 void add_wide(const Acc* a, const Acc* b, i64 depth, double sign, double* out) {                        \
-    tile<8, 64, true>(a, kPanel, b, depth, sign, a, out, kPanel);                                                         \
-  }                                                                                                                   \
-  RFSR_CLONES void add_narrow(const Acc* a, const Acc* b, i64 depth, double sign, double* out) {                      \
-    tile<4, 32, true>(a, kPanel, b, depth, sign, a, out, kPanel);                                                         \
-  }                                                                                                                   \
-  RFSR_AVX512 void store_wide(const Acc* a, const Acc* b, i64 depth, const Acc* bias, Acc* out, i64 ld) {             \
-    tile<8, 64, false>(a, kStrip, b, depth, 1, bias, out, ld);                                                        \
-  }                                                                                                                   \
-  RFSR_CLONES void store_narrow(const Acc* a, const Acc* b, i64 depth, const Acc* bias, Acc* out, i64 ld) {           \
-    tile<4, 32, false>(a, kStrip, b, depth, 1, bias, out, ld);                                                        \
+#define RFSR_PRODUCTS(Acc)                                                                                  \
+  RFSR_AVX512 void add_wide(const Acc* a, const Acc* b, i64 depth, double sign, double* out) {              \
+    tile<8, 64, true, Acc>(a, kPanel, b, depth, sign, nullptr, out, kPanel);                                \
+  }                                                                                                         \
+  RFSR_CLONES void add_narrow(const Acc* a, const Acc* b, i64 depth, double sign, double* out) {            \
+    tile<4, 32, true, Acc>(a, kPanel, b, depth, sign, nullptr, out, kPanel);                                \
+  }                                                                                                         \
+  RFSR_AVX512 void store_wide(const Acc* a, const Acc* b, i64 depth, const Acc* bias, Acc* out, i64 ld) {   \
+    tile<8, 64, false, Acc>(a, kStrip, b, depth, 1, bias, out, ld);                                         \
+  }                                                                                                         \
+  RFSR_CLONES void store_narrow(const Acc* a, const Acc* b, i64 depth, const Acc* bias, Acc* out, i64 ld) { \
+    tile<4, 32, false, Acc>(a, kStrip, b, depth, 1, bias, out, ld);                                         \
   }
 RFSR_PRODUCTS(float)
 RFSR_PRODUCTS(double)
@@ -244,7 +244,8 @@ std::tuple<Tensor, Tensor> gram_moments(const Tensor& features, std::optional<Te
   check_per_sample(shift, features, "shift", {v.n});
   const ScalarType acc = acc_dtype(features.scalar_type());
   Tensor gram = torch::stable::new_empty(features, {v.n, v.c, v.c}, acc);
-  Tensor means = shift ? torch::stable::new_empty(features, {v.n, v.c}, acc) : torch::stable::new_empty(features, {0}, acc);
+  Tensor means = shift ? torch::stable::new_empty(features, {v.n, v.c}, acc)
+                       : torch::stable::new_empty(features, {0}, acc);
   dispatch(features.scalar_type(), "features", [&](auto t) {
     using T = decltype(t);
     using Acc = acc_t<T>;
@@ -328,8 +329,7 @@ void backward_kernel(const Tensor& s, const T* x, const Strided4& v, const Tenso
               }
             }
             store_product(a, panel, v.c, biases.data() + c, part, kPanel);
-            for (i64 i = 0; i < height; ++i)
-              for (i64 j = 0; j < some; ++j) o[i * pixels + j] = static_cast<T>(part[i * kPanel + j]);
+            for (i64 i = 0; i < height; ++i) convert_row(part + i * kPanel, some, o + i * pixels);
           }
       }
     });

@@ -61,12 +61,12 @@ __device__ void load_pixels(const T* x, const Strided4& v, i64 channel0, i64 k0,
 }
 
 template <class T>
-__global__ void gram_partial_kernel(const T* x, Strided4 vx,      // [N, C, H, W], any strides
-                                    const T* other, Strided4 vo,  // the same, or null for a plain Gram
+__global__ void gram_partial_kernel(const T* x, Strided4 vx,            // [N, C, H, W], any strides
+                                    const T* other, Strided4 vo,        // the same, or null for a plain Gram
                                     const acc_t<T>* shift, i64 stride,  // [N] or null: taken off x
-                                    i64 range, i64 tiles,  // pixels per block; tiles of the lower triangle
-                                    acc_t<T>* partials,    // [N, tiles, ranges, 64, 64]
-                                    acc_t<T>* rows) {      // [N, tiles, ranges, 64] or null: sums of rows, on the diagonal
+                                    i64 range, i64 tiles,               // pixels per block; tiles of the triangle
+                                    acc_t<T>* partials,                 // [N, tiles, ranges, 64, 64]
+                                    acc_t<T>* rows) {                   // [N, tiles, ranges, 64] or null: row sums
   using Acc = acc_t<T>;
   __shared__ Acc left[kStep][kTile + 4], right[kStep][kTile + 4];
   const i64 n = blockIdx.x / tiles, k0 = blockIdx.y * range, end = smaller(vx.pixels(), k0 + range);
@@ -195,7 +195,7 @@ __global__ void gram_backward_kernel(const acc_t<T>* s, i64 sn, i64 sp, i64 sc, 
   }
 }
 
-// D (or G, when other is null) of every sample into out; with `loss` also the criterion, with `means` those of the rows.
+// D (or G, when target is null) of every sample into out; with `loss` also the criterion, with `means` the rows'.
 template <class T>
 void gram_launch(const Tensor& features, const Strided4& vx, const Tensor* target, const Strided4& vo,
                  const Tensor* shift, i64 criterion, Tensor& out, const Tensor* loss, const Tensor* means) {
@@ -231,7 +231,8 @@ std::tuple<Tensor, Tensor> gram_moments(const Tensor& features, std::optional<Te
   check_per_sample(shift, features, "shift", {v.n});
   const ScalarType acc = acc_dtype(features.scalar_type());
   Tensor gram = torch::stable::new_empty(features, {v.n, v.c, v.c}, acc);
-  Tensor means = shift ? torch::stable::new_empty(features, {v.n, v.c}, acc) : torch::stable::new_empty(features, {0}, acc);
+  Tensor means = shift ? torch::stable::new_empty(features, {v.n, v.c}, acc)
+                       : torch::stable::new_empty(features, {0}, acc);
   dispatch(features.scalar_type(), "features", [&](auto t) {
     gram_launch<decltype(t)>(features, v, nullptr, v, shift ? &*shift : nullptr, kL2, gram, nullptr,
                              shift ? &means : nullptr);
