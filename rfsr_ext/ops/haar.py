@@ -118,16 +118,12 @@ def haar_ll_l1_loss(
             low, high, factor = 0.0, 0.0, 1 / (high - low)
         pred, target = (_bands(x, mode, level - 1, wide) for x in (pred, target))
     grads = torch.is_grad_enabled()
-    loss = torch.ops.rfsr_ext.haar_ll_l1(
-        pred,
-        target,
-        _MODES[mode],
-        low,
-        high,
-        _REDUCTIONS[reduction if weight is None else "none"],
-        grads and pred.requires_grad,
-        grads and target.requires_grad,
-    )[0]
+    number = _REDUCTIONS[reduction if weight is None else "none"]
+    options = _MODES[mode], low, high, number, grads and pred.requires_grad, grads and target.requires_grad
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        loss = torch.ops.rfsr_ext.haar_ll_l1(pred, target, *options)[0]
+    else:
+        loss = _EagerL1.apply(pred, target, options)
     if factor != 1:
         loss = factor * loss
     if weight is None:
@@ -247,25 +243,54 @@ def _haar_ll_backward_grad(ctx, grad: Tensor) -> tuple:
     return torch.ops.rfsr_ext.haar_ll(grad, ctx.mode, ctx.dtype), None, None, None, None
 
 
-def _haar_ll_l1_setup(ctx, inputs, output) -> None:
-    pred, _, mode, low, high, reduction, *ctx.kept_for = inputs
+def _remember(ctx, pred: Tensor, kept: Tensor, options: tuple) -> None:
+    mode, low, high, reduction, pred_grad, target_grad = options
     ctx.options = mode, low, high, reduction, *pred.shape[1:], pred.dtype
-    ctx.masks = (-1, -1) if low == high else (0, int(ctx.kept_for[0]))
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.kept_for = pred_grad, target_grad
+    ctx.masks = (-1, -1) if low == high else (0, int(pred_grad))
+    ctx.save_for_backward(kept)
 
 
-def _haar_ll_l1_grad(ctx, grad: Tensor, _) -> tuple:
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     (kept,) = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:2]
-    if any(w and not k for w, k in zip(wanted, ctx.kept_for, strict=True)):
+    to_pred, to_target = ctx.needs_input_grad[:2]
+    if (to_pred and not ctx.kept_for[0]) or (to_target and not ctx.kept_for[1]):
         raise RuntimeError(
             "rfsr_ext::haar_ll_l1 has a gradient only for inputs it was told of by pred_grad, target_grad"
         )
     backward = torch.ops.rfsr_ext.haar_ll_l1_backward
-    to_pred = backward(grad, kept, *ctx.options, ctx.masks[0]) if wanted[0] else None
-    to_target = backward(-grad, kept, *ctx.options, ctx.masks[1]) if wanted[1] else None
-    return to_pred, to_target, *[None] * 6
+    return (
+        backward(grad, kept, *ctx.options, ctx.masks[0]) if to_pred else None,
+        backward(-grad, kept, *ctx.options, ctx.masks[1]) if to_target else None,
+    )
+
+
+def _haar_ll_l1_setup(ctx, inputs, output) -> None:
+    _remember(ctx, inputs[0], output[1], inputs[2:])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _haar_ll_l1_grad(ctx, grad: Tensor, _) -> tuple:
+    return *_gradients(ctx, grad), *[None] * 6
+
+
+class _EagerL1(torch.autograd.Function):
+    """The loss outside torch.compile: the registered gradient walks the schema in Python at every call, which for a
+    small image takes longer than the image."""
+
+    @staticmethod
+    def forward(ctx, pred: Tensor, target: Tensor, options: tuple) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, kept = torch.ops.rfsr_ext.haar_ll_l1(pred, target, *options)
+        _remember(ctx, pred, kept, options)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled():  # a second derivative is asked for, and refused by the operator
+            return *_gradients(ctx, grad), None
+        with torch._C._AutoDispatchBelowAutograd():
+            return *_gradients(ctx, grad), None
 
 
 def _haar_ll_l1_backward_grad(ctx, grad: Tensor) -> tuple:
