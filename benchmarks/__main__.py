@@ -11,18 +11,21 @@ from __future__ import annotations
 import argparse
 import platform
 import re
+import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import rfsr_ext
-from benchmarks import end_to_end, measure, peers, report
+from benchmarks import end_to_end, measure, peers, report, rewards
 from benchmarks.cases import DTYPES, Case, cases
 
 # Largest error relative to the largest entry that still counts as the same loss.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+OPERATORS = ("haar", "gram", "end-to-end", "rewards")
 GRADIENT_SCALE = 2.0**14  # as a gradient scaler would: fp16 cannot hold the gradient of a mean over an image
 
 
@@ -106,12 +109,40 @@ def run_step(title: str, operator: str, step: end_to_end.Step, device: str, roun
     return finish(rows, steps, device, rounds) | {"title": title}
 
 
+def run_rewards(device: str, rounds: int) -> dict:
+    """The reward step with our order of calls and with the obvious one; timed as it is weighed, as it takes long."""
+    try:
+        found = rewards.steps(device)
+    except ModuleNotFoundError as failure:
+        return {"title": rewards.TITLE, "rows": [{"name": "ours", "note": peers.unavailable(failure)}]}
+    rows, results, seconds = {}, {}, {name: [] for name in found}
+    for turn in range(1 + rounds):
+        for name, step in found.items():
+            taken, peak, results[name] = weigh(step, device)
+            rows[name] = {"name": name, "peak_bytes": peak}
+            if turn:  # the first warms up
+                seconds[name].append(taken)
+    error = measure.relative_error(*results.values())
+    if error > TOLERANCE[torch.float32]:
+        raise AssertionError(f"both orders must agree in '{rewards.TITLE}', got relative error {error:.1e}")
+    for name, row in rows.items():
+        row |= {"error": error} | measure.quantiles(seconds[name])
+    return {"title": rewards.TITLE, "rows": list(rows.values())}
+
+
+def weigh(step: Callable, device: str) -> tuple[float, int | None, list]:
+    """Seconds and peak bytes of one call, and what it returns."""
+    kept, started = [], time.perf_counter()
+    peak = measure.peak_memory(lambda: kept.append(step()), device)
+    return time.perf_counter() - started, peak, kept[0]
+
+
 def finish(rows: dict, steps: dict, device: str, rounds: int) -> dict:
     """Weighs and times the steps and adds the figures to their rows."""
     for name, step in steps.items():
         rows[name]["peak_bytes"] = measure.peak_memory(step, device)
     for name, quantiles in measure.race(steps, rounds).items():
-        rows[name] |= dict(zip(("median", "q20", "q80"), quantiles, strict=True))
+        rows[name] |= quantiles
     return {"rows": list(rows.values())}
 
 
@@ -143,9 +174,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument(
-        "--operators", nargs="+", choices=("haar", "gram", "end-to-end"), default=["haar", "gram", "end-to-end"]
-    )
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     dtypes = [str(d).removeprefix("torch.") for d in DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--match", default="", help="regular expression that a case's title must contain")
@@ -194,6 +223,8 @@ def main() -> None:
             if match.search(title):
                 step = make(args.device)
                 add(run_step(title, operator, step, args.device, args.rounds, winners[operator]))
+    if "rewards" in args.operators and match.search(rewards.TITLE):
+        add(run_rewards(args.device, min(args.rounds, 3)))
     if result["cases"]:
         print("\n".join(["", *report.summary_lines(result["cases"])]))
 

@@ -76,8 +76,8 @@ def relative_error(value, wanted) -> float:
 # -------------------------------------------------------------------------------------------- timing
 
 
-def race(steps: dict[str, Callable[[], object]], rounds: int, block: float = 0.02) -> dict[str, tuple]:
-    """Seconds per call of each step as (median, 20 %, 80 %) over rounds in which all take turns, in a drawn order.
+def race(steps: dict[str, Callable[[], object]], rounds: int, block: float = 0.02) -> dict[str, dict]:
+    """`quantiles` of the seconds per call of each step, over rounds in which all take turns, in a drawn order.
 
     A turn is as many calls as fill ``block`` seconds; `torch.utils.benchmark` warms each up and waits for the GPU.
     """
@@ -90,10 +90,14 @@ def race(steps: dict[str, Callable[[], object]], rounds: int, block: float = 0.0
         draw.shuffle(order)
         for name in order:
             seconds[name].append(timers[name].timeit(calls[name]).mean)
-    quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    return {
-        n: tuple(torch.quantile(torch.tensor(s, dtype=torch.float64), quantiles).tolist()) for n, s in seconds.items()
-    }
+    return {name: quantiles(found) for name, found in seconds.items()}
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """``median``, ``q20`` and ``q80`` of times, as a row of the table has them."""
+    levels = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    found = torch.quantile(torch.tensor(seconds, dtype=torch.float64), levels).tolist()
+    return dict(zip(("median", "q20", "q80"), found, strict=True))
 
 
 def cycle(call: Callable, pool: list[tuple]) -> Callable[[], object]:

@@ -111,3 +111,14 @@ def test_the_command_writes_its_tables(tmp_path):
     assert {"device", "versions", "floor", "started", "ended"} <= set(result["machine"])
     assert path.with_suffix(".md").read_text() == report.markdown(result)
     assert f"### {title}" in run.stdout
+
+
+def test_the_orders_of_the_reward_step_are_weighed_and_must_agree(monkeypatch):
+    steps = {"ours": lambda: [torch.ones(3)], "all scores, then one backward": lambda: [torch.ones(3)]}
+    monkeypatch.setattr(bench.rewards, "steps", lambda device: steps)
+    rows = bench.run_rewards("cpu", rounds=2)["rows"]
+    assert [row["name"] for row in rows] == list(steps)
+    assert all(row["median"] > 0 and row["error"] == 0 for row in rows)
+    steps["ours"] = lambda: [torch.zeros(3)]
+    with pytest.raises(AssertionError, match="both orders must agree"):
+        bench.run_rewards("cpu", rounds=1)
