@@ -11,6 +11,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from rfsr_ext.training import RFSRConfig
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", README, re.MULTILINE | re.DOTALL))
 OPERATORS = ["haar_ll", "haar_ll_l1_loss", "gram_matrix", "gram_loss", "HaarLLLoss"]
@@ -125,3 +127,9 @@ def test_diffusers_training_step(names):
     for p, without in zip(unet.parameters(), torch.autograd.grad(plain, list(unet.parameters())), strict=True):
         assert p.grad.isfinite().all()
         assert not torch.allclose(p.grad, without, rtol=1e-3)  # the new loss reaches the U-Net too
+
+
+def test_the_rewards_shown_are_settings(tmp_path):
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "config.yaml").write_text(block)
+    assert list(RFSRConfig.load(tmp_path / "config.yaml").rewards) == ["clipiqa", "image-reward", "pyiqa:musiq"]

@@ -105,7 +105,9 @@ def check_table(path: Path | None) -> None:
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"output must end in .csv or .parquet, got {str(path)!r}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ModuleNotFoundError("writing .parquet needs pyarrow (pip install pyarrow); give a .csv instead")
+        raise ModuleNotFoundError(
+            "writing .parquet needs pyarrow (pip install 'rfsr_ext[metrics]'); give a .csv instead"
+        )
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:

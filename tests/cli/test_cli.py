@@ -130,7 +130,7 @@ def test_parquet_needs_pyarrow(rfsr, pictures):
     if importlib.util.find_spec("pyarrow"):
         assert code == 0 and len(pd.read_parquet(table)) == 5
     else:
-        assert code == "rfsr: writing .parquet needs pyarrow (pip install pyarrow); give a .csv instead"
+        assert code == "rfsr: writing .parquet needs pyarrow (pip install 'rfsr_ext[metrics]'); give a .csv instead"
         assert not table.exists()
 
 
