@@ -1,6 +1,7 @@
 # make demo    set up, fine-tune the mini model, show what changed
-# make test    set up, run every test, quick ones first
-# make notebooks    run the course's sources in notebooks/src and store the notebooks; ONLY="02 04" for some of them
+# make test    set up, run every test, quick ones first, then every notebook
+# make notebooks    run the course's sources in notebooks/src and store the notebooks; ONLY="02 04" for some of them,
+#                   ONLY=--prose to take over new text without running
 # make bench   set up, time the losses against every other way to compute them; ARGS="--operators haar" narrows it down
 # make install-matrix   install into fresh environments; ROWS="no-compiler two-torches" or ROWS=all chooses, see --help
 #
@@ -19,6 +20,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m "slow"
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks
 
 notebooks: $(VENV)/.installed-test
 	OMP_NUM_THREADS=2 $(BIN)/python notebooks/build.py $(ONLY)

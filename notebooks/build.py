@@ -1,11 +1,15 @@
 """Run the course's sources and store them as notebooks: ``make notebooks``, or ``python notebooks/build.py 02 03``.
 
 ``src/NN_verb_object.py`` (jupytext percent format) is what people edit and review; the notebook beside this file holds
-the same cells, links to its neighbours, and outputs.  Each is replaced whole, and only if every cell ran.
+the same cells, links to its neighbours, and outputs.  Each is replaced whole, and only if every cell ran.  What was
+counted and measured goes into the table of ``README.md``.
+
+``--prose`` runs nothing: it takes over new text into stored notebooks whose code is still that of their sources.
 """
 
+import argparse
+import ast
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from rfsr_ext.files import replace_file
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted((HERE / "src").glob("[0-9][0-9]_*.py"))
+README = HERE / "README.md"
 _WIDGET = "application/vnd.jupyter.widget-view+json"  # refers to a widget of a kernel that is gone
 
 
@@ -55,25 +60,91 @@ def unrun(source: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def build(source: Path) -> float:
-    """Run one source in the notebooks' folder and store the notebook; returns the seconds it took."""
-    notebook, started = unrun(source), time.monotonic()
+def store(notebook: nbformat.NotebookNode, source: Path) -> None:
+    """Write a notebook beside this file, whole."""
+    nbformat.validate(notebook)
+    with replace_file(HERE / f"{source.stem}.ipynb") as path:
+        nbformat.write(notebook, path)
+
+
+def build(source: Path) -> tuple[str, str]:
+    """Run one source in the notebooks' folder and store the notebook; returns its wall time and the kernel's memory."""
+    notebook, started, peaks = unrun(source), time.monotonic(), []
+
+    def weigh(**_):
+        status = Path("/proc", str(client.km.provisioner.pid), "status").read_text()
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024)
+
     client = NotebookClient(
         notebook, timeout=900, startup_timeout=600, kernel_name="python3", resources={"metadata": {"path": HERE}},
-        record_timing=False, store_widget_state=False, coalesce_streams=True,
+        record_timing=False, store_widget_state=False, coalesce_streams=True, on_cell_executed=weigh,
     )  # fmt: skip
     client.execute()
+    seconds = time.monotonic() - started
     notebook.metadata.language_info = {"name": "python"}  # without the version of whoever ran it
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             output.get("data", {}).pop(_WIDGET, None)
-    nbformat.validate(notebook)
-    with replace_file(HERE / f"{source.stem}.ipynb") as path:
-        nbformat.write(notebook, path)
-    return time.monotonic() - started
+    store(notebook, source)
+    return f"{seconds:.0f} s", f"{max(peaks) / 1e9:.1f} GB"
+
+
+def take_prose(source: Path) -> bool:
+    """Store the source's text with the outputs there are; False if its code is not what made them."""
+    path, notebook = HERE / f"{source.stem}.ipynb", unrun(source)
+    stored = nbformat.read(path, as_version=4).cells if path.exists() else []
+    before, after = ([c for c in cells if c.cell_type == "code"] for cells in (stored, notebook.cells))
+    if [c.source for c in before] != [c.source for c in after]:
+        return False
+    for cell, done in zip(after, before, strict=True):
+        cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    store(notebook, source)
+    return True
+
+
+def counts(source: Path) -> list[int]:
+    """Words, cells, checks, widgets and exercises of a source."""
+    cells = unrun(source).cells
+    words = sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+    nodes = [node for cell in cells if cell.cell_type == "code" for node in ast.walk(ast.parse(cell.source))]
+    calls = [getattr(node.func, "id", "") for node in nodes if isinstance(node, ast.Call)]
+    checks = calls.count("check") + sum(isinstance(node, ast.Assert) for node in nodes)
+    exercises = sum("solution" in cell.metadata.get("tags", ()) for cell in cells)
+    return [words, len(cells), checks, calls.count("explore"), exercises]
+
+
+def table(measured: dict[str, tuple[str, str]]) -> str:
+    """The README with its table made anew; wall time and memory stay where nothing was measured."""
+    text = README.read_text()
+    before = {
+        name: (wall, memory) for name, wall, memory in re.findall(r"^\| \[(\w+)\]\S* \| (.*?) \| (.*?) \|", text, re.M)
+    }
+    columns = "wall time", "memory", "words", "cells", "checks", "widgets", "exercises"
+    rows = ["| notebook | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    for source in SOURCES:
+        cost = measured.get(source.stem) or before.get(source.stem) or ("", "")
+        rows.append(
+            f"| [{source.stem}]({source.stem}.ipynb) | " + " | ".join([*cost, *map(str, counts(source))]) + " |"
+        )
+    return re.sub(r"^\| notebook \|.*?(?=\n\n)", lambda _: "\n".join(rows), text, flags=re.M | re.S)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", help="of the notebooks, such as 02; all by default")
+    parser.add_argument("--prose", action="store_true", help="run nothing, only take over new text")
+    arguments = parser.parse_args()
+    for source in SOURCES:
+        if arguments.numbers and source.stem[:2] not in arguments.numbers:
+            continue
+        if arguments.prose:
+            measured = {}
+            print(f"{source.stem:28s} {'new text' if take_prose(source) else 'code has changed: run it'}", flush=True)
+        else:
+            measured = {source.stem: build(source)}
+            print(f"{source.stem:28s} {' '.join(measured[source.stem])}", flush=True)
+        README.write_text(table(measured))
 
 
 if __name__ == "__main__":
-    for source in SOURCES:
-        if not sys.argv[1:] or source.stem[:2] in sys.argv[1:]:
-            print(f"{source.stem:28s} {build(source):5.1f} s", flush=True)
+    main()

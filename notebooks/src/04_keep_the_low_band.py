@@ -112,7 +112,6 @@ results = {"start": start, "pixel L1": improve(F.l1_loss), "Haar LL": improve(ha
 kept = {name: fine_energy(x) / fine_energy(start) for name, x in results.items()}
 structure = {name: haar_ll_l1_loss(x, eye).item() for name, x in results.items()}
 
-# %%
 titles = [f"{name}\nLL error {structure[name]:.3f}\nfine energy {100 * kept[name]:.0f} %" for name in results]
 show(
     pictures([x[0] for x in results.values()], titles, tile=1.9),
@@ -127,8 +126,7 @@ check("share of fine energy that Haar LL leaves", kept["Haar LL"], 1.0, 1e-4)
 # disagree, the value with the least mean absolute error is their median, and the median of eight furs is smooth. The
 # LL loss did not touch the fur at all. The paper reports just this "texture smoothing" when L1 takes the place of its
 # loss (section 4, Table 5). How can a loss be so exact about what it leaves alone? Its formula tells.
-
-# %% [markdown]
+#
 # ## 2 · The loss on paper
 #
 # Equations 1 and 2 of the paper, with the mean over all coefficients written out:
@@ -390,8 +388,7 @@ assert bytes_kept(haar_ll_l1_loss) == 3 * 32 * 32 // 4, "two bits for each of 3�
 # Read it with care. Against pixel L1 the LL loss wins every column, by little. Against *no* structure loss it wins
 # fidelity (LPIPS) and the aesthetic score and loses the other three. The paper gives no spread over seeds. Our toy
 # cannot confirm these numbers; it shows the mechanism that could produce them.
-
-# %% [markdown]
+#
 # ## 7 · A bug, and the check that catches it
 #
 # Someone fuses the backward pass and forgets the ½ of the Haar filter. Every loss value stays right and training goes

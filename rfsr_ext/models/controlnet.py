@@ -4,8 +4,10 @@ Saved as an ordinary diffusers folder that `diffusers.StableDiffusionControlNetP
 facts diffusers has no place for (scale, start latent, steps) lie beside it in ``isr_config.json``.
 """
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -13,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from rfsr_ext.files import replace_folder
 from rfsr_ext.models.base import Condition
@@ -24,6 +28,19 @@ __all__ = ["ControlNetISRModel"]
 
 _CONFIG_NAME = "isr_config.json"
 _STARTS = ("lr", "noise")
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Opening a folder takes a second and would show two progress bars."""
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 class ControlNetISRModel:
@@ -224,7 +241,10 @@ class ControlNetISRModel:
         config = path / _CONFIG_NAME
         if not config.is_file():
             raise FileNotFoundError(f"model folder {str(path)!r} has no {_CONFIG_NAME}; give a folder written by rfsr")
-        pipeline = StableDiffusionControlNetPipeline.from_pretrained(path, safety_checker=None, local_files_only=True)
+        with _no_bars():
+            pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+                path, safety_checker=None, local_files_only=True
+            )
         parts = {name: pipeline.components[name] for name in
                  ("vae", "text_encoder", "tokenizer", "unet", "controlnet", "scheduler")}  # fmt: skip
         model = cls(**parts, **json.loads(config.read_text()))

@@ -1,28 +1,176 @@
-"""Every stored notebook is what its source says, complete and in order; ``make notebooks`` makes them."""
+"""The course: notebooks in step with their sources, run whole, linked, described, small, and by the house rules."""
 
+import ast
+import base64
 import importlib.util
+import re
+import statistics
 from pathlib import Path
 
 import nbformat
 import pytest
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-_spec = importlib.util.spec_from_file_location("build_notebooks", NOTEBOOKS / "build.py")
-build = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build)
+ROOT = Path(__file__).resolve().parents[2] / "notebooks"
+spec = importlib.util.spec_from_file_location("build_notebooks", ROOT / "build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+TAGS = {"solution", "nbval-ignore-output"}
+FORBIDDEN = {
+    r"^\s*[%!]": "a magic or shell command",
+    r"^\S.*;$": "a semicolon that hides the output, which nbval shows",
+    r"(?i)#.*(nbval|pytest_validate)": "a marker in a comment; use tags",
+    r"\binteract\(|clear_output|display_id|Output\(": "output that nbval cannot follow; use explore()",
+    r"plt\.|pyplot": "a figure without description; use panels() and show()",
+    r"urlopen|requests\.|hf_hub|urlretrieve": "the network",
+    r"sys\.path|os\.chdir": "a change of where things are found; helpers come from the installed package",
+}
+HEDGES = (
+    r"(?i)\b(simply|obviously|clearly|basically|trivial(ly)?|of course|needless to say|as we (all )?know|note that|"
+    r"it is important|arguably|somewhat|hopefully|in a sense|sort of|very|really|quite|delve|dive into|leverag\w+|"
+    r"seamless\w*|powerful|cutting[- ]edge|state[- ]of[- ]the[- ]art|game[- ]chang\w+)\b"
+)
+
+
+@pytest.fixture(params=build.SOURCES, ids=lambda source: source.stem)
+def source(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(source):
+    return nbformat.read(ROOT / f"{source.stem}.ipynb", as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text(notebook):
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def tags(cell):
+    return set(cell.metadata.get("tags", ()))
+
+
+def html(cell):
+    return "".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
+
+
+def printed(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def calls(cell, name):
+    """Whether the cell calls the function ``name``."""
+    nodes = ast.walk(ast.parse(cell.source))
+    return any(isinstance(node, ast.Call) and getattr(node.func, "id", "") == name for node in nodes)
 
 
 def test_every_source_has_its_notebook_and_no_notebook_is_without():
-    assert {source.stem for source in build.SOURCES} == {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
+    assert {source.stem for source in build.SOURCES} == {path.stem for path in ROOT.glob("*.ipynb")}
 
 
-@pytest.mark.parametrize("source", build.SOURCES, ids=lambda source: source.stem)
-def test_a_notebook_is_its_source_run_from_top_to_bottom(source):
-    path = NOTEBOOKS / f"{source.stem}.ipynb"
-    stored, wanted = nbformat.read(path, as_version=4), build.unrun(source)
-    assert [(c.cell_type, c.source) for c in stored.cells] == [(c.cell_type, c.source) for c in wanted.cells]
-    code = [cell for cell in stored.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
-    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert path.stat().st_size <= 600_000
+def test_a_notebook_has_the_cells_of_its_source(source, notebook):
+    wanted = build.unrun(source)
+    assert [(c.cell_type, c.source, c.metadata) for c in notebook.cells] == [
+        (c.cell_type, c.source, c.metadata) for c in wanted.cells
+    ], "run `make notebooks`, or with ONLY=--prose if no code has changed"
+
+
+def test_it_was_run_from_top_to_bottom(notebook):
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    for output in (output for cell in code(notebook) for output in cell.outputs):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output.text
+        assert not re.search(r"\d+%\|", str(output)[:400]), "a progress bar"
+    assert "widgets" not in notebook.metadata
+
+
+def test_the_top_and_the_end_lead_the_reader(source, notebook):
+    first, last = notebook.cells[0].source, notebook.cells[-1].source
+    assert re.match(rf"# {source.stem[:2]} · \S.*\n\n\*\*[^\n]+\*\*\n", first), "title, then one promise in bold"
+    assert re.search(r"minute|second", first), "say how long it takes"
+    assert first.count("\n* ") >= 3, "list what the reader learns"
+    assert build._links(source) in first and build._links(source) in last
+    assert len(re.findall(r"^# ", text(notebook), re.M)) == 1, "one heading of level one"
+    assert 3 <= len(re.findall(r"^\* ", last.split("## Summary")[1], re.M)) <= 7
+
+
+def test_links_lead_somewhere(notebook):
+    for target in re.findall(r"\]\(([^)#\s]+)", text(notebook)):
+        assert re.match("https?://", target) or (ROOT / target).exists(), target
+
+
+def test_prose_does_not_hedge(notebook):
+    found = [text(notebook)[max(0, m.start() - 30) : m.end() + 30] for m in re.finditer(HEDGES, text(notebook))]
+    assert not found
+    assert text(notebook).count("**What to see.**") >= 3
+
+
+def test_cells_are_few_and_short(notebook):
+    lengths = [len(cell.source.splitlines()) for cell in code(notebook)]
+    assert 25 <= len(notebook.cells) <= 45
+    assert statistics.median(lengths) <= 14 and max(lengths) <= 40
+    for cell in code(notebook):
+        assert tags(cell) <= TAGS
+        for pattern, why in FORBIDDEN.items():
+            assert not re.search(pattern, cell.source, re.MULTILINE), f"{why}: {cell.source}"
+        if re.search(r"perf_counter|monotonic\(|\btime\(", cell.source):
+            assert "nbval-ignore-output" in tags(cell) or not cell.outputs, f"a time is compared: {cell.source}"
+    assert sum("nbval-ignore-output" in tags(cell) for cell in code(notebook)) <= 3
+
+
+def test_figures_are_described_and_small(source, notebook):
+    figures = [tag for cell in code(notebook) for tag in re.findall(r"<img [^>]*>", html(cell))]
+    assert len(figures) >= 3
+    for tag in figures:
+        alt = re.search(r'alt="([^"]*)"', tag)[1]
+        assert len(alt) >= 40 and re.search(r"\d", alt), alt
+        assert len(base64.b64decode(re.search(r"base64,([^\"]+)", tag)[1])) <= 60_000
+    assert not any("image/png" in output.get("data", {}) for cell in code(notebook) for output in cell.outputs)
+    assert (ROOT / f"{source.stem}.ipynb").stat().st_size <= 600_000
+
+
+def test_a_slider_has_a_still_figure_below_it(notebook):
+    cells = code(notebook)
+    sliders = [number for number, cell in enumerate(cells) if calls(cell, "explore")]
+    assert sliders
+    for number in sliders:
+        assert any("run this notebook to move it" in str(output) for output in cells[number].outputs)
+        assert calls(cells[number + 1], "show"), "the next code cell shows the figure at one position"
+
+
+def test_every_idea_is_checked_and_one_bug_is_caught(notebook):
+    assert sum(cell.source.count("check(") for cell in code(notebook)) >= 8
+    bugs = [cell for cell in code(notebook) if re.search(r"^caught\(", cell.source, re.MULTILINE)]
+    assert bugs and all("caught: " in printed(cell) for cell in bugs)
+
+
+def test_exercises_are_open_and_their_solutions_correct(notebook):
+    cells, solutions = code(notebook), 0
+    for stub, solution in zip(cells, cells[1:], strict=False):
+        if "solution" not in tags(solution):
+            continue
+        solutions += 1
+        assert solution.metadata.jupyter.source_hidden
+        assert solution.source.startswith(f"# Solution to exercise {solutions} (expand to read)\n")
+        assert f"exercise {solutions}: open\n" == printed(stub)
+        assert f"exercise {solutions}: correct\n" in printed(solution)
+        asked = re.findall(r"^exercise\(.+", stub.source, re.M)
+        assert asked and asked == re.findall(r"^exercise\(.+", solution.source, re.M), "the same verdict for both"
+    assert 3 <= solutions <= 5
+    assert text(notebook).count("<details><summary>Hint</summary>") == solutions
+    assert len(re.findall(r"^\*\*Exercise \d", text(notebook), re.M)) == solutions
+
+
+def test_the_table_of_the_course_is_in_step():
+    readme = build.README.read_text()
+    assert build.table({}) == readme, "run `make notebooks ONLY=--prose`"
+    rows = re.findall(r"^\| \[(\w+)\]\S* \| (\d*) ?s? \| ([\d.]*)", readme, re.M)
+    assert [name for name, *_ in rows] == [source.stem for source in build.SOURCES]
+    for name, seconds, gigabytes in rows:
+        assert seconds and gigabytes, f"{name} was not measured: run `make notebooks`"
+        assert int(seconds) <= 60 and float(gigabytes) <= 1.5, f"{name} takes too long or too much memory"
+    assert sum(int(seconds) for _, seconds, _ in rows) <= 8 * 60

@@ -1,0 +1,169 @@
+"""``pytest --nbval notebooks``: run every notebook, compare words exactly and numbers nearly, and close nbval's gaps.
+
+The stored outputs come from one machine and are checked on another, whose rounding differs.  So two texts agree if they
+have the same words in the same lines and their numbers are near (`agree`).  Pictures lie in ``text/html`` and are not
+compared; their descriptions in ``text/plain``, with the plotted numbers, are.
+
+nbval alone passes a cell that was stored without being run, an unknown magic, a mistyped marker, and an error announced
+but not raised; here they fail.  It waits for the whole time-out when a kernel has died; here that takes a second.  Two
+items are added: after each solution the stub's cell is run again with the solution in its place, and at the end the
+notebook must have stayed within its budget.
+"""
+
+import ast
+import os
+import re
+import time
+from pathlib import Path
+from queue import Empty
+
+import pytest
+from nbval.kernel import RunningKernel
+from nbval.plugin import IPyNbCell, IPyNbFile, comment_markers, metadata_tags
+
+PROCESSOR_SECONDS, MEMORY = 120, 1.5e9  # a minute on two cores, however loaded they are
+TAGS = {"solution", *metadata_tags}
+_ROUNDING = 1e-6  # numbers in scientific notation up to here are rounding errors
+_CHECK = re.compile(r"exact (?:yes|no) · within (\S+) yes · max difference \S+")  # check() has compared it already
+_NUMBER = re.compile(r" ?[-+−]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def _near(stored: str, fresh: str) -> bool:
+    """Within 3 % or the last digits printed: 2 units, or 1 of a whole number."""
+    a, b = (float(text.replace("−", "-")) for text in (stored, fresh))
+    digits, _, exponent = stored.partition("e")
+    if exponent and (a == 0 or max(abs(a), abs(b)) <= _ROUNDING):
+        return abs(b) <= _ROUNDING
+    units = 2 if "." in digits or exponent else 1
+    last = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+    return abs(a - b) <= max(units * last, 0.03 * abs(a)) * (1 + 1e-9)
+
+
+def agree(stored: str, fresh: str) -> bool:
+    """Whether two outputs have the same words and lines, and numbers that are near."""
+    stored, fresh = (re.sub(" +", " ", _CHECK.sub(r"within \1", text)) for text in (stored, fresh))
+    if _NUMBER.sub("#", stored) != _NUMBER.sub("#", fresh):
+        return False
+    return all(map(_near, _NUMBER.findall(stored), _NUMBER.findall(fresh)))
+
+
+class Text(str):
+    """A stored output; equal to a fresh one that agrees with it."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, fresh):
+        return agree(self, fresh)
+
+    def __ne__(self, fresh):
+        return not agree(self, fresh)
+
+
+def solved(stub: str, solution: str) -> str:
+    """The stub's cell as a reader fills it in: what raises NotImplementedError gives way to the solution."""
+    lines, answer = stub.splitlines(), ast.parse(solution).body
+    kept = [node for node in answer if not ast.unparse(node).startswith("exercise(")]
+    answers = "\n".join(ast.unparse(node) for node in kept)
+    stubs = [node for node in ast.parse(stub).body if "raise NotImplementedError" in ast.unparse(node)]
+    if not stubs or not {node.name for node in stubs} <= {getattr(node, "name", None) for node in kept}:
+        raise ValueError(f"the solution must define what the stub leaves open: {[node.name for node in stubs]}")
+    for node in reversed(stubs):
+        lines[node.lineno - 1 : node.end_lineno] = [answers] if node is stubs[0] else []
+    return "\n".join(lines)
+
+
+def pytest_collectstart(collector):
+    if isinstance(collector, IPyNbFile):
+        collector.skip_compare += ("stderr", "text/html")  # stderr: warnings of other releases of the libraries
+
+
+class Solved(pytest.Item):
+    """A stub with its solution in its place says "correct"."""
+
+    def __init__(self, *, stub, solution, **options):
+        super().__init__(**options)
+        self.stub, self.solution = stub, solution
+
+    def runtest(self):
+        said = []
+        reply = self.parent.kernel.kc.execute_interactive(
+            solved(self.stub, self.solution), store_history=False, allow_stdin=False, timeout=600,
+            output_hook=lambda message: said.append(message["content"].get("text", "")),
+        )  # fmt: skip
+        verdicts = re.findall(r"^exercise \d+: .*$", "".join(said), re.MULTILINE)
+        correct = verdicts and all(verdict.endswith(": correct") for verdict in verdicts)
+        assert correct and reply["content"]["status"] == "ok", f"with its solution it says {said}"
+
+    def repr_failure(self, excinfo):
+        return str(excinfo.value)
+
+
+class Budget(pytest.Item):
+    """After the last cell: what the kernel and its children have used."""
+
+    def runtest(self):
+        assert self.parent.kernel.is_alive(), "the kernel is dead"
+        process = Path("/proc", str(self.parent.kernel.km.provisioner.pid))
+        times = (process / "stat").read_text().rpartition(")")[2].split()[11:15]
+        seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+        peak = int(re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())[1]) * 1024
+        assert seconds <= PROCESSOR_SECONDS, f"used {seconds:.0f} s of processor time, allowed {PROCESSOR_SECONDS}"
+        assert peak <= MEMORY, f"used {peak / 1e9:.2f} GB of memory, allowed {MEMORY / 1e9:.1f}"
+
+    def repr_failure(self, excinfo):
+        return str(excinfo.value)
+
+
+_collect, _runtest, _get_message = IPyNbFile.collect, IPyNbCell.runtest, RunningKernel.get_message
+
+
+def collect(self):
+    before = None
+    for item in _collect(self):
+        yield item
+        if "solution" in item.cell.metadata.get("tags", ()):
+            yield Solved.from_parent(
+                self, name=f"{item.name} in its stub's place", stub=before.cell.source, solution=item.cell.source
+            )
+        before = item
+    yield Budget.from_parent(self, name="budget")
+
+
+def runtest(self):
+    if self.cell.execution_count is None:
+        self.raise_cell_error("this cell was stored without being run")
+    if unknown := set(self.cell.metadata.get("tags", ())) - TAGS:
+        self.raise_cell_error(f"unknown tags {sorted(unknown)}")
+    for comment in re.findall(r"^\s*#+\s*(.*(?:nbval|pytest_validate).*?)\s*$", self.cell.source, re.I | re.M):
+        if comment not in comment_markers:
+            self.raise_cell_error(f"unknown marker {comment!r}")
+    _runtest(self)
+    status = self.parent.kernel.reply["status"]
+    if status == "error" and not self.options["check_exception"]:
+        self.raise_cell_error("the kernel reports an error, perhaps of an unknown magic")
+    if status == "ok" and self.options["check_exception"]:
+        self.raise_cell_error("this cell is tagged to raise an exception and raised none")
+
+
+def get_message(self, stream, timeout=None):
+    end = time.monotonic() + (float("inf") if timeout is None else timeout)
+    while True:
+        try:
+            message = _get_message(self, stream, timeout=min(1, max(0, end - time.monotonic())))
+        except Empty:
+            if not self.is_alive():
+                raise RuntimeError("the kernel died while it ran this cell") from None
+            if time.monotonic() >= end:
+                raise
+        else:
+            if message["msg_type"] == "execute_reply":
+                self.reply = message["content"]
+            return message
+
+
+def sanitize(self, text):
+    return Text(text) if isinstance(text, str) else text
+
+
+IPyNbFile.collect, IPyNbCell.runtest, RunningKernel.get_message = collect, runtest, get_message
+IPyNbCell.sanitize = sanitize

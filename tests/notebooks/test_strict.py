@@ -1,0 +1,186 @@
+"""The run of the notebooks (notebooks/conftest.py): what counts as the same output, and that no cell passes unseen."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("notebooks_conftest", ROOT / "notebooks" / "conftest.py")
+strict = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(strict)
+
+CHECK = "LL: exact {} · within {} yes · max difference {}\n"
+
+
+@pytest.mark.parametrize(
+    ("stored", "fresh"),
+    [
+        ("score 0.42 · 26.3 dB", "score 0.43 · 26.5 dB"),
+        ("fine energy 11.6", "fine energy 11.9"),
+        ("61440 bytes", "61500 bytes"),
+        ("LL 30 %, LH 25 %", "LL 31 %, LH 24 %"),
+        ("size 8.1e-05", "size 8.3e-05"),
+        ("adjoint off by 1.8e-15", "adjoint off by 0.0e+00"),
+        ("change    0.01 dB", "change   -0.01 dB"),
+        ("change −0.01 dB", "change +0.01 dB"),
+        ("first   9.99", "first  10.02"),
+        (CHECK.format("yes", "1e-06", "0.0e+00"), CHECK.format("no", "1e-06", "4.8e-07")),
+    ],
+)
+def test_other_rounding_agrees(stored, fresh):
+    assert strict.agree(stored, fresh)
+    assert strict.Text(stored) == fresh
+
+
+@pytest.mark.parametrize(
+    ("stored", "fresh"),
+    [
+        ("score 0.42", "Score 0.42"),
+        ("score 0.42", "score"),
+        ("score 0.42 dB", "score 0.42 0.42 dB"),
+        ("a 1\nb 2\n", "a 1\n"),
+        ("a 1\nb 2\n", "a 1 b 2\n"),
+        ("fine energy 11.6", "fine energy 12.8"),
+        ("score 0.500", "score 0.550"),
+        ("PSNR 26.3", "PSNR 28.9"),
+        ("61440 bytes", "67584 bytes"),
+        ("size 8.1e-05", "size 8.9e-05"),
+        ("step 20", "step 22"),
+        ("adjoint off by 1.8e-15", "adjoint off by 2.0e-04"),
+        ("nothing 0.0e+00", "nothing 1.0e-01"),
+        ("balance 0.30", "balance -0.30"),
+        ("loss 0.12", "loss nan"),
+        (CHECK.format("yes", "1e-06", "0.0e+00"), CHECK.format("yes", "1e-04", "0.0e+00")),
+        (CHECK.format("yes", "1e-06", "0.0e+00"), "LL: exact yes · within 1e-06 no · max difference 1e-3\n"),
+    ],
+)
+def test_other_words_lines_and_numbers_do_not(stored, fresh):
+    assert not strict.agree(stored, fresh)
+    assert strict.Text(stored) != fresh
+
+
+STUB = """\
+def double(x):
+    raise NotImplementedError  # any whole number
+
+
+def verify():
+    assert double(4) == 8
+
+
+exercise(1, verify)"""
+SOLUTION = """\
+# Solution to exercise 1 (expand to read)
+def double(x):
+    return 2 * x
+
+
+exercise(1, verify)"""
+
+
+def test_a_solution_takes_the_place_of_its_stub():
+    text = strict.solved(STUB, SOLUTION)
+    assert "NotImplementedError" not in text and text.count("exercise(") == 1
+    said = []
+    exec(text, {"exercise": lambda number, verify: said.append((number, verify()))})
+    assert said == [(1, None)]
+
+
+@pytest.mark.parametrize("solution", ["exercise(1, verify)", SOLUTION.replace("double", "triple")])
+def test_a_solution_must_define_what_the_stub_leaves_open(solution):
+    with pytest.raises(ValueError, match="double"):
+        strict.solved(STUB, solution)
+
+
+def cell(source, *outputs, count=1, tags=()):
+    return new_code_cell(source, outputs=list(outputs), execution_count=count, metadata={"tags": list(tags)})
+
+
+def out(text):
+    return new_output("stream", name="stdout", text=text)
+
+
+def raised(name, value):
+    return new_output("error", ename=name, evalue=value, traceback=[])
+
+
+EXERCISE = cell("def exercise(n, verify):\n    verify()\n    print(f'exercise {n}: correct')")
+OPEN = cell(STUB, raised("NotImplementedError", ""), tags=["raises-exception"])
+SOLVED = cell(SOLUTION, out("exercise 1: correct\n"), tags=["solution"])
+LUCKY = cell(  # looks solved where it stands, but not in place of the stub
+    "def double(x):\n    return 8 if verify is None else 9\n\n\nverify = None\nprint('exercise 1: correct')",
+    out("exercise 1: correct\n"), tags=["solution"],
+)  # fmt: skip
+NOTEBOOKS = {
+    "passes_rounding": [cell("print('score 0.43')", out("score 0.42\n"))],
+    "passes_picture": [
+        cell(
+            "from IPython.display import display\ndisplay({'text/html': 'new', 'text/plain': '3 cats'}, raw=True)",
+            new_output("display_data", {"text/html": "old", "text/plain": "3 cats"}),
+        )
+    ],
+    "passes_announced_error": [
+        cell("raise ValueError('no')", raised("ValueError", "no"), tags=["raises-exception"]),
+    ],
+    "passes_solution": [EXERCISE, OPEN, SOLVED],
+    "fails_solution": [EXERCISE, OPEN, LUCKY],
+    "fails_words": [cell("print('score 0.42')", out("Score 0.42\n"))],
+    "fails_number": [cell("print('score 0.50')", out("score 0.55\n"))],
+    "fails_alt_text": [
+        cell(
+            "from IPython.display import display\ndisplay({'text/html': 'a', 'text/plain': '3 cats'}, raw=True)",
+            new_output("display_data", {"text/html": "a", "text/plain": "3 dogs"}),
+        )
+    ],
+    "fails_stripped": [cell("print(1)", count=None)],
+    "fails_outputs_removed": [cell("print(1)")],
+    "fails_unknown_magic": [cell("%notamagic")],
+    "fails_mistyped_marker": [cell("# NBVAL_IGNORE_OUTPUTS\nprint(1)", out("1\n"))],
+    "fails_mistyped_tag": [cell("print(1)", out("1\n"), tags=["nbval-ignore-outputs"])],
+    "fails_announced_but_not_raised": [cell("x = 1", tags=["raises-exception"])],
+    "fails_dead_kernel": [cell("import os\nos._exit(1)")],
+    "fails_memory": [cell("x = b'x' * 1_600_000_000")],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """Which notebooks had a failure, and how long the run took, from one run over all of them."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    shutil.copy(ROOT / "notebooks" / "conftest.py", folder)
+    for name, cells in NOTEBOOKS.items():
+        nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
+    started = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600",
+         "--junitxml=verdicts.xml", "-o", "junit_family=xunit1", "-p", "no:cacheprovider", "."],
+        cwd=folder, env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    cases = ET.parse(folder / "verdicts.xml").getroot().iter("testcase")
+    failed = {Path(case.get("file")).stem for case in cases if len(case)}
+    return failed, seconds, run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_cell_passes_unseen(name, verdicts):
+    failed, _, report = verdicts
+    assert (name in failed) == name.startswith("fails"), report
+
+
+@pytest.mark.slow
+def test_a_dead_kernel_is_noticed_at_once(verdicts):
+    _, seconds, report = verdicts
+    assert "the kernel died while it ran this cell" in report
+    assert seconds < 300, "waited for the time-out of the cell"
