@@ -102,8 +102,8 @@ show(
 
 # %% [markdown]
 # **What to see.** At step 1 there already is a cat: unlike a text-to-image model, a super-resolution model *is given*
-# the structure. The top row is soft first and crisp last. The bottom row shows why: its lines get brighter and more
-# numerous towards step 50. But are they the *right* lines? Compare the last two pictures of that row.
+# the structure. The top row is soft first and blotchy last. The bottom row shows why: its lines get brighter and more
+# numerous towards step 50. But are they the *right* lines? Compare the last two pictures of that row, and the eyes.
 #
 # ## 2 · How close is each band to the truth?
 #
@@ -230,10 +230,10 @@ for column, title in BANDS.items():
 assert all(paired[column, 20].mean() < -4 * paired[column, 20].sem() for column in BANDS), "the late fall is no chance"
 
 # %% [markdown]
-# **What to see.** Look at one step alone: the uncertainty of its mean is about as large as the curve's whole fall, and
-# one would have to shrug. Paired, the fall from step 20 to 50 is five standard errors and more, in both bands. The
-# change from step 1 to 10 is a hundred times smaller. So we may say *falls late*; whether it rises a little first, six
-# crops do not tell.
+# **What to see.** Look at one step alone: the uncertainty of its mean is half of the low band's whole fall and more
+# than all of the high bands'. One would have to shrug. Paired, the fall from step 20 to 50 is five standard errors and
+# more, in both. The change from step 1 to 10 is more than fifty times smaller. So we may say *falls late*; whether it
+# rises a little first, six crops do not tell.
 #
 # ## 4 · Right detail, or just more detail?
 #
@@ -365,7 +365,7 @@ wrong = torch.stack([band_ssim_by_hand(x[0], gt[0]) for x in noisy.values()])
 print("low-band SSIM of the states at steps 1, 25, 50:", [round(value, 2) for value in wrong[:, 0].tolist()])
 show(
     pictures([*(x[0] for x in noisy.values()), gt[0]], ["state 1", "state 25", "state 50", "truth"], tile=1.5),
-    "The decoded states at steps 1, 25 and 50 and the truth: coloured noise, a cat behind noise, a cat. Low-band SSIM "
+    "The decoded states at steps 1, 25 and 50 and the truth: coloured noise, the same noise a little warmer, a rough cat. Low-band SSIM "
     + ", ".join(f"{value:.2f}" for value in wrong[:, 0])
     + ".",
 )
