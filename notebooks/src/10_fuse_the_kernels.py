@@ -233,7 +233,7 @@ def roofline(machine, points, rates=None):
     ):
         rate = min(machine["bytes"] * at, machine["flops"]) / 1e9 if rates is None else rates[name] / 1e9
         axes.loglog([at], [rate], marker=marker, color=colour, linestyle="none")
-        place = {"xytext": (7, -12)} if rates is None or at > 0.2 else {"xytext": (-7, -4), "ha": "right"}
+        place = {"xytext": (7, -12)} if rates is None or name != "slices" else {"xytext": (-7, -13), "ha": "right"}
         axes.annotate(name, (at, rate), **place, textcoords="offset points", size=9, color=colour)
     axes.set(xlabel="operations per byte", ylabel="GFLOP/s at most" if rates is None else "GFLOP/s")
     return figure

@@ -1,4 +1,4 @@
-"""The C++ that notebooks quote is the C++ that is compiled: each excerpt names its file and stands in it, line for line."""
+"""The C++ that notebooks quote is what is compiled: each excerpt names its file and stands in it, line for line."""
 
 import re
 from pathlib import Path
