@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
 
 from rfsr_ext.ops import gram_loss, gram_matrix
 from rfsr_ext.ops.reference import CRITERIA
@@ -29,6 +29,29 @@ def vgg19_weights_path() -> Path:
         raise FileNotFoundError(f"{error}, or choose weights='random'") from None
 
 
+def _imagenet_features() -> nn.Sequential:
+    tensors = torch.load(vgg19_weights_path(), map_location="cpu", weights_only=True, mmap=True)
+    network, prefix = make_layers(cfgs["E"], batch_norm=False), "features."
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return network
+
+
+def _random_features(seed: int) -> nn.Sequential:
+    """The convolutions of ``torchvision.models.vgg19()`` under this seed, without half a gigabyte of classifier."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = make_layers(cfgs["E"], batch_norm=False)
+        for fan_in, fan_out in ((512 * 7 * 7, 4096), (4096, 4096), (4096, 1000)):  # what the classifier would draw
+            for _ in range(fan_out):
+                torch.rand(fan_in)
+            torch.rand(fan_out)
+        for module in network:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+    return network
+
+
 class VGG19Features(nn.Module):
     """Outputs of named VGG19 convolutions, before their ReLU, for ``[N, 3, H, W]`` images in [0, 1].
 
@@ -43,14 +66,10 @@ class VGG19Features(nn.Module):
         super().__init__()
         if weights not in ("imagenet", "random"):
             raise ValueError(f"weights must be 'imagenet' or 'random', got {weights!r}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = torchvision.models.vgg19(weights=None)  # Kaiming-normal, as torchvision initialises it
-        if weights == "imagenet":
-            network.load_state_dict(torch.load(vgg19_weights_path(), map_location="cpu", weights_only=True))
         self.weights = weights
+        network = _imagenet_features() if weights == "imagenet" else _random_features(seed)
         names, block, position = [], 1, 0
-        for module in network.features:
+        for module in network:
             if isinstance(module, nn.Conv2d):
                 position += 1
                 names.append(f"conv{block}_{position}")
@@ -64,7 +83,7 @@ class VGG19Features(nn.Module):
             raise ValueError(f"layers must be among {[name for name in names if name]}, got {missing[0]!r}")
         self.layers = list(layers)
         self._taps = {names.index(layer): layer for layer in layers}
-        modules = list(network.features)[: max(self._taps) + 1]
+        modules = list(network)[: max(self._taps) + 1]
         # in place, a ReLU would overwrite the convolution's output that was just collected
         self.features = nn.ModuleList(nn.ReLU() if isinstance(module, nn.ReLU) else module for module in modules)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
