@@ -464,12 +464,12 @@ show(
 # ## 9 · Run one row yourself
 #
 # `ablate` trains and measures variants by name, as `rfsr ablate` does. Here the row "structure only", in small: a
-# fifth of the iterations, six crops in place of 48, one seed. The second cell asks two things. Are the stored rows of
-# the base model what *this* package measures? And do the directions of the stored runs come back?
+# quarter of the iterations, two crops in each, six held-out crops in place of 48, one seed. The second cell asks two
+# things. Are the stored rows of the base model what *this* package measures? And do the directions of the stored runs come back?
 
 # %%
 small = RFSRConfig.load("mini", {
-    "iterations": 24, "validate_every": 24, "validation_crops": 1, "checkpoint_every": 24,
+    "batch_size": 2, "iterations": 30, "validate_every": 30, "validation_crops": 1, "checkpoint_every": 30,
 })  # fmt: skip
 trained = [create_reward(name) for name in ("mini-iqa", "mini-preference")]
 scorers = {reward.name: reward.score for reward in trained} | {judge.name: judge.score}
@@ -493,7 +493,7 @@ for measure in MEASURES:
     print(f"{measure:15s}{' '.join(f'{r:+.2f}' for r in runs)}   {verdict}")
 
 # %% [markdown]
-# **What to see.** All four measures of closeness rise again, by less, after a fifth of the training. For rewards and
+# **What to see.** All four measures of closeness rise again, by less, after an eighth of the training. For rewards and
 # judge the stored runs had no direction, so there is nothing to confirm. And a small run like this is a check that the
 # machinery works, not evidence: six crops, one seed.
 #
