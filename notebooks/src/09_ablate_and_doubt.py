@@ -465,7 +465,8 @@ show(
 #
 # `ablate` trains and measures variants by name, as `rfsr ablate` does. Here the row "structure only", in small: a
 # quarter of the iterations, two crops in each, six held-out crops in place of 48, one seed. The second cell asks two
-# things. Are the stored rows of the base model what *this* package measures? And do the directions of the stored runs come back?
+# things. Are the stored rows of the base model what *this* package measures? And do the directions of the stored runs
+# come back?
 
 # %%
 small = RFSRConfig.load("mini", {
@@ -615,7 +616,8 @@ exercise(3, verify_holm)
 # * Pair the comparison: same pixels, same noise, subtract, then average. The error over crops is not the error over
 #   training runs, and neither knows about photographs you do not have.
 # * Three runs: equal signs come by chance in one case of four; 95 % needs 4.3 errors.
-# * Paper and re-run agree on closeness and on the trained reward; they disagree on the examiner, every time.
+# * Where both have a direction, paper and re-run agree on closeness and on the trained reward, and disagree on the
+#   examiner.
 # * RFSR on the mini model: PSNR kept, rewards up, judge down by about 1.9. Gram-KL limits hacking; it does not end it.
 # * The paper's tables carry no spread; its own row is best in 0, 4, 1 and 2 of five columns.
 #
