@@ -9,8 +9,7 @@
 # %% [markdown]
 # # 03 · See when bands form
 #
-# **You will watch a sampler build a picture in 50 steps, and measure which part of it is there when: the paper's
-# Figure 1.**
+# **You will watch a sampler build a picture in 50 steps, and measure what is there when: the paper's Figure 1.**
 #
 # Three quarters of a minute on two cores; nothing to download. Needs the ideas *sampling step* (01) and *band* (02);
 # both are repeated here in a few lines.

@@ -9,8 +9,7 @@
 # %% [markdown]
 # # 09 · Ablate and doubt
 #
-# **You will read the paper's four ablation tables critically, set three re-run rows beside them, and learn what three
-# seeds can and cannot say.**
+# **You will set three re-run rows beside the paper's ablation tables, and learn what three seeds can say.**
 #
 # Three quarters of a minute on two cores; nothing to download. Needs the ideas *structure loss* (04), *reward* (05) and
 # *Gram-KL* (07); each is explained again in one sentence.

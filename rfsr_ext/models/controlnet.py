@@ -32,7 +32,7 @@ _STARTS = ("lr", "noise")
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Opening a folder takes a second and would show two progress bars."""
+    """Opening or writing a folder takes a second and would show two progress bars."""
     shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     for log in shown:
         log.disable_progress_bar()
@@ -227,7 +227,8 @@ class ControlNetISRModel:
         )
         config = {"scale": self.scale, "num_inference_steps": self.num_inference_steps, "start": self.start}
         with replace_folder(path) as folder:
-            pipeline.save_pretrained(folder)
+            with _no_bars():
+                pipeline.save_pretrained(folder)
             (folder / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
