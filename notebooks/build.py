@@ -22,6 +22,11 @@ from rfsr_ext.files import replace_file
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted((HERE / "src").glob("[0-9][0-9]_*.py"))
 README = HERE / "README.md"
+ORDER = (
+    "00_start_here", "01_sample_by_hand", "02_split_bands", "03_see_when_bands_form", "04_keep_the_low_band",
+    "05_ask_clip_iqa", "06_ask_image_reward", "07_guard_with_gram", "08_train_by_stage", "09_ablate_and_doubt",
+    "10_fuse_the_kernels", "11_reuse_and_scale",
+)  # fmt: skip
 _WIDGET = "application/vnd.jupyter.widget-view+json"  # refers to a widget of a kernel that is gone
 
 
@@ -31,22 +36,35 @@ def title(source: Path) -> str:
 
 
 def _links(source: Path) -> str:
-    """Previous and next notebook."""
+    """Previous and next notebook, and the map of all."""
     place = SOURCES.index(source)
-    links = []
+    links = [f"[map of the course]({ORDER[0]}.ipynb)"] if place > 1 else []
     if place:
         before = SOURCES[place - 1]
-        links.append(f"[← {title(before)}]({before.stem}.ipynb)")
+        links.insert(0, f"[← {title(before)}]({before.stem}.ipynb)")
     if place + 1 < len(SOURCES):
         after = SOURCES[place + 1]
         links.append(f"[{title(after)} →]({after.stem}.ipynb)")
     return " · ".join(links) or "the only notebook so far"
 
 
+def _contents() -> str:
+    """One line per notebook of the course: its title and promise, or that it is to come."""
+    rows = ["| notebook | its promise |", "|---|---|"]
+    sources = {source.stem: source for source in SOURCES}
+    for name in ORDER:
+        if name in sources:
+            promise = re.search(r"^# \*\*(.+?)\*\*", sources[name].read_text(), re.MULTILINE)[1]
+            rows.append(f"| [{title(sources[name])}]({name}.ipynb) | {promise} |")
+        else:
+            rows.append(f"| `{name}` | in preparation |")
+    return "\n".join(rows)
+
+
 def unrun(source: Path) -> nbformat.NotebookNode:
     """The notebook a source stands for, without outputs.
 
-    A line ``NAVIGATION`` becomes links to the neighbours.
+    A line ``NAVIGATION`` becomes links to the neighbours, ``CONTENTS`` the table of all notebooks.
     """
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = {
@@ -56,7 +74,7 @@ def unrun(source: Path) -> nbformat.NotebookNode:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
         if cell.cell_type == "markdown":
-            cell.source = cell.source.replace("NAVIGATION", _links(source))
+            cell.source = cell.source.replace("NAVIGATION", _links(source)).replace("CONTENTS", _contents())
     return notebook
 
 
@@ -86,7 +104,7 @@ def build(source: Path) -> tuple[str, str]:
         for output in cell.get("outputs", ()):
             output.get("data", {}).pop(_WIDGET, None)
     store(notebook, source)
-    return f"{seconds:.0f} s", f"{max(peaks) / 1e9:.1f} GB"
+    return f"{seconds:.0f} s", f"{max(peaks) / 1e9:.2f} GB"
 
 
 def take_prose(source: Path) -> bool:

@@ -72,6 +72,14 @@ def test_every_source_has_its_notebook_and_no_notebook_is_without():
     assert {source.stem for source in build.SOURCES} == {path.stem for path in ROOT.glob("*.ipynb")}
 
 
+def test_the_map_lists_the_whole_course_and_links_what_exists():
+    stems = [source.stem for source in build.SOURCES]
+    assert stems == [name for name in build.ORDER if name in stems], "notebooks are named in build.ORDER"
+    cells = nbformat.read(ROOT / "00_start_here.ipynb", as_version=4).cells
+    (contents,) = (cell.source for cell in cells if "| its promise |" in cell.source)
+    assert all((f"({name}.ipynb)" if name in stems else f"`{name}`") in contents for name in build.ORDER)
+
+
 def test_a_notebook_has_the_cells_of_its_source(source, notebook):
     wanted = build.unrun(source)
     assert [(c.cell_type, c.source, c.metadata) for c in notebook.cells] == [

@@ -1,0 +1,397 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # 00 · Start here
+#
+# **You will watch reward feedback change a picture on this machine, and find the notebook that answers your question.**
+#
+# A minute on two cores; nothing to download, no GPU. Needs only that you can read a little PyTorch.
+#
+# NAVIGATION
+#
+# RFSR ([arXiv 2412.03268](https://arxiv.org/abs/2412.03268)) takes a finished super-resolution diffusion model and trains
+# it a little further on *scores*: how much does a judge like the picture? A model trained on scores alone learns to
+# cheat. Two ideas hold it: early sampling steps are tied to the structure of the true photograph, and late ones to the
+# style of the model before training. Afterwards you can
+#
+# * say what the method does, from having watched it,
+# * tell which code computes on your machine, and whether sliders work,
+# * predict which of the four losses notices which damage.
+
+# %%
+import copy
+
+import torch
+import torch.nn.functional as F
+from skimage.filters import gaussian
+
+from rfsr_ext import build_info, gram_loss, haar_ll_l1_loss
+from rfsr_ext.data import PhotographCrops, evaluation_crops, photographs
+from rfsr_ext.evaluation import psnr
+from rfsr_ext.losses import HaarLLLoss, VGGGramLoss
+from rfsr_ext.models import load_model
+from rfsr_ext.notebook import caught, check, exercise, explore, pictures, show
+from rfsr_ext.rewards import WeightedReward, create_reward
+from rfsr_ext.sampling import TimestepWindows, generators, sample
+from rfsr_ext.training import RFSRObjective
+
+crops = evaluation_crops(photographs("test"), size=128, count=6)
+crops = {"cup": crops[0], "cat": crops[1], "flower": crops[5]}
+lr, gt = (torch.stack([crop[key] for crop in crops.values()]) for key in ("lr", "gt"))
+prompts = [crop["prompt"] for crop in crops.values()]
+
+# %% [markdown]
+# ## 1 · Does it work here?
+#
+# Three lines enlarge three photographs four times. The model ships with the package and stands in for SeeSR or PASD: it
+# was trained for half an hour on twelve photographs ([its card](../rfsr_ext/weights/README.md)) and has never seen
+# these.
+
+# %%
+model = load_model("mini")
+noise = generators(0, range(3))
+before = sample(model, lr, prompts, [g.clone_state() for g in noise])
+
+# %% [markdown]
+# Now the method. The objective needs a structure loss, two rewards and a style guard, each with its weight; the values
+# are those of the preset `mini`. `MiniIQA` stands in for CLIP-IQA (is the picture sharp and clean?), `MiniPreference`
+# for ImageReward (does it fit the prompt?).
+
+# %%
+iqa, preference, guard = create_reward("mini-iqa"), create_reward("mini-preference"), VGGGramLoss(weights="random")
+trained = copy.deepcopy(model)
+objective = RFSRObjective(
+    trained,
+    TimestepWindows.from_steps(20, 40, 50),  # structure at steps 1-20, rewards at 41-50
+    structure_loss=HaarLLLoss(),
+    lambda_structure=4.0,
+    rewards=[WeightedReward(iqa, 0.1), WeightedReward(preference, 0.005)],
+    style_loss=guard,
+    lambda_regularization=2000.0,
+    reference=model,
+)
+
+# %% [markdown]
+# And 24 steps of it, each on two crops of *other* photographs: denoise from noise to a random step, take that step with
+# gradient, decode, score, climb. The preset takes 120 smaller steps; this run is short so that you can wait for it.
+
+# %%
+others = PhotographCrops(["astronaut", "china", "coins", "motorcycle"], 64, dead_leaves_share=0, recolour=False)
+weights = [p.requires_grad_() for part in trained.trainable_groups().values() for p in part.parameters()]
+optimiser = torch.optim.Adam(weights, lr=1e-4)
+drawn = torch.tensor([*range(1, 21), *range(41, 51)])[
+    torch.randint(30, (24,), generator=torch.Generator().manual_seed(3))
+]
+for k, step in enumerate(drawn.tolist()):
+    batch = [others[2 * k], others[2 * k + 1]]
+    low, high = (torch.stack([crop[key] for crop in batch]) for key in ("lr", "gt"))
+    loss, _ = objective(low, high, [crop["prompt"] for crop in batch], step, generators(0, [2 * k, 2 * k + 1]))
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimiser.step()
+after = sample(trained, lr, prompts, [g.clone_state() for g in noise])
+
+# %%
+with torch.no_grad():
+    liked = {"before": iqa.score(before, prompts), "after": iqa.score(after, prompts), "truth": iqa.score(gt, prompts)}
+fidelity = {"before": psnr(before, gt), "after": psnr(after, gt)}
+titles = ["low resolution", *(f"{n}\nMiniIQA {liked[n][0]:.2f} · {fidelity[n][0]:.1f} dB" for n in fidelity)]
+show(
+    pictures([lr[0], before[0], after[0], gt[0]], [titles[0] + "\n", *titles[1:], "truth\n"], tile=2.56),
+    "A cup of coffee: 32 by 32 coarse pixels; enlarged by the model before feedback, "
+    f"MiniIQA {liked['before'][0]:.2f} and {fidelity['before'][0]:.1f} dB; after feedback, MiniIQA "
+    f"{liked['after'][0]:.2f} and {fidelity['after'][0]:.1f} dB; and the true photograph.",
+)
+
+# %% [markdown]
+# **What to see.** Compare the two in the middle. The inside of the cup has fewer coloured specks, and the edge of the
+# coffee is darker and clearer. The judge's score rose; the distance to the truth (PSNR in decibels, more is closer)
+# hardly moved. One picture proves little, so here are the other two, and the second reward.
+
+# %%
+with torch.no_grad():
+    suited = {"before": preference.score(before, prompts), "after": preference.score(after, prompts)}
+print("             MiniIQA          MiniPreference      PSNR (dB)")
+for k, name in enumerate(crops):
+    cells = [(liked, ".2f"), (suited, ".2f"), (fidelity, ".1f")]
+    print(f"{name:7s}", *(f"{t['before'][k]:8{f}} → {t['after'][k]:5{f}}   " for t, f in cells))
+mean = {name: (liked[name].mean().item(), fidelity[name].mean().item()) for name in fidelity}
+assert mean["after"][0] > mean["before"][0] + 0.01, "feedback must raise the reward on pictures it has not seen"
+assert mean["after"][1] > mean["before"][1] - 1, "and the guards must hold the fidelity to a decibel"
+
+# %%
+detail = {"cup": (60, 50), "cat": (40, 64), "flower": (8, 20)}
+tiles, titles = [], []
+for stage, images in (("before", before), ("after", after)):
+    for k, (name, (top, left)) in enumerate(detail.items()):
+        tiles.append(images[k, :, top : top + 56, left : left + 56])
+        titles.append(f"{name}, {stage}: {liked[stage][k]:.2f}")
+show(
+    pictures(tiles, titles, columns=3, tile=2.24),
+    "Details of 56 pixels, before feedback above and after below. MiniIQA of the whole pictures: "
+    + "; ".join(f"{name} {liked['before'][k]:.2f} to {liked['after'][k]:.2f}" for k, name in enumerate(crops))
+    + ".",
+)
+
+# %% [markdown]
+# **What to see.** After feedback specks are gone and the dark gaps are deeper, which is what `MiniIQA` was taught to like.
+# Colours moved a little as well; nobody asked for that. It is the method's weak side in small: *a reward can be pleased by
+# a picture that is less true*, and the guards limit that, they do not forbid it. On 48 held-out crops the full preset raises `MiniIQA` by
+# 0.06 at no loss of PSNR; without the style guard by 0.18 at a loss of 2.1 dB (the card has the table, `make demo` runs
+# it in a few minutes).
+#
+# ## 2 · What computes here?
+#
+# The two losses of RFSR are compiled for CPU and CUDA. Where a compiler was missing, PyTorch serves instead, slower but
+# to the same result. This is what your machine has (the stored output is from the one that built this page, which has no
+# GPU); `rfsr doctor` says how to get what is missing.
+
+# %% tags=["nbval-ignore-output"]
+print(f"{'operator':16s} {'on the CPU':12s} on a GPU")
+for name, devices in build_info()["operators"].items():
+    print(f"{name:16s} {devices['cpu']['backend']:12s} {devices['cuda']['backend']}")
+
+# %% [markdown]
+# Whatever serves, the formulas are the same. The structure loss compares averages of 2×2 pixels (notebook 02), the Gram
+# loss compares how channels vary together (notebook 07):
+#
+# $$L_{dwt}=\operatorname{mean}\,|LL(x)-LL(y)|\qquad L_{gram}=\Big\|\tfrac{FF^\mathsf T-GG^\mathsf T}{CHW}\Big\|_F^2$$
+
+# %%
+by_hand = (2 * F.avg_pool2d(before - gt, 2)).abs().mean()
+check("structure loss", haar_ll_l1_loss(before, gt), by_hand, 1e-6)
+f, g = before.flatten(2), gt.flatten(2)  # [3, 3, H·W]
+by_hand = ((f @ f.mT - g @ g.mT) / f[0].numel()).square().sum((1, 2)).mean()
+check("Gram loss", gram_loss(before, gt), by_hand, 1e-6)
+
+# %% [markdown]
+# ## 3 · Do sliders work?
+#
+# What did training change? Take the difference of the two pictures and exaggerate it. Run the next cell in JupyterLab,
+# click the handle and press →. The picture and the line under it must change. No slider to be seen: install `ipywidgets`
+# in the environment of the *server* and reload the page. A slider, but nothing changes: the kernel is not running, so
+# choose *Run → Run All Cells*. Without a slider you lose nothing essential; each has a still picture below it.
+
+
+# %%
+def draw(times):
+    exaggerated = (before + times * (after - before)).clamp(0, 1)
+    with torch.no_grad():
+        score = iqa.score(exaggerated, prompts)
+    titles = [f"{name}: MiniIQA {value:.2f}" for name, value in zip(crops, score, strict=True)]
+    alt = f"The three pictures with {times} times the change that training made. " + ", ".join(titles) + "."
+    return pictures(list(exaggerated), titles, tile=2.56), alt
+
+
+change = explore(draw, values=range(5), label="times the change")
+change
+
+# %%
+change.slider.value = 3
+assert "with 3 times the change" in change.panel.value, "the slider must redraw its panel"
+show(*draw(3))
+
+# %% [markdown]
+# **What to see.** At 3 the direction of the training is plain: harder edges, deeper shadows, shifted colours. Go on long
+# enough without a guard and the pictures end there. That is *reward hacking*; notebook 07 lets it happen.
+#
+# ## 4 · Which loss notices what?
+#
+# RFSR adds up four terms. **Predict first**: which of them complain when the photograph is (a) blurred, (b) moved by one
+# pixel, (c) made noisy, (d) brightened? Write down four times four yes or no, then run.
+#
+# | term | compares with | through |
+# |---|---|---|
+# | structure | the true photograph | 2×2 averages |
+# | quality reward | nothing | a network, one number |
+# | preference reward | the prompt | a network, one number |
+# | style guard | the model before training | Gram matrices of VGG19's layers |
+
+# %%
+whole = gt[..., 32:96, 32:96]  # the middle of the three true photographs
+damages = {
+    "blurred": torch.from_numpy(gaussian(whole.numpy(), sigma=(0, 0, 1.5, 1.5))),
+    "moved by 1": gt[..., 32:96, 33:97],
+    "noisy": (whole + 0.08 * torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1),
+    "brighter": (whole + 0.1).clamp(0, 1),
+}
+rows = {}
+with torch.no_grad():
+    for name, x in damages.items():
+        rewards = [(r.score(x, prompts) - r.score(whole, prompts)).mean().item() for r in (iqa, preference)]
+        rows[name] = [haar_ll_l1_loss(x, whole).item(), *rewards, 1e6 * guard(x, whole).item()]
+print("            structure    quality  preference   style (millionths)")
+for name, (structure, quality, liking, style) in rows.items():
+    print(f"{name:11s} {structure:9.3f} {quality:+10.2f} {liking:+11.2f} {style:14.1f}")
+
+# %% [markdown]
+# **What to see.** The two reward columns are changes against the untouched photograph, so minus means dislike. Both dislike
+# blur. Noise divides them: the quality reward dislikes it a little, the preference likes it. Neither has a truth to compare
+# with. The structure loss has, and is the opposite: brightness is its loudest alarm, and blur, which the rewards dislike
+# most, it minds six times less. The style guard hardly sees the shift, since it forgets where things are. No term alone
+# would do.
+
+# %%
+structure, quality, liking, style = ({name: row[k] for name, row in rows.items()} for k in range(4))
+assert max(structure, key=structure.get) == "brighter", "brightness is low-frequency"
+assert quality["blurred"] < -0.05 and liking["blurred"] < -0.05, "both rewards must dislike blur"
+check("brightening by 0.1 costs 0.2 where nothing clips", haar_ll_l1_loss(0.5 * gt + 0.1, 0.5 * gt), 0.2, 1e-6)
+
+# %% [markdown]
+# ## 5 · Where do I find what?
+#
+# Each notebook stands alone. In order they lead from a sampler to the trained model (01 to 08), then to doubts (09), speed
+# (10) and your own model (11).
+#
+# CONTENTS
+#
+# ## 6 · Paper, released code, this package
+#
+# The paper and the code published with it are not the same method. The five differences that matter most (all of them:
+# [the paper and its released code](paper_and_released_code.md)):
+#
+# | | paper | released code | here |
+# |---|---|---|---|
+# | sampling before the trained step | from noise to step t, without gradient | none; one pass at the drawn t | as in the paper |
+# | low frequencies | one-level wavelet, LL band | three-level dual-tree wavelet | one-level Haar LL |
+# | Gram distance | squared Frobenius norm | mean absolute difference, layer-normalised features, fp16 | squared Frobenius norm, fp32 |
+# | what the guard compares with | the pre-trained model | plain Stable Diffusion with the *trained* ControlNet | a frozen copy of the pre-trained model |
+# | reward shape | not said | relu(2 − r), flat above 2 | −r |
+#
+# The paper's headline is the gain for PASD on DRealSR: 39 % in MANIQA, 37 % in CLIPIQA, 27 % in MUSIQ, 5 % in the
+# aesthetic score. Does its own Table 1 say so? (The paper's numbers, measured with models two hundred times as large;
+# ours cannot be compared with them.)
+
+# %%
+table = {
+    "MANIQA": (0.3688, 0.5130),
+    "CLIPIQA": (0.4872, 0.6708),
+    "MUSIQ": (50.18, 63.79),
+    "aesthetic": (4.4174, 4.6433),
+}
+gains = {name: 100 * (new / old - 1) for name, (old, new) in table.items()}
+print(", ".join(f"{name} +{gain:.1f} %" for name, gain in gains.items()))
+check("gains of Table 1, rounded", [round(g) for g in gains.values()], [39, 38, 27, 5], 0)
+
+# %% [markdown]
+# It does, but for a rounding: 37.7 is quoted as 37. The text says little of the fidelity column of the same table.
+# Exercise 3 reads it.
+#
+# ## 7 · A bug, and the check that catches it
+#
+# Someone writes `sum` for `mean` in the structure loss. Training would still run, with a loss thousands of times too
+# large that drowns the rewards. A comparison with the formula notices at once.
+
+
+# %%
+def wrong_loss(x, y):
+    return (2 * F.avg_pool2d(x - y, 2)).abs().sum()
+
+
+caught(lambda: check("structure loss", wrong_loss(before, gt), haar_ll_l1_loss(before, gt), 1e-6))
+
+# %% [markdown]
+# ## 8 · Exercises
+#
+# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each; *Run All* never
+# stops at an open one.
+#
+# **Exercise 1 (warm-up).** Which backend serves `gram_loss` on the CPU of *this* machine? Return its name.
+# <details><summary>Hint</summary>Look at the report in section 2, or ask `build_info()["operators"]`.</details>
+
+
+# %%
+def gram_backend():
+    raise NotImplementedError
+
+
+def verify_backend():
+    wanted = build_info()["operators"]["gram_loss"]["cpu"]["backend"]
+    assert gram_backend() == wanted, "look again at the line 'gram_loss cpu'"
+
+
+exercise(1, verify_backend)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution to exercise 1 (expand to read)
+def gram_backend():
+    return build_info()["operators"]["gram_loss"]["cpu"]["backend"]
+
+
+exercise(1, verify_backend)
+
+# %% [markdown]
+# **Exercise 2.** Find a picture, different from `gt`, whose Gram loss to `gt` is zero (a rounding error counts as zero).
+# <details><summary>Hint</summary>A Gram matrix adds up over all pixels. It does not know where they are.</details>
+
+
+# %%
+def same_style(x):
+    raise NotImplementedError
+
+
+def verify_style():
+    assert (same_style(gt) - gt).abs().mean() > 0.01, "this is still the same picture"
+    check("Gram loss", gram_loss(same_style(gt), gt), 0.0, 1e-8)
+
+
+exercise(2, verify_style)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution to exercise 2 (expand to read)
+def same_style(x):
+    return x.flip(-1)
+
+
+exercise(2, verify_style)
+
+# %% [markdown]
+# **Exercise 3.** LPIPS in Table 1, before and after RFSR, for four models on three data sets (lower is closer to the
+# truth). In how many of the twelve did fidelity get *worse*? Return the count.
+# <details><summary>Hint</summary>Worse means the second number is larger.</details>
+
+# %%
+lpips = [(0.3659, 0.3882), (0.3556, 0.3693), (0.4410, 0.4277), (0.3329, 0.3369), (0.3497, 0.3933), (0.3480, 0.3729),
+         (0.2413, 0.2654), (0.2346, 0.2761), (0.2760, 0.2838), (0.2969, 0.3153), (0.2252, 0.2468), (0.2354, 0.2642)]  # fmt: skip
+
+
+def worse(pairs):
+    raise NotImplementedError
+
+
+def verify_worse():
+    check("a case you can count", worse([(1, 2), (2, 1), (1, 1)]), 1, 0)
+    check("Table 1", worse(lpips), 12 - [a > b for a, b in lpips].count(True), 0)
+
+
+exercise(3, verify_worse)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution to exercise 3 (expand to read)
+def worse(pairs):
+    return sum(after > before for before, after in pairs)
+
+
+exercise(3, verify_worse)
+print(f"LPIPS got worse in {worse(lpips)} of {len(lpips)}")
+
+# %% [markdown]
+# ## Summary
+#
+# * RFSR trains a finished model on scores: denoise without gradient, one step with it, decode, score, climb.
+# * Here, 24 steps raise the rewards on photographs never trained on; fidelity stays within a decibel.
+# * In the paper's Table 1 LPIPS, a distance to the truth, gets worse in eleven of twelve cases.
+# * The structure loss and the guard compare with a picture; the rewards compare with none, so they can be cheated.
+# * Compiled or not, every operator computes the same formula, and each notebook checks it.
+#
+# NAVIGATION
