@@ -35,6 +35,11 @@ def title(source: Path) -> str:
     return re.search(r"^# # (.+)$", source.read_text(), re.MULTILINE)[1]
 
 
+def promise(source: Path) -> str:
+    """What it says in bold below its title, in one line."""
+    return re.search(r"^# \*\*([^*]+)\*\*$", source.read_text(), re.MULTILINE)[1].replace("\n# ", " ")
+
+
 def _links(source: Path) -> str:
     """Previous and next notebook, and the map of all."""
     place = SOURCES.index(source)
@@ -54,8 +59,7 @@ def _contents() -> str:
     sources = {source.stem: source for source in SOURCES}
     for name in ORDER:
         if name in sources:
-            promise = re.search(r"^# \*\*(.+?)\*\*", sources[name].read_text(), re.MULTILINE)[1]
-            rows.append(f"| [{title(sources[name])}]({name}.ipynb) | {promise} |")
+            rows.append(f"| [{title(sources[name])}]({name}.ipynb) | {promise(sources[name])} |")
         else:
             rows.append(f"| `{name}` | in preparation |")
     return "\n".join(rows)

@@ -65,8 +65,9 @@ def solved(stub: str, solution: str) -> str:
     kept = [node for node in answer if not ast.unparse(node).startswith("exercise(")]
     answers = "\n".join(ast.unparse(node) for node in kept)
     stubs = [node for node in ast.parse(stub).body if "raise NotImplementedError" in ast.unparse(node)]
-    if not stubs or not {node.name for node in stubs} <= {getattr(node, "name", None) for node in kept}:
-        raise ValueError(f"the solution must define what the stub leaves open: {[node.name for node in stubs]}")
+    names = {getattr(node, "name", None) for node in stubs}
+    if not names or not names <= {getattr(node, "name", "") for node in kept}:
+        raise ValueError(f"the solution must define the functions that the stub leaves open, {sorted(map(str, names))}")
     for node in reversed(stubs):
         lines[node.lineno - 1 : node.end_lineno] = [answers] if node is stubs[0] else []
     return "\n".join(lines)

@@ -78,8 +78,9 @@ objective = RFSRObjective(
 )
 
 # %% [markdown]
-# And 24 steps of it, each on two crops of *other* photographs: denoise from noise to a random step, take that step with
-# gradient, decode, score, climb. The preset takes 120 smaller steps; this run is short so that you can wait for it.
+# And 24 steps of it, live, each on two crops of *other* photographs: denoise from noise to a random step, take that step
+# with gradient, decode, score, climb. The preset takes 120 smaller steps on twice as many crops; this run is short so that
+# you can wait for it.
 
 # %%
 others = PhotographCrops(["astronaut", "china", "coins", "motorcycle"], 64, dead_leaves_share=0, recolour=False)
@@ -185,8 +186,13 @@ def draw(times):
     exaggerated = (before + times * (after - before)).clamp(0, 1)
     with torch.no_grad():
         score = iqa.score(exaggerated, prompts)
-    titles = [f"{name}: MiniIQA {value:.2f}" for name, value in zip(crops, score, strict=True)]
-    alt = f"The three pictures with {times} times the change that training made. " + ", ".join(titles) + "."
+    values = zip(crops, score, psnr(exaggerated, gt), strict=True)
+    titles = [f"{name}\nMiniIQA {liking:.2f} · {closeness:.1f} dB" for name, liking, closeness in values]
+    alt = (
+        f"The three pictures with {times} times the change that training made. "
+        + ", ".join(titles).replace("\n", " ")
+        + "."
+    )
     return pictures(list(exaggerated), titles, tile=2.56), alt
 
 
@@ -199,12 +205,12 @@ assert "with 3 times the change" in change.panel.value, "the slider must redraw 
 show(*draw(3))
 
 # %% [markdown]
-# **What to see.** At 3 the direction of the training is plain: harder edges, deeper shadows, shifted colours. Go on long
-# enough without a guard and the pictures end there. That is *reward hacking*; notebook 07 lets it happen.
+# **What to see.** At 3 the direction of the training is plain: harder edges, deeper shadows, shifted colours. The score goes
+# on rising although the pictures now leave the truth. That is *reward hacking*; notebook 07 lets a training run into it.
 #
 # ## 4 · Which loss notices what?
 #
-# RFSR adds up four terms. **Predict first**: which of them complain when the photograph is (a) blurred, (b) moved by one
+# RFSR has four loss terms. **Predict first**: which of them complain when the photograph is (a) blurred, (b) moved by one
 # pixel, (c) made noisy, (d) brightened? Write down four times four yes or no, then run.
 #
 # | term | compares with | through |
@@ -286,8 +292,8 @@ check("gains of Table 1, rounded", [round(g) for g in gains.values()], [39, 38, 
 #
 # ## 7 · A bug, and the check that catches it
 #
-# Someone writes `sum` for `mean` in the structure loss. Training would still run, with a loss thousands of times too
-# large that drowns the rewards. A comparison with the formula notices at once.
+# Someone writes `sum` for `mean` in the structure loss. Training would still run, with a loss ten thousands of times
+# too large that drowns the rewards. A comparison with the formula notices at once.
 
 
 # %%
