@@ -212,8 +212,10 @@ stage_names = ["structure", "structure", "reward", "reward"]
 titles = [f"st {st}: {name}\nerror {e:.3f}" for st, name, e in zip((1, 4, 9, 10), stage_names, errors, strict=True)]
 show(
     pictures([lr[0], *believed, gt[0]], ["low resolution\n", *titles, "truth\n"], columns=6, tile=1.15),
-    "A training crop, the engine of a motorcycle: its low-resolution version, what the model believes before four steps, and the truth. Root mean "
-    "squared errors: " + ", ".join(f"step {st} {e:.3f}" for st, e in zip((1, 4, 9, 10), errors, strict=True)) + ".",
+    "A training crop, the engine of a motorcycle: its low-resolution version, what the model believes before four "
+    "steps, and the truth. Root mean squared errors: "
+    + ", ".join(f"step {st} {e:.3f}" for st, e in zip((1, 4, 9, 10), errors, strict=True))
+    + ".",
 )
 
 # %% [markdown]
@@ -546,9 +548,8 @@ with redirect_stderr(io.StringIO()):
 change = compare(pd.concat([before, after]), "before", "after")
 print(f"{'12 held-out crops':18s} before   after    change ± standard error")
 for name, row in change.loc[["psnr", "low_ssim", "high_ssim", *scorers]].iterrows():
-    print(
-        f"{name:18s} {before[name].mean():6.2f}  {after[name].mean():6.2f}   {row.difference:+.2g} ± {row.standard_error:.1g}"
-    )
+    means = f"{before[name].mean():6.2f}  {after[name].mean():6.2f}"
+    print(f"{name:18s} {means}   {row.difference:+.2g} ± {row.standard_error:.1g}")
 
 # %%
 large = evaluation_crops(photographs("test"), size=128, count=18)
@@ -571,12 +572,12 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** Little, as expected: the change has to be shown ten times enlarged. The table knows more than the eye: low-band SSIM and both
-# rewards rose by about three standard errors, and the judge, which was not trained on, sees no difference. So the
-# stages can be trained together without spoiling each other. Is that settled? No: it is one seed. With seed 1 the
-# rewards rose more and PSNR did not rise at all. The card of the model ([measured
-# figures](../rfsr_ext/weights/README.md)) has the preset's full length over several seeds, where the judge *falls*
-# a little.
+# **What to see.** Little, as expected: the change has to be shown ten times enlarged. The table knows more than the
+# eye: low-band SSIM and both rewards rose by about three standard errors, and the judge, which was not trained on,
+# sees no difference. So the stages can be trained together without spoiling each other. Is that settled? No: it is
+# one seed. With seed 1 the rewards rose more and PSNR did not rise at all. The card of the model ([measured
+# figures](../rfsr_ext/weights/README.md)) has the preset's full length over several seeds, where the judge *falls* a
+# little.
 
 # %%
 record = run.history
@@ -709,8 +710,8 @@ def two_windows(timesteps):
 exercise(2, verify_two_windows)
 
 # %% [markdown]
-# **Exercise 3 (harder).** In the third row of the paper's Table 2 both windows cover *every* step. Write the loss of that
-# row at step `st`, without a regulariser.
+# **Exercise 3 (harder).** In the third row of the paper's Table 2 both windows cover *every* step. Write the loss of
+# that row at step `st`, without a regulariser.
 # <details><summary>Hint</summary>Take `equation_7` apart: no `if`, no Gram term. The structure loss sees the picture
 # before clamping, the rewards after.</details>
 

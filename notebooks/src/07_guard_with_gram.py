@@ -1,0 +1,718 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # 07 · Guard with Gram
+#
+# **You will watch a reward being cheated, build the style regulariser that is meant to stop it, and test whether it
+# does.**
+#
+# A minute on two cores; nothing to download. Needs no other notebook.
+#
+# NAVIGATION
+#
+# A reward is a network's opinion of a picture. Ask an optimiser for a higher opinion and it will find pictures that the
+# network likes and nobody else. RFSR answers with *Gram-KL*, equation 6 of its paper. Afterwards you can
+#
+# * compute a Gram matrix on paper and say what it keeps of a picture and what it forgets,
+# * write equation 6 forwards and backwards, and choose its normalisation knowingly,
+# * explain why its reference is the frozen model and not the ground truth, and what KL and LoRA do instead.
+#
+# Two networks here are **stand-ins**: the reward is MiniIQA, a small network in CLIP-IQA's place, and VGG19 has *seeded
+# random weights*. No number below says anything about the real ones.
+
+# %%
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.nn.utils import parametrize
+
+from rfsr_ext import gram_loss, gram_matrix
+from rfsr_ext.data import evaluation_crops, load_photograph, photographs
+from rfsr_ext.evaluation import Judge, ssim
+from rfsr_ext.losses import VGGGramLoss
+from rfsr_ext.models import load_model
+from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.rewards import MiniIQA
+from rfsr_ext.sampling import TimestepWindows, generators, rollout, sample
+from rfsr_ext.training import RFSRObjective
+
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()
+
+model, reward, judge = load_model("mini"), MiniIQA.from_pretrained(), Judge.from_pretrained()
+style = VGGGramLoss(weights="random")
+crops = evaluation_crops(photographs("test"), size=64, count=36)
+print(f"reward: {reward.label}")
+print(f"regulariser: {style.label}")
+
+# %% [markdown]
+# ## 1 · What is reward hacking?
+#
+# We let the mini model upscale a cat's eye, and then change the picture itself, pixel by pixel, so that the reward
+# rises. (RFSR changes the weights of the model and not the pixels, and so do we in section 8. Pixels cheat faster.)
+
+# %%
+cat = crops[34]
+gt, lr, prompt = cat["gt"][None], cat["lr"][None], [cat["prompt"]]
+before = sample(model, lr, prompt, generators(0, [0]))  # what the pre-trained model makes
+
+hacked = before.clone().requires_grad_()
+adam = torch.optim.Adam([hacked], lr=0.02)
+for _ in range(25):
+    loss = -reward.score(hacked.clamp(0, 1)).mean()
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+hacked = hacked.detach().clamp(0, 1)
+
+trio = {"pre-trained model": before, "reward climbed": hacked, "truth": gt}
+with torch.no_grad():
+    scores = {n: reward.score(x).item() for n, x in trio.items()}
+likeness = {n: ssim(x, gt).item() for n, x in trio.items()}
+judged = {n: judge.score(x).item() for n, x in trio.items()}
+titles = [f"{n}\nreward {scores[n]:.2f} · SSIM {likeness[n]:.2f}\njudge {judged[n]:.0f}" for n in trio]
+show(
+    pictures([x[0] for x in trio.values()], titles, tile=2.1),
+    "A cat's eye, 64 pixels wide: " + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
+)
+assert scores["reward climbed"] > scores["truth"] and likeness["reward climbed"] < likeness["pre-trained model"] - 0.1
+assert judged["reward climbed"] < judged["pre-trained model"] - 10
+
+# %% [markdown]
+# **What to see.** The reward now prefers our picture to the *true photograph*, and it is covered with a pattern that
+# no cat has. SSIM, which was never optimised, collapsed. So did the *judge*, a held-out network built differently from
+# the reward. A score that rises while the picture spoils is *reward hacking*. The paper finds that in super-resolution
+# it often shows "as strong stylization". So: watch the style.
+#
+# ## 2 · What is style? A Gram matrix on paper
+#
+# A convolutional network turns a picture into $C$ feature maps, say one that answers to dark spots and one that
+# answers to edges. Write each as a row of $F$. The Gram matrix holds how often two features occur *together*, summed
+# over all places:
+# $G=FF^\mathsf T$. Compute it for two features at four places before you run the cell:
+#
+# $$F=\begin{pmatrix}1&2&0&1\\0&1&3&1\end{pmatrix}$$
+
+# %%
+toy = torch.tensor([[1, 2, 0, 1], [0, 1, 3, 1]])
+by_loop = torch.zeros(2, 2, dtype=torch.long)
+for i in range(2):
+    for j in range(2):
+        for place in range(4):
+            by_loop[i, j] += toy[i, place] * toy[j, place]
+print(by_loop)
+check("three loops and one product", by_loop, toy @ toy.T, 0)
+check("on paper", by_loop, [[6, 3], [3, 11]], 0)
+check("package, divided by C·H·W = 8", gram_matrix(toy.reshape(1, 2, 2, 2).double())[0], by_loop / 8, 1e-12)
+
+# %% [markdown]
+# The sum runs over places, so the Gram matrix *forgets where* anything is. Shuffle the columns and it stays the same
+# to the last integer. That is what makes it a description of style: fur anywhere is fur.
+
+# %%
+shuffled = toy[:, [2, 0, 3, 1]]
+check("places shuffled", shuffled @ shuffled.T, by_loop, 0)
+swapped = toy[:, [2, 0, 3, 1]] * torch.tensor([[1], [0]]) + toy * torch.tensor([[0], [1]])  # only the first row moved
+print("only one feature moved:", (swapped @ swapped.T).tolist())
+assert (swapped @ swapped.T)[0, 1] != by_loop[0, 1], "which features meet must matter"
+
+# %% [markdown]
+# **What to see.** Moving one feature alone keeps the diagonal (how much of each there is) and changes the other
+# entries (what goes with what).
+#
+# ## 3 · Three ways to normalise
+#
+# A large picture has more places, so a raw Gram matrix grows with it. The literature divides in different ways: by
+# $HW$ (fastai's course), by $CHW$ (the book *Dive into Deep Learning*, and this package), and the released RFSR code
+# divides by $CHW$ *after* a layer norm over channels and places together. Equation 6 does not say. Does it matter?
+
+# %%
+ways = {
+    "raw": lambda f: f.flatten(2) @ f.flatten(2).mT,
+    "/ HW": lambda f: f.flatten(2) @ f.flatten(2).mT / f[0, 0].numel(),
+    "/ CHW": lambda f: f.flatten(2) @ f.flatten(2).mT / f[0].numel(),
+    "layer norm, / CHW": lambda f: ways["/ CHW"](F.layer_norm(f, f.shape[1:])),
+}
+features = toy.double().reshape(1, 2, 2, 2)
+changes = {
+    "4 × places": features.repeat_interleave(2, 2).repeat_interleave(2, 3),
+    "2 × contrast": 2 * features,
+    "2 × channels": features.repeat(1, 2, 1, 1),
+}
+print(f"{'all entries grow by':20s}" + "".join(f"{name:>14s}" for name in changes))
+factor = {}
+for name, gram in ways.items():
+    factor[name] = [(gram(f).abs().sum() / gram(features).abs().sum()).item() for f in changes.values()]
+    print(f"{name:20s}" + "".join(f"{value:14.1f}" for value in factor[name]))
+check("factors of / CHW", factor["/ CHW"], [1, 4, 2], 1e-6)
+check("factors of layer norm", factor["layer norm, / CHW"], [1, 1, 2], 1e-3)
+
+odd = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0)).double()
+check("the package divides by CHW", gram_matrix(odd), ways["/ CHW"](odd), 1e-12)
+check("its joint_layer_norm", gram_matrix(odd, joint_layer_norm=True), ways["layer norm, / CHW"](odd), 1e-12)
+
+# %% [markdown]
+# **What to see.** Dividing by places makes pictures of different sizes comparable. Squared, a contrast of 2 still
+# counts 4; layer norm forgets contrast altogether, so features that only grow *stronger* do not show in it. Dividing
+# by $C$ lets layers of 64 and of 512 channels be added. Whoever changes the normalisation by a factor must change
+# $\lambda_r$ by its square.
+#
+# ## 4 · Does it measure style, even at random?
+#
+# VGG19 usually carries ImageNet weights. Ours are random: seeded, never trained. Random filters still answer to
+# orientations and scales. Six patches of three textures, and the distance of equation 6 between all pairs:
+
+
+# %%
+def patch(name, top, left, size=64):
+    whole = torch.from_numpy(load_photograph(name).copy()).movedim(-1, 0)
+    return whole[None, :, top : top + size, left : left + size]
+
+
+names = ["grass", "gravel", "brick"]
+patches = torch.cat([patch(name, *place) for name in names for place in ((100, 100), (300, 250))])
+with torch.no_grad():
+    maps = style.vgg(patches)  # five layers of [6, C, H, W]
+
+
+def far_apart(i, j):
+    return gram_loss([f[i, None] for f in maps], [f[j, None] for f in maps], weights=[0.1, 0.1, 1, 1, 1])
+
+
+distance = torch.tensor([[far_apart(i, j) for j in range(6)] for i in range(6)])
+within = torch.stack([distance[0, 1], distance[2, 3], distance[4, 5]]).mean()
+between = (distance.sum() - 6 * within) / 24
+check("the loss module says the same", 1e4 * style(patches[:1], patches[4:5]), 1e4 * distance[0, 4], 1e-3)
+labels = [f"{name} {k}" for name in names for k in (1, 2)]
+print(" " * 9 + "".join(f"{label:>10s}" for label in labels))
+for label, row in zip(labels, 1e4 * distance, strict=True):
+    print(f"{label:9s}" + "".join(f"{value:10.2f}" for value in row))
+
+show(
+    pictures([*patches], labels, tile=1.1),
+    "Six patches of 64 pixels: two each of grass, gravel and brick. Style distances (times 10000): "
+    + ", ".join(f"{labels[i]} to {labels[j]} {1e4 * distance[i, j]:.2f}" for i, j in ((0, 1), (2, 3), (4, 5), (0, 4)))
+    + ".",
+)
+print(f"mean distance within a texture {1e4 * within:.2f}, between textures {1e4 * between:.2f}")
+assert within < between
+
+# %% [markdown]
+# **What to see.** On average two patches of one texture are much closer than two of different ones, with filters that
+# never learned anything. But look along the rows: grass 1 is as close to brick 1 as to its twin, and grass 2 is closer
+# to gravel 2. This Gram distance also counts brightness and contrast (section 3), and the two grasses differ in both.
+# A trained VGG19 has better filters; the arithmetic is the same.
+#
+# ## 5 · Equation 6, forwards and backwards
+#
+# $$\mathcal L_{gram\text{-}kl}=\sum_l w_l\,\frac1N\sum_n\bigl\|G(F^l_n)-G(F'^l_n)\bigr\|_2^2$$
+#
+# $F^l$ are VGG19's features of layer $l$ for the picture of the model in training, $F'^l$ for that of the frozen model.
+# With $D=G-G'$ and $G=FF^\mathsf T/CHW$, the derivative is
+# $\partial\mathcal L/\partial F=\frac{4}{N\,CHW}\,D\,F$ ($D$ is symmetric, and $F$ occurs twice).
+
+# %%
+g = torch.Generator().manual_seed(0)
+f, f_frozen = torch.randn(2, 5, 6, 7, generator=g).double(), torch.randn(2, 5, 6, 7, generator=g).double()
+
+
+def distance_by_hand(f, f_frozen):
+    G, G_frozen = (x.flatten(2) @ x.flatten(2).mT / x[0].numel() for x in (f, f_frozen))
+    return (G - G_frozen).square().sum((1, 2)).mean()
+
+
+def gradient_by_hand(f, f_frozen):
+    D = gram_matrix(f) - gram_matrix(f_frozen)
+    return (4 / (len(f) * f[0].numel()) * D @ f.flatten(2)).reshape(f.shape)
+
+
+f.requires_grad_()
+(push,) = torch.autograd.grad(gram_loss(f, f_frozen), f)
+check("forward: by hand and package", gram_loss(f, f_frozen), distance_by_hand(f, f_frozen), 1e-12)
+check("backward: by hand and package", push, gradient_by_hand(f, f_frozen), 1e-12)
+cached = gram_loss(f, target_gram=gram_matrix(f_frozen))
+check("the target's Gram matrix computed once", cached, distance_by_hand(f, f_frozen), 1e-12)
+assert torch.autograd.gradcheck(lambda x: gram_loss(x, f_frozen), f)
+
+
+def released_by_hand(f, f_frozen):
+    G, G_frozen = (ways["layer norm, / CHW"](x) for x in (f, f_frozen))
+    return (G - G_frozen).abs().mean()
+
+
+released = gram_loss(f, f_frozen, weights=[1 / f.shape[1] ** 2], criterion="l1", joint_layer_norm=True)
+check("the released variant, forward", released, released_by_hand(f, f_frozen), 1e-12)
+pushes = [torch.autograd.grad(loss, f)[0] for loss in (released, released_by_hand(f, f_frozen))]
+check("the released variant, backward", *pushes, 1e-12)
+
+# %%
+x, reference = hacked.clone().requires_grad_(), before.clone().requires_grad_()
+layers = style.vgg(x), style.vgg(reference)
+whole = sum(w * distance_by_hand(a, b) for w, a, b in zip([0.1, 0.1, 1, 1, 1], *layers, strict=True))
+value = style(x, reference)
+value.backward()
+(wanted,) = torch.autograd.grad(whole, x)
+check("five layers: by hand and package", value / whole, 1.0, 1e-4)
+check("gradient in the picture", x.grad / wanted.abs().max(), wanted / wanted.abs().max(), 1e-3)
+assert reference.grad is None, "the reference must receive no gradient"
+print("the reference received no gradient")
+
+# %% [markdown]
+# **Where is the KL?** Nowhere: equation 6 is a squared distance of matrices, not a divergence of distributions. The
+# name is the paper's. The released code takes the *absolute* difference ([all
+# differences](paper_and_released_code.md)). We keep the name and compute the equation.
+#
+# ## 6 · What the Gram distance alone can paint
+#
+# The classic proof that Gram matrices hold style is to paint with them. Start from the cat's eye and lower its
+# distance to a texture: style transfer, in thirty lines with the drawing of the textures. We take three shallow
+# layers, whose filters see at most 48 pixels, and L-BFGS, an optimiser for problems without random batches. The
+# network is still the random stand-in; nothing here has learned from pictures.
+
+# %%
+y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+
+
+def two_colours(mask, colour, ground):
+    return torch.where(mask, *(torch.tensor(c)[:, None, None] for c in (colour, ground)))[None]
+
+
+textures = {
+    "stripes": two_colours((x + y) % 8 < 4, (0.95, 0.85, 0.3), (0.1, 0.2, 0.5)),
+    "dots": two_colours((x % 8 - 3.5) ** 2 + (y % 8 - 3.5) ** 2 < 8, (0.9, 0.3, 0.2), (0.9, 0.9, 0.8)),
+    "gravel": patch("gravel", 100, 100),
+}
+shallow = VGGGramLoss({"conv1_2": 1.0, "conv2_2": 1.0, "conv3_4": 1.0}, weights="random")
+
+
+def paint(content, texture, steps=40):
+    """``content`` with the Gram matrices of ``texture``."""
+    wanted = shallow.target_gram(texture)
+    picture = content.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([picture], max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=0)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = 1e4 * shallow(picture, target_gram=wanted)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return picture.detach().clamp(0, 1)
+
+
+painted = {name: paint(gt, texture) for name, texture in textures.items()}
+with torch.no_grad():
+    left = {n: (shallow(painted[n], textures[n]) / shallow(gt, textures[n])).item() for n in textures}
+share = {n: "less than 1 %" if 100 * v < 1 else f"{100 * v:.0f} %" for n, v in left.items()}
+show(
+    pictures(
+        [gt[0], *(t[0] for t in textures.values()), hacked[0], *(p[0] for p in painted.values())],
+        ["the cat's eye", *textures, "section 1's hack", *(f"in {n}" for n in textures)],
+        columns=4,
+        tile=1.28,
+    ),
+    "Above, a cat's eye and three textures; below, the hacked picture of section 1 and the eye painted in each texture. "
+    "Style distance that is left: " + ", ".join(f"{n} {share[n]}" for n in textures) + ".",
+)
+assert max(left.values()) < 0.3
+
+# %% [markdown]
+# **What to see.** The eye stays recognisable, because we started there, and its fur turns into strokes of the texture.
+# Nobody said where a stripe should go: the Gram matrix knows only which features occur together and how strongly. The
+# hack of section 1, beside them, is the same kind of thing: a style painted over the picture. A *small* Gram distance
+# to the pre-trained model therefore means: same strokes, same colours and contrast, wherever they are.
+#
+# ## 7 · Why is the reference the frozen model?
+#
+# The truth is at hand during training. Why not pull towards the truth's style? The paper gives two reasons:
+# pre-trained models do not hack, and one wants to surpass the truth. A third shows in numbers. At the start of
+# training our model *is* the pre-trained one:
+
+# %%
+for name, target in (("frozen model", before), ("truth", gt)):
+    x = before.clone().requires_grad_()
+    value = style(x, target)
+    (push,) = torch.autograd.grad(value, x)
+    print(f"reference {name:12s}  distance {1e4 * value.item():.2g}e-4   norm of the gradient {push.norm().item():.1e}")
+    if target is before:
+        check("a guard at rest does not push", push, torch.zeros_like(push), 0)
+    else:
+        assert push.norm() > 0, "the truth pulls from the first step on"
+
+# %% [markdown]
+# **What to see.** Towards the frozen model the guard is silent until something changes: it is a leash. Towards the
+# truth it pulls from the first step on: that is one more teacher, with an opinion on texture that competes with the
+# reward.
+#
+# In the package, `RFSRObjective` calls the frozen model on the *same* noisy state under the same condition. We disturb
+# a student's weights as training would, and compute the term by hand. A sampler of 10 steps keeps it short; step 9 is
+# in the reward window.
+
+# %%
+student = model.reference()  # a copy of U-Net and ControlNet
+with torch.no_grad():
+    for weight in student.unet.parameters():
+        weight += 0.05 * weight.std(correction=0) * torch.randn(weight.shape, generator=g)
+windows = TimestepWindows.from_steps(4, 8, last=10)
+options = dict(lambda_regularization=20.0, reference=model, num_inference_steps=10)
+
+with torch.no_grad():
+    condition = student.encode_condition(lr, prompt)
+    state = rollout(student, condition, 9, generators(0, [0]), num_inference_steps=10)
+    outputs = [m.predict_noise(state.latents, state.timestep, condition) for m in (student, model)]
+    clean = [model.pred_original_sample(output, state.timestep, state.latents) for output in outputs]
+    now, then = (model.decode(z).clamp(0, 1) for z in clean)
+    by_hand = {"Gram-KL": style(now, then), "KL": (outputs[0] - outputs[1]).square().mean()}
+    objectives = {
+        "Gram-KL": RFSRObjective(student, windows, style_loss=style, **options),
+        "KL": RFSRObjective(student, windows, kl=True, **options),
+    }
+    for name, objective in objectives.items():
+        loss, log = objective(lr, gt, prompt, 9, generators(0, [0]))
+        check(f"{name}: by hand and package", log["regularization"] / by_hand[name], 1.0, 1e-4)
+        check(f"{name}: times its weight", loss / (20 * by_hand[name]), 1.0, 1e-4)
+
+# %% [markdown]
+# ## 8 · Four ways to hold a model back
+#
+# * **None.** Only the reward counts.
+# * **KL.** Keep each denoising step's distribution near the frozen model's. Both are Gaussians of the same width, and
+#   then the Kullback–Leibler divergence is their squared distance over $2\sigma^2$: the package takes the mean squared
+#   change of the network's output (`kl=True`).
+# * **LoRA.** Train not the matrix $W$ but a thin product: $W+BA$ of rank $r$. Few numbers, so little room to cheat;
+#   $B=0$ at the start, so training begins at the pre-trained model.
+# * **Gram-KL.** Change what you like, in whatever place, but keep the statistics of textures.
+#
+# The claims about KL and LoRA fit in a cell.
+
+# %%
+a, b, sigma = torch.randn(12, generator=g), torch.randn(12, generator=g), 0.3
+normal = torch.distributions.Normal
+kl = torch.distributions.kl_divergence(normal(a, sigma), normal(b, sigma)).sum()
+check("KL of two Gaussians of one width", kl / ((a - b).square().sum() / (2 * sigma**2)), 1.0, 1e-5)
+
+
+class LowRank(torch.nn.Module):
+    """W to W + BA; convolutions count as matrices of one row per output channel."""
+
+    def __init__(self, W, rank=4):
+        super().__init__()
+        self.A = torch.nn.Parameter(torch.randn(rank, W[0].numel()) / W[0].numel() ** 0.5)
+        self.B = torch.nn.Parameter(torch.zeros(len(W), rank))
+
+    def forward(self, W):
+        return W + (self.B @ self.A).view_as(W)
+
+
+W = torch.randn(128, 128, generator=g)
+thin = LowRank(W)
+check("LoRA begins at the pre-trained weights", thin(W), W, 0)
+print(f"numbers to train: {W.numel()} in W, {sum(p.numel() for p in thin.parameters())} in A and B")
+
+# %% [markdown]
+# Now a small version of the paper's Table 4, with *direct* optimisation: two crops, one noisy state each (step 9 of
+# 10, t = 101), twenty steps of Adam on the weights for MiniIQA alone. That is not RFSR's training, it is a stress test
+# of the guards, and it shows the mechanism in seconds. The weights of KL and Gram-KL are chosen so that both arrive at
+# a similar reward; LoRA gets a ten times larger step, as is usual.
+
+# %%
+pair = [crops[34], crops[35]]  # the cat's eye and a flower
+lr2, gt2 = (torch.stack([crop[key] for crop in pair]) for key in ("lr", "gt"))
+condition = model.encode_condition(lr2, [crop["prompt"] for crop in pair])
+state = rollout(model, condition, 9, generators(0, [0, 1]), num_inference_steps=10)
+
+
+def belief(m):
+    """The network's output at the noisy state and the picture it implies."""
+    output = m.predict_noise(state.latents, state.timestep, condition)
+    return output, m.decode(m.pred_original_sample(output, state.timestep, state.latents)).clamp(0, 1)
+
+
+with torch.no_grad():
+    output2, before2 = belief(model)
+wanted = style.target_gram(before2)
+GUARDS = {
+    "none": lambda output, image: 0.0,
+    "LoRA": lambda output, image: 0.0,
+    "KL": lambda output, image: 1.0 * F.mse_loss(output, output2),
+    "Gram-KL": lambda output, image: 2e4 * style(image, target_gram=wanted),
+}
+
+
+def tune(name, steps=20):
+    """The picture after ``steps`` steps, and (reward, SSIM, judge) after every fourth."""
+    torch.manual_seed(0)
+    m, lora = model.reference(), name == "LoRA"
+    for network in m.trainable_groups().values():
+        network.requires_grad_(not lora)
+        layers = [
+            layer for n, layer in network.named_modules() if n.endswith(("to_q", "to_k", "to_v", "conv1", "conv2"))
+        ]
+        for layer in layers if lora else ():
+            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight))
+    trained = [p for network in m.trainable_groups().values() for p in network.parameters() if p.requires_grad]
+    adam, path = torch.optim.Adam(trained, 1e-3 if lora else 1e-4), []
+    for k in range(steps + 1):
+        output, image = belief(m)
+        score, seen = reward.score(image).mean(), image.detach()
+        if k % 4 == 0:
+            path.append([score.item(), ssim(seen, gt2).mean().item(), judge.score(seen).mean().item()])
+        if k < steps:
+            adam.zero_grad()
+            (GUARDS[name](output, image) - score).backward()
+            adam.step()
+    return seen, torch.tensor(path)
+
+
+ends, paths = {}, {}
+for name in GUARDS:
+    ends[name], paths[name] = tune(name)
+check("all begin at the same reward", [p[0, 0] for p in paths.values()], [paths["none"][0, 0]] * 4, 1e-5)
+
+# %%
+with torch.no_grad():
+    strokes = {name: 1e4 * style(image, before2).item() for name, image in ends.items()}
+print("guard     reward   SSIM   judge   style distance to the start (e-4)")
+print("start      {:.2f}    {:.2f}    {:3.0f}     0".format(*paths["none"][0].tolist()))
+for name, path in paths.items():
+    r, s, j = path[-1].tolist()
+    print(f"{name:9s}  {r:.2f}    {s:.2f}    {j:3.0f}     {strokes[name]:.2g}")
+tiles = [image[row] for row in (0, 1) for image in (before2, *ends.values(), gt2)]
+titles = ["start", *GUARDS, "truth"]
+show(
+    pictures(tiles, titles * 2, columns=6, tile=1.28),
+    "A cat's eye and a flower, before, after twenty steps with each guard, and the truth. Rewards: "
+    + ", ".join(f"{name} {path[-1, 0]:.2f}" for name, path in paths.items())
+    + ".",
+)
+assert max(strokes, key=strokes.get) == "none" and min(strokes, key=strokes.get) == "Gram-KL"
+assert all(paths["none"][-1, 0] > p[-1, 0] and paths["none"][-1, 1] < p[-1, 1] for n, p in paths.items() if n != "none")
+
+# %%
+figure, axes = panels(1, 2, width=7.2, height=3.0)
+for (name, path), colour, marker in zip(paths.items(), COLOURS, "xs^o", strict=False):
+    for axis, column in zip(axes, (1, 2), strict=True):
+        axis.plot(path[:, 0], path[:, column], marker=marker, color=colour, markersize=5, label=name)
+axes[0].set(xlabel="reward (MiniIQA)", ylabel="SSIM with the truth")
+axes[1].set(xlabel="reward (MiniIQA)", ylabel="judge")
+axes[0].legend(frameon=False, loc="lower left")
+show(
+    figure,
+    "Likeness to the truth and the judge's opinion over the reward, one point every four steps. After twenty steps: "
+    + "; ".join(f"{n} reward {p[-1, 0]:.2f}, SSIM {p[-1, 1]:.2f}, judge {p[-1, 2]:.0f}" for n, p in paths.items())
+    + ".",
+)
+
+# %% [markdown]
+# **What to see.** Without a guard the reward rises fastest, and the pictures turn into posters: white rims, black
+# shadows, hard contrast. That is the stylization the paper speaks of. All three guards prevent it, and all three pay
+# with reward. They differ in what they let through: LoRA tints the cat, KL lets the flower's rim brighten, Gram-KL
+# stays closest in colour and contrast. Its style distance is the smallest by far, as it must be: it is what it
+# minimises.
+#
+# Is the *trade* better, or do guards only stop earlier? The curves are sobering. Up to a reward of about 0.75 no guard,
+# KL and Gram-KL lie nearly on one line in SSIM, LoRA below it, and the judge ends higher for KL than for Gram-KL. So in
+# numbers our small test does not show an advantage of Gram-KL; by eye it keeps the style best. An unguarded run that is
+# stopped in time is about as good, but somebody has to know when. Two pictures, one noise level, twenty steps and a
+# random VGG19 decide nothing about the real one: notebook 09 compares the guards over whole training runs.
+#
+# Slide through the guards and compare the rims of the flower.
+
+
+# %%
+def draw(name):
+    r, s, j = paths[name][-1].tolist()
+    rows = [image[row] for row in (0, 1) for image in (before2, ends[name])]
+    titles = ["start", f"guard: {name}", "start", f"guard: {name}"]
+    return pictures(rows, titles, columns=4, tile=1.9), (
+        f"The cat's eye and the flower at the start and after twenty steps, guard {name}: reward {r:.2f}, SSIM {s:.2f}, "
+        f"judge {j:.0f}, style distance {strokes[name]:.2g}e-4."
+    )
+
+
+leash = explore(draw, values=list(GUARDS), label="guard")
+leash
+
+# %%
+leash.slider.value = "Gram-KL"
+show(*draw("Gram-KL"))
+
+# %% [markdown]
+# ### What the paper reports
+#
+# Table 4 of the paper, its numbers, SeeSR on DIV2K-val:
+#
+# | guard | LPIPS ↓ | MANIQA ↑ | MUSIQ ↑ | CLIPIQA ↑ | aesthetic ↑ |
+# |---|---|---|---|---|---|
+# | none | 0.4062 | 0.6615 | 70.86 | 0.8964 | 5.3612 |
+# | LoRA | 0.3449 | 0.6171 | 71.20 | 0.7834 | 5.2669 |
+# | KL | 0.3377 | 0.5908 | 69.89 | 0.8000 | 5.2719 |
+# | Gram-KL | 0.3369 | 0.5954 | 69.97 | 0.7944 | 5.2683 |
+#
+# Without a guard every *score* is higher than with Gram-KL and LPIPS is far worse: the signature of hacking. Between
+# KL and Gram-KL the table hardly decides; the paper argues with pictures (its Figure 7). CLIPIQA is the very reward
+# that was trained on, so its column cannot judge.
+#
+# ## 9 · What does it cost?
+#
+# One pass of VGG19 forwards and backwards for the new picture, one forwards for the frozen one, one more denoising
+# step by the frozen model. The Gram matrices come on top. For one picture of 512×512 pixels:
+#
+# | layer | C | H×W | multiplications C²HW | F (fp32) | G |
+# |---|---|---|---|---|---|
+# | conv1_2 | 64 | 512² | 1.1 billion | 67 MB | 16 kB |
+# | conv2_2 | 128 | 256² | 1.1 billion | 34 MB | 66 kB |
+# | conv3_4 | 256 | 128² | 1.1 billion | 17 MB | 262 kB |
+# | conv4_4 | 512 | 64² | 1.1 billion | 8 MB | 1 MB |
+# | conv5_4 | 512 | 32² | 0.3 billion | 2 MB | 1 MB |
+#
+# VGG19 itself takes about a hundred billion. `gram_loss` never writes the two Gram matrices, only their difference, and
+# adds in 32 bits even for half-precision features (exercise 3 shows why).
+#
+# ## 10 · A bug, and the check that catches it
+#
+# Someone forgets the *copy* and passes the model in training as its own reference. Nothing fails. The term is logged,
+# it is zero, the curve looks perfectly guarded.
+
+# %%
+with torch.no_grad():
+    alias = RFSRObjective(student, windows, style_loss=style, **options | {"reference": student})
+    _, log = alias(lr, gt, prompt, 9, generators(0, [0]))
+print(f"style distance logged: {log['regularization'].item():.1f}")
+caught(lambda: check("the guard sees the change", log["regularization"] / by_hand["Gram-KL"], 1.0, 1e-4))
+
+# %% [markdown]
+# ## 11 · Exercises
+#
+# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each.
+#
+# **Exercise 1 (warm-up).** What is the Gram matrix, divided by $CHW$, of two features at two places,
+# $F=\begin{pmatrix}2&0\\1&3\end{pmatrix}$?
+# <details><summary>Hint</summary>$C=2$ and $HW=2$, so divide by 4.</details>
+
+
+# %%
+def small_gram():
+    raise NotImplementedError
+
+
+def verify_small():
+    check("Gram", small_gram(), gram_matrix(torch.tensor([[2.0, 0], [1, 3]]).reshape(1, 2, 1, 2))[0], 1e-6)
+
+
+exercise(1, verify_small)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution to exercise 1 (expand to read)
+def small_gram():
+    return [[4 / 4, 2 / 4], [2 / 4, 10 / 4]]
+
+
+exercise(1, verify_small)
+
+# %% [markdown]
+# **Exercise 2.** Spoil feature maps $[N,C,H,W]$ so that everything is in another place and the Gram matrix cannot tell.
+# <details><summary>Hint</summary>The same shift for all channels: `torch.roll`. Or `flip`.</details>
+
+
+# %%
+def misplaced(f):
+    raise NotImplementedError
+
+
+def verify_misplaced():
+    f = torch.arange(48.0).reshape(1, 3, 4, 4) / 48
+    assert (misplaced(f) != f).all(), "something stayed in place"
+    check("Gram", gram_matrix(misplaced(f)), gram_matrix(f), 1e-6)
+
+
+exercise(2, verify_misplaced)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution to exercise 2 (expand to read)
+def misplaced(f):
+    return f.roll(1, dims=-1)
+
+
+exercise(2, verify_misplaced)
+
+# %% [markdown]
+# **Exercise 3.** A feature map of 256×256 places holds the same value $a$ everywhere. From which $a$ on does its *raw*
+# Gram entry exceed 65504, the largest 16-bit float?
+# <details><summary>Hint</summary>The entry is $a^2\cdot 256^2$.</details>
+
+
+# %%
+def overflow_from():
+    raise NotImplementedError
+
+
+def verify_overflow():
+    places = 256 * 256
+    check("largest a", overflow_from() ** 2 * places, 65504, 1)
+    entries = [(torch.tensor(a * overflow_from()) ** 2 * places).half() for a in (0.99, 1.01)]
+    assert entries[0].isfinite() and entries[1].isinf()
+
+
+exercise(3, verify_overflow)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution to exercise 3 (expand to read)
+def overflow_from():
+    return (65504 / 256**2) ** 0.5  # just below 1: raw Gram matrices do not fit half precision at all
+
+
+exercise(3, verify_overflow)
+
+# %% [markdown]
+# **Exercise 4 (harder).** Write the derivative of the *absolute* distance that the released code uses,
+# $\operatorname{mean}|G-G'|$ over all $N\cdot C\cdot C$ entries, in $F$.
+# <details><summary>Hint</summary>Replace $D$ by its sign and the factor 4 by 2 (a square gave one factor of 2); then
+# divide by the number of entries where equation 6 divided by N.</details>
+
+
+# %%
+def absolute_gradient(f, f_frozen):
+    raise NotImplementedError
+
+
+def verify_absolute():
+    x = f.detach().clone().requires_grad_()
+    loss = (gram_matrix(x) - gram_matrix(f_frozen)).abs().mean()
+    check("gradient", absolute_gradient(x.detach(), f_frozen), torch.autograd.grad(loss, x)[0], 1e-12)
+
+
+exercise(4, verify_absolute)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution to exercise 4 (expand to read)
+def absolute_gradient(f, f_frozen):
+    D = gram_matrix(f) - gram_matrix(f_frozen)
+    return (2 / (D.numel() * f[0].numel()) * D.sign() @ f.flatten(2)).reshape(f.shape)
+
+
+exercise(4, verify_absolute)
+
+# %% [markdown]
+# ## Summary
+#
+# * Climbing a reward alone finds pictures that only the reward likes; in super-resolution that looks like a style.
+# * A Gram matrix counts which features occur together and forgets where: it describes texture.
+# * Equation 6 is the squared distance of two Gram matrices; despite its name it is no KL divergence.
+# * Normalisation decides what counts: $CHW$ compares sizes and layers, layer norm forgets contrast.
+# * The reference is a frozen *copy* of the model: a leash that is slack at the start.
+# * Every guard gives up reward. Judge it by what was not optimised, and look at the pictures.
+#
+# NAVIGATION
