@@ -16,7 +16,7 @@ from rfsr_ext.rewards.files import load_strictly, read_tensors
 from rfsr_ext.rewards.pyiqa_metric import import_pyiqa
 from rfsr_ext.weights import registry
 
-__all__ = ["CLIPIQA"]
+__all__ = ["CLIPIQA", "prompt_pair_score"]
 
 _CLIP_FILES = {"RN50": "clip-rn50", "ViT-L/14": "clip-vit-l14"}  # in rfsr_ext.weights.registry
 
@@ -80,9 +80,23 @@ class CLIPIQA(Reward):
         pixels = (images.to(self.mean.dtype) - self.mean) / self.std
         features = self.visual(pixels, pos_embedding=self.pos_embedding)
         with torch.autocast(images.device.type, enabled=False):
-            exact = torch.promote_types(self.text.dtype, torch.float32)
-            logits = self.scale.to(exact) * F.normalize(features.to(exact), dim=-1) @ self.text.to(exact).t()
-            return logits.unflatten(1, (-1, 2)).softmax(-1)[..., 0].mean(1)
+            return prompt_pair_score(features, self.text, self.scale)
+
+
+def prompt_pair_score(features: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """mean_k softmax(s · cos(image, good_k), s · cos(image, bad_k))₁, in single precision at least.
+
+    Args:
+        features: of the images, ``[N, D]``, of any length.
+        text: features of the prompts, ``[2K, D]``, of unit length: good, bad, good, bad, …
+        scale: s, by which CLIP multiplies its cosines.
+
+    Returns:
+        ``[N]`` scores in [0, 1].
+    """
+    exact = torch.promote_types(text.dtype, torch.float32)
+    logits = scale.to(exact) * F.normalize(features.to(exact), dim=-1) @ text.to(exact).t()
+    return logits.unflatten(1, (-1, 2)).softmax(-1)[..., 0].mean(1)
 
 
 def _load_clip(backbone: str, path: str | Path | None) -> nn.Module:
