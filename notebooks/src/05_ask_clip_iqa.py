@@ -214,9 +214,9 @@ show(
 
 # %% [markdown]
 # **What to see.** Two directions are enough to tell which version of a picture is the sharp one, even of photographs that
-# were not learned from. But the score of one sharp picture says little beside that of another: these photographs are
-# softer to begin with, and score low even when sharp. So *compare versions of one picture, never two different
-# pictures.* The same holds for the rest of this notebook.
+# were not learned from. But across pictures the score says little: the sharp saucer gets about as much as the softened
+# flower. So *compare versions of one picture, never two different pictures.* The same holds for the rest of this
+# notebook.
 #
 # ## 4 · How does a picture enter?
 #
@@ -351,7 +351,7 @@ def draw(step):
     largest = change.abs().max()
     alt = f"After {step} steps of ascent the score is {scores[step]:.2f} and SSIM {similarity[step]:.2f}."
     tiles = [path[step], 0.5 + change / largest / 2]
-    return pictures(tiles, [title, f"its change, enlarged\nup to {largest:.2f} per pixel"], tile=2.6), alt
+    return pictures(tiles, [title, f"its change, enlarged\nup to {largest:.2f} per pixel"], tile=2.0), alt
 
 
 climber = explore(draw, values=[1, 2, 5, 10, 15, 20, 25, 30], label="step of ascent")
