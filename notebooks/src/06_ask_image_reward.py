@@ -182,14 +182,18 @@ for row, name in enumerate(names):
     x = torch.stack([s["gt"] for s in evaluation_crops([name], 64, 8)])
     for column, text in enumerate(texts):
         table[row, column] = preference.score(x, [text] * 8).mean()
-figure, axes = panels(width=6.4, height=2.9)
+strip = [torch.from_numpy(load_photograph(name).copy()).movedim(-1, 0)[None, :, :300, 80:380] for name in names]
+strip = torch.cat([F.interpolate(x, size=72, mode="bilinear", antialias=True)[0] for x in strip], dim=1)
+figure, (left, axes) = panels(columns=2, width=6.8, height=3.3, width_ratios=[1, 7])
+left.imshow(strip.movedim(0, -1), aspect="auto")
+left.set_axis_off()
 axes.imshow(table - table.mean(1, keepdim=True), cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
 axes.set_xticks(range(4), [f"“{PHOTOGRAPHS[name].tags[0]}, …”" for name in names])
 axes.set_yticks(range(4), [name.replace("_deep_field", "") for name in names])
 for row in range(4):
     for column in range(4):
         axes.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", fontsize=10)
-axes.set(xlabel="prompt", ylabel="picture")
+axes.set(xlabel="prompt")
 own = [f"{name} {table[i, i]:.2f} with its own prompt, at most " for i, name in enumerate(names)]
 others = [f"{table[i][torch.arange(4) != i].max():.2f} with another" for i in range(4)]
 show(
@@ -493,7 +497,7 @@ titles = [
 ]
 show(
     pictures(
-        [eye[0], soft[0], *(x[0] for x, _ in results.values())], ["truth\n", "start\n", *titles], tile=1.0, columns=5
+        [eye[0], soft[0], *(x[0] for x, _ in results.values())], ["truth\n", "start\n", *titles], tile=2.0, columns=3
     ),
     "The cat's eye, the softened start, and three ascents: " + "; ".join(t.replace("\n", ", ") for t in titles) + ".",
 )
