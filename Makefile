@@ -2,6 +2,8 @@
 # make test    set up, run every test, quick ones first, then every notebook
 # make notebooks    run the course's sources in notebooks/src and store the notebooks; ONLY="02 04" for some of them,
 #                   ONLY=--prose to take over new text without running
+# make mutants    plant errors in the package, one at a time, and see which notebook notices (tests/notebooks/mutants.txt);
+#                   what was tried before is not tried again
 # make bench   set up, time the losses against every other way to compute them; ARGS="--operators haar" narrows it down
 # make install-matrix   install into fresh environments; ROWS="no-compiler two-torches" or ROWS=all chooses, see --help
 #
@@ -12,7 +14,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD  := pyproject.toml setup.py $(shell find csrc rfsr_ext/_build -type f -not -name '*.pyc')
 
-.PHONY: demo test notebooks bench install-matrix clean
+.PHONY: demo test notebooks mutants bench install-matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rfsr demo
@@ -24,6 +26,9 @@ test: $(VENV)/.installed-test
 
 notebooks: $(VENV)/.installed-test
 	OMP_NUM_THREADS=2 $(BIN)/python notebooks/build.py $(ONLY)
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/notebooks/mutants.py $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -136,6 +136,9 @@ velocity = alpha_bar[t].sqrt() * noise - (1 - alpha_bar[t]).sqrt() * z0
 check("true noise gives the picture back", z0_from_noise(z_t, noise, t), z0, 1e-5)
 check("true velocity does, too", z0_from_velocity(z_t, velocity, t), z0, 1e-5)
 check("velocity in diffusers", velocity, scheduler.get_velocity(z0, noise, torch.tensor([t])), 1e-6)
+other = copy.copy(model)  # the same model, declared to predict noise
+other.scheduler = type(scheduler).from_config(scheduler.config, prediction_type="epsilon")
+check("noise in the package", other.pred_original_sample(noise, torch.tensor(t), z_t), z0, 1e-5)
 
 # %% [markdown]
 # Now with the network's answer in place of the true one. Ours predicts velocity; the package hides which it is behind
@@ -283,6 +286,8 @@ for st in (1, 19, 20, 21, 39, 40, 41, 42, 50):
     loss = "structure" if windows.in_structure(st) else "reward" if windows.in_reward(st) else "-"
     print(f"{st:3d}  {timestep_of(st):3d}  {loss}")
 assert (windows.structure, windows.reward) == ((1, 20), (41, 50)), "the paper's windows are 1-20 and 41-50"
+ends = TimestepWindows.from_timesteps([1000, 600, 599, 201, 200, 0])  # a window holds its ends
+assert (ends.structure, ends.reward) == ((1, 2), (5, 6))
 
 # %% [markdown]
 # Steps 21 to 40 get no loss at all: the paper trains only the two ends. Watch the estimate along the way. At every position

@@ -150,6 +150,10 @@ def loss_by_hand(x, y):
 
 check("a photograph: by hand and package", haar_ll_l1_loss(start, eye), loss_by_hand(start, eye), 1e-6)
 check("the module of the trainer", HaarLLLoss()(start, eye), loss_by_hand(start, eye), 1e-6)
+second = loss_by_hand(split(start)[0], split(eye)[0])
+check("level=2: the LL band of the LL band", haar_ll_l1_loss(start, eye, level=2), second, 1e-6)
+decoded = haar_ll_l1_loss(2 * start - 1, 2 * eye - 1, input_range=(-1, 1))  # a decoder gives pixels in [-1, 1]
+check("input_range: shifted, halved, clamped", decoded, loss_by_hand(start.clamp(0, 1), eye), 1e-6)
 
 # %% [markdown]
 # Every pixel of the block differs, by 0.1 or 0.3, yet the loss is only 0.1: errors inside a block may cancel.
@@ -230,7 +234,8 @@ p, v = torch.randn(2, 3, 7, 9, generator=g).double().requires_grad_(), torch.ran
 check("adjoint", (haar_ll(p) * v).sum(), (p * transposed).sum(), 1e-10)
 q = torch.randn(2, 3, 7, 9, generator=g).double()
 assert torch.autograd.gradcheck(haar_ll, p) and torch.autograd.gradcheck(lambda p: haar_ll_l1_loss(p, q), p)
-print("gradcheck: both operators agree with finite differences")
+assert torch.autograd.gradgradcheck(haar_ll, p)
+print("gradcheck: both operators agree with finite differences, and LL with its second derivative")
 
 # %% [markdown]
 # ## 4 · What can each loss see?

@@ -666,6 +666,15 @@ for criterion, (value, S) in by_hand.items():
     gradient = (S @ f1.flatten(2)).view_as(f1) / (f1[0].numel() * len(f1))
     check(f"{criterion:3s} value, relative", value / loss, 1, 1e-4)
     check(f"{criterion:3s} gradient, relative", gradient / wanted.abs().max(), wanted / wanted.abs().max(), 1e-3)
+q = f2.clone().requires_grad_()
+(towards_target,) = torch.autograd.grad(gram_loss(f1, q), q)
+gradient = -(4 * D @ f2.flatten(2)).view_as(f2) / (f2[0].numel() * len(f2))  # F2 enters with a minus
+check(
+    "l2 gradient in the target",
+    gradient / towards_target.abs().max(),
+    towards_target / towards_target.abs().max(),
+    1e-3,
+)
 check("equal features", gram_loss(f1, f1), 0, 0)
 
 # %% [markdown]
