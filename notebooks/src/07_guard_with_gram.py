@@ -265,9 +265,10 @@ assert reference.grad is None, "the reference must receive no gradient"
 print("the reference received no gradient")
 
 # %% [markdown]
-# **Where is the KL?** Nowhere: equation 6 is a squared distance of matrices, not a divergence of distributions. The
-# name is the paper's. The released code takes the *absolute* difference ([all
-# differences](paper_and_released_code.md)). We keep the name and compute the equation.
+# **Where is the KL?** Nowhere. The paper writes "We use KL divergence to regularize the Gram matrices", but its
+# equation 6 is a squared distance of matrices, not a divergence of distributions. The released code takes the mean
+# *absolute* difference after a layer norm ([all differences](paper_and_released_code.md)), which we checked
+# above, too. We keep the name and use the equation.
 #
 # ## 6 · What the Gram distance alone can paint
 #
