@@ -163,10 +163,10 @@ check("five pairs: the mean push", mean, gradient(lambda f: prompt_pair_score(f,
 # ## 3 · Can we see it work without CLIP?
 #
 # CLIP's weights do not come with this course. But the package ships a small network of the same kind: MiniPreference of
-# notebook 06 also compares picture and text by a cosine. We take its picture half. Its text half knows a few hundred
-# words, and *good* and *blurry* are not among them. So we do what **CLIP-IQA+** does: leave the network alone and
-# *learn* the two sentences, here directly as two directions. Sharp crops should point to the first, softened ones to
-# the second.
+# notebook 06 also compares picture and text by a cosine. We take its picture half. Its text half has learned the
+# tags of twelve photographs, and *good* and *blurry* are not among them. So we do what **CLIP-IQA+** does: leave the
+# network alone and *learn* the two sentences, here directly as two directions. Sharp crops should point to the first,
+# softened ones to the second.
 
 # %%
 preference = MiniPreference.from_pretrained()
@@ -213,10 +213,10 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** Two directions are enough to tell which version of a picture is the sharp one, even of photographs that
-# were not learned from. But across pictures the score says little: the sharp saucer gets about as much as the softened
-# flower. So *compare versions of one picture, never two different pictures.* The same holds for the rest of this
-# notebook.
+# **What to see.** Two directions are enough to tell which version of a picture is the sharp one, even of photographs
+# that were not learned from. But across pictures the score says little: the sharp saucer gets about as much as the
+# softened flower. So *compare versions of one picture, never two different pictures.* The same holds for the rest of
+# this notebook.
 #
 # ## 4 · How does a picture enter?
 #
@@ -391,10 +391,10 @@ print(f"asked for 80 steps; ended early, because no gradient was left: {len(path
 assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1] == 1
 
 # %% [markdown]
-# **What to see.** $q$ never gets tired, the score does, by a factor of more than ten thousand. In 32-bit numbers it finally *is* 1,
-# and its gradient exactly 0. So saturation does stop the ascent, but long after the picture is ruined. And it stops
-# only those who step by the size of the gradient: ours is normalised, Adam's is too, nearly. For them a thousandth of a
-# gradient is as good as a whole one. A bounded reward needs a guard like any other; notebook 07 has it.
+# **What to see.** $q$ never gets tired, the score does, by a factor of more than ten thousand. In 32-bit numbers it
+# finally *is* 1, and its gradient exactly 0. So saturation does stop the ascent, but long after the picture is ruined.
+# And it stops only those who step by the size of the gradient: ours is normalised, Adam's is too, nearly. For them a
+# thousandth of a gradient is as good as a whole one. A bounded reward needs a guard like any other; notebook 07 has it.
 #
 # The released code takes $\text{relu}(2-r)$ as the loss of both rewards. For a score below 1 that is the line $2-r$:
 # the same gradient as $-r$, everywhere. (For ImageReward it is not: notebook 06.)
@@ -406,8 +406,8 @@ assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1
 #
 # $$\mathcal L_{reward}=\sum_k\lambda_k\,\frac1N\sum_{n}\bigl(-r_k(x_n)\bigr)$$
 #
-# `WeightedReward` is one term, `reward_loss` the sum. The paper's weights are $5\cdot10^{-5}$; ours here are larger to be
-# readable.
+# `WeightedReward` is one term, `reward_loss` the sum. The paper's weights are $5\cdot10^{-5}$; ours here are larger to
+# be readable.
 
 # %%
 batch = torch.cat([eye, start, path[20:21]])
@@ -427,8 +427,8 @@ assert not seen["MiniIQA"].requires_grad, "reported scores are for tables, not f
 
 # %% [markdown]
 # The gradient also has to go on, into whatever made the pictures. The package scores one reward at a time, keeps only
-# its image gradient and lets the rest go; memory is that of the largest reward, not of all. From outside nothing of that
-# may show. As a stand-in for the diffusion model we take one brightness $w$ per picture.
+# its image gradient and lets the rest go; memory is that of the largest reward, not of all. From outside nothing of
+# that may show. As a stand-in for the diffusion model we take one brightness $w$ per picture.
 
 # %%
 w = torch.tensor([0.9, 1.0, 1.1]).view(3, 1, 1, 1)
@@ -485,8 +485,9 @@ check("random crops of 64 pixels", ours, iqa.score(torch.stack(cut)), 1e-6)
 # | both | Gram-KL | 0.7944 | 0.3369 |
 # | both | none | 0.8964 | 0.4062 |
 #
-# The score that was trained on rises, as it must; that alone proves nothing. The last row is section 6 at full size:
-# the best CLIPIQA of the table with the worst LPIPS.
+# (Table 3 does not name its regulariser; its last row is Table 4's with Gram-KL.) The score that was trained on rises,
+# as it must; that alone proves nothing. The last row is section 6 at full size: the best CLIPIQA of the table with the
+# worst LPIPS.
 #
 # Does the real CLIP-IQA fall for MiniIQA's pattern? This cell asks it if it is there, and otherwise says what is
 # missing.

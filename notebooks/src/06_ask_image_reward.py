@@ -9,14 +9,15 @@
 # %% [markdown]
 # # 06 · Ask ImageReward
 #
-# **You will turn "A is better than B" into a score, feed it pictures and prompts, and give it a point where it is content.**
+# **You will turn "A is better than B" into a score, feed it pictures and prompts, and give it a point where it is
+# content.**
 #
 # Half a minute on two cores; nothing to download. Notebook 05 explains what a reward is and how it can be fooled.
 #
 # NAVIGATION
 #
-# The second reward of RFSR, ImageReward, learned from people who compared pictures made for the same prompt. It reads the
-# prompt, too. Afterwards you can
+# The second reward of RFSR, ImageReward, learned from people who compared pictures made for the same prompt. It reads
+# the prompt, too. Afterwards you can
 #
 # * fit scores to comparisons (Bradley–Terry), and say why such scores have no zero and no unit of their own,
 # * follow picture and prompt into the network, and say what it cannot see,
@@ -70,9 +71,9 @@ def gradient(score, x):
 #
 # $$P(A\text{ beats }B)=\sigma(r_A-r_B),\qquad \mathcal L=-\frac1N\sum\log\sigma(r_{\text{winner}}-r_{\text{loser}}).$$
 #
-# **On paper:** the derivative of $-\log\sigma(d)$ is $-\bigl(1-\sigma(d)\bigr)$. So a comparison pushes the winner up and
-# the loser down by the probability with which the scores had it wrong. Let five pictures with hidden scores play 2000
-# matches, and find the scores from the results alone.
+# **On paper:** the derivative of $-\log\sigma(d)$ is $-\bigl(1-\sigma(d)\bigr)$. So a comparison pushes the winner up
+# and the loser down by the probability with which the scores had it wrong. Let five pictures with hidden scores play
+# 2000 matches, and find the scores from the results alone.
 
 
 # %%
@@ -103,9 +104,9 @@ check("all scores higher by 7: the same loss", votes_loss(r + 7, winner, loser),
 
 # %% [markdown]
 # **What to see.** The scores come back from nothing but results. The last line is important: comparisons fix only
-# *differences*. The scores of a trained network may lie anywhere, so its makers move them to a common place. ImageReward
-# subtracts the mean 0.1672 of its raw scores and divides by their standard deviation 1.0333: 0 is an average picture,
-# ±1 a usual deviation, and there is no upper bound.
+# *differences*. The scores of a trained network may lie anywhere, so its makers move them to a common place.
+# ImageReward subtracts the mean 0.1672 of its raw scores and divides by their standard deviation 1.0333: 0 is an
+# average picture, ±1 a usual deviation, and there is no upper bound.
 #
 # ## 2 · A small network trained like that
 #
@@ -137,15 +138,18 @@ print(f"original wins {100 * right:.0f} %; the scores expect {100 * probability:
 assert right > 0.75, "the stand-in must prefer most originals"
 
 # %% [markdown]
-# **What to see.** The order is mostly right, though the differences are small: standardised scores of a weak network are
-# shy. Only the order was trained.
+# **What to see.** The order is mostly right, though the differences are small: standardised scores of a weak network
+# are shy. Only the order was trained.
 #
 # ## 3 · What does the prompt do?
 #
-# The text half of MiniPreference cuts the prompt into pieces with numbers (*tokens*), looks up 64 trained values for each,
-# averages and projects them. The picture half gives 64 values, too, and a quality. Together:
+# The text half of MiniPreference cuts the prompt into pieces with numbers (*tokens*), looks up 64 trained values for
+# each, averages and projects them. The picture half gives 64 values, too, and a quality. Together:
 #
 # $$r=\frac{q+a\cos(\text{picture},\text{text})-\text{mean}}{\text{std}}$$
+#
+# A tagger's list is not a sentence, and a wrong tag may hide among right ones. So a term of the loss has the option
+# `tags`: each part between commas is asked by itself, and the mean or the worst answer counts.
 
 # %%
 prompt = ", ".join(PHOTOGRAPHS["chelsea"].tags)
@@ -170,6 +174,10 @@ for x in (eye, cat[None, :, 30:78, 50:120]):
     check("its gradient", gradient(lambda x: preference_by_hand(x, prompt), x), package, 1e-6)
 two = preference.score(torch.cat([eye, eye]), [prompt, "moon"])  # a batch pads the shorter prompt
 check("padding changes nothing", two, torch.cat([preference.score(eye, [p]) for p in (prompt, "moon")]), 1e-5)
+parts = torch.cat([preference.score(eye, [tag]) for tag in ("cat", "eyes", "fur", "whiskers")])
+for tags, wanted in (("mean", parts.mean()), ("worst", parts.min())):
+    found = WeightedReward(preference, weight=1.0, tags=tags).score(eye, [prompt])[0]
+    check(f"tags: {tags}", found, wanted, 1e-6)
 
 # %% [markdown]
 # Now the same pictures with one another's prompts. First four photographs from its training set, eight crops of each.
@@ -220,8 +228,8 @@ for split in ("train", "test"):
 # **What to see.** Read along a row: the same picture gets another score with another prompt. In all four rows the own
 # prompt wins. (Down a column you would compare different pictures, which differ in quality as well.) But we picked four
 # photographs whose words differ. Over all training photographs it is about three of four; and on photographs it has
-# not seen the prompt is *no better than a coin*: twelve photographs teach a network no English. A reward is only as good
-# as what it was trained on. The real ImageReward has seen far more and has limits of the same kind.
+# not seen the prompt is *no better than a coin*: twelve photographs teach a network no English. A reward is only as
+# good as what it was trained on. The real ImageReward has seen far more and has limits of the same kind.
 #
 # ## 4 · The real network
 #
@@ -243,8 +251,8 @@ print(f"{'all':30s} {total / 1e6:6.1f} million; {2 * total / 2**30:.1f} GiB in b
 print(f"{'MiniPreference':30s} {sum(p.numel() for p in preference.parameters()) / 1e6:6.1f} million")
 
 # %% [markdown]
-# The same class can be built tiny. **The weights of this one are random**, so its scores mean nothing. But its wiring is
-# the real one, and we can check that. First the text. BERT's vocabulary is not here either, so we write one of 14
+# The same class can be built tiny. **The weights of this one are random**, so its scores mean nothing. But its wiring
+# is the real one, and we can check that. First the text. BERT's vocabulary is not here either, so we write one of 14
 # words; the package adds the two special tokens that BLIP has.
 
 # %%
@@ -263,9 +271,9 @@ check("cat , fur between [CLS] and [SEP]", ids[0, :6], [2, 6, 5, 8, 3, 0], 0)
 check("a long prompt is cut, [SEP] kept", [ids.shape[1], ids[1, -1]], [35, 3], 0)
 
 # %% [markdown]
-# Then the head. Between its five linear layers stands *nothing*: no activation, only dropout in training. Five linear maps
-# after one another are one linear map. So ImageReward's whole head is a scalar product with one vector, and then the
-# standardisation of section 1.
+# Then the head. Between its five linear layers stands *nothing*: no activation, only dropout in training. Five linear
+# maps after one another are one linear map. So ImageReward's whole head is a scalar product with one vector, and then
+# the standardisation of section 1.
 
 
 # %%
@@ -288,12 +296,12 @@ check("random network: by hand and package", head_by_hand(read[:, 0]), random_re
 # %% [markdown]
 # ## 5 · What does it see of a picture?
 #
-# Always 224×224 pixels: the shorter side is resized to 224, and the middle cut out. The original does that with Pillow on
-# 8-bit pictures, which lets no gradient through (notebook 05, section 10). The package writes it in PyTorch.
+# Always 224×224 pixels: the shorter side is resized to 224, and the middle cut out. The original does that with Pillow
+# on 8-bit pictures, which lets no gradient through (notebook 05, section 10). The package writes it in PyTorch.
 #
 # Resizing is linear: each new pixel is a weighted mean of old ones, first along rows, then along columns, that is
-# $Y=W_h\,X\,W_w^{\mathsf T}$. The weights are a *bicubic* curve, widened when the picture shrinks, so that no old pixel is
-# skipped. Pillow stores 8 bits after each of the two passes, which cuts values to [0, 1]; we cut, too, but let the
+# $Y=W_h\,X\,W_w^{\mathsf T}$. The weights are a *bicubic* curve, widened when the picture shrinks, so that no old pixel
+# is skipped. Pillow stores 8 bits after each of the two passes, which cuts values to [0, 1]; we cut, too, but let the
 # gradient pass as if we had not. So the gradient is $W_h^{\mathsf T}\,G\,W_w$.
 
 
@@ -412,13 +420,14 @@ else:
 # %% [markdown]
 # ## 6 · When is a picture good enough?
 #
-# This score has no upper bound, so maximising it has no end. The released code (and ReFL, from which it comes) minimises
+# This score has no upper bound, so maximising it has no end. The released code (and ReFL, from which it comes)
+# minimises
 #
 # $$\mathcal L=\frac1N\sum_n\text{relu}\bigl(2-r_n\bigr),\qquad
 # \frac{\partial\mathcal L}{\partial r_n}=\begin{cases}-1/N&r_n<2\\0&r_n\ge2\end{cases}$$
 #
-# instead of the plain $-r$: two standard deviations above the average is good enough. Beyond that is the **dead zone**: no
-# loss, no gradient. The package writes it as the option `cap` of a term; without it, the loss is $-r$.
+# instead of the plain $-r$: two standard deviations above the average is good enough. Beyond that is the **dead zone**:
+# no loss, no gradient. The package writes it as the option `cap` of a term; without it, the loss is $-r$.
 
 
 # %%
@@ -459,8 +468,8 @@ show(
 )
 
 # %% [markdown]
-# What that means for a picture shows the ascent of notebook 05, here with MiniPreference: steps of equal length along the
-# gradient, until 40 are done or none is left.
+# What that means for a picture shows the ascent of notebook 05, here with MiniPreference: steps of equal length along
+# the gradient, until 40 are done or none is left.
 
 
 # %%
@@ -505,9 +514,9 @@ assert results["cap 1"][1] < results["cap 2"][1] < 40, "with a cap the ascent mu
 assert preference.score(results["cap 2"][0], [prompt]) >= 2
 
 # %% [markdown]
-# **What to see.** With a cap the ascent stops by itself; without one it goes on to scores no photograph ever had, and the
-# picture drowns in a pattern. But the cap is no guard by itself: where it lies decides, and it is measured on the
-# reward's own scale. A cap of 2 on a picture that started at −0.6 already costs fidelity. For a bounded reward such as
+# **What to see.** With a cap the ascent stops by itself; without one it goes on to scores no photograph ever had, and
+# the picture drowns in a pattern. But the cap is no guard by itself: where it lies decides, and it is measured on the
+# reward's own scale. A cap of 2 on a picture that started below 0 already costs fidelity. For a bounded reward such as
 # CLIP-IQA the same cap is never reached and changes nothing.
 #
 # ## 7 · Two rewards, two scales
@@ -537,7 +546,8 @@ statistics.update(torch.tensor([float("nan"), 0.1]))
 check("a broken batch is left out", [statistics.mean, statistics.variance], [m, v], 1e-6)
 
 # %% [markdown]
-# In the loss the statistics are constants: only the factor $1/\sqrt v$ reaches the gradient. In training $\beta$ is 0.99.
+# In the loss the statistics are constants: only the factor $1/\sqrt v$ reaches the gradient. In training $\beta$ is
+# 0.99.
 
 # %%
 iqa = MiniIQA.from_pretrained()
@@ -570,17 +580,8 @@ ours = gradient(lambda x: reward_loss(dead, x, both, balance=True)[0], pair)
 check("a term in its dead zone does not count", ours, 0.75 * pushes[0], 1e-6)
 
 # %% [markdown]
-# One option concerns the prompt: with `tags`, each comma-separated part is asked by itself, and the mean or the worst
-# answer counts. A tagger's list is not a sentence, and one wrong tag may hide among right ones.
-
-# %%
-parts = torch.cat([preference.score(eye, [tag]) for tag in ("cat", "eyes", "fur", "whiskers")])
-check("mean", WeightedReward(preference, weight=1.0, tags="mean").score(eye, [prompt])[0], parts.mean(), 1e-6)
-check("worst", WeightedReward(preference, weight=1.0, tags="worst").score(eye, [prompt])[0], parts.min(), 1e-6)
-
-# %% [markdown]
-# **What does it cost?** One forward and one backward pass through 446 million parameters at 224 pixels, whatever the size
-# of the picture. Prompts are tokenised once each and remembered.
+# **What does it cost?** One forward and one backward pass through 446 million parameters at 224 pixels, whatever the
+# size of the picture. Prompts are tokenised once each and remembered.
 #
 # ## 8 · A bug, and the check that catches it
 #
