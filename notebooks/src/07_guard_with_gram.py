@@ -46,8 +46,9 @@ from rfsr_ext.training import RFSRObjective
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
 
-model, reward, judge = load_model("mini"), MiniIQA.from_pretrained(), Judge.from_pretrained()
 style = VGGGramLoss(weights="random")
+shallow = VGGGramLoss({"conv1_2": 1.0, "conv2_2": 1.0, "conv3_4": 1.0}, weights="random")  # for section 6
+model, reward, judge = load_model("mini"), MiniIQA.from_pretrained(), Judge.from_pretrained()
 crops = evaluation_crops(photographs("test"), size=64, count=36)
 print(f"reward: {reward.label}")
 print(f"regulariser: {style.label}")
@@ -290,7 +291,6 @@ textures = {
     "dots": two_colours((x % 8 - 3.5) ** 2 + (y % 8 - 3.5) ** 2 < 8, (0.9, 0.3, 0.2), (0.9, 0.9, 0.8)),
     "gravel": patch("gravel", 100, 100),
 }
-shallow = VGGGramLoss({"conv1_2": 1.0, "conv2_2": 1.0, "conv3_4": 1.0}, weights="random")
 
 
 def paint(content, texture, steps=40):
