@@ -71,7 +71,7 @@ def batch(k, size=4):
 #
 # You have a super-resolution network and a loop. What must change to use the losses? One line. They are ordinary
 # functions of two batches of pictures. Here is a small ×4 network (the smoothly enlarged picture plus a correction), and
-# the loop.
+# the loop. (Twelve steps are far too few to enlarge any better. Here it only matters that three loops agree.)
 
 
 # %%
@@ -104,9 +104,9 @@ for lr, gt in batches:
     loss.backward()
     optimizer.step()
     losses["plain"].append(loss.item())
-with torch.no_grad():
-    for name, network in {"start": start, "trained": net}.items():
-        print(f"{name:7s} held-out LL loss {haar_ll_l1_loss(network(test_lr), test_gt):.3f}")
+moved = max((p - q).abs().max().item() for p, q in zip(net.parameters(), start.parameters(), strict=True))
+assert moved > 5e-3, "the loop must have trained"
+print(f"losses of {len(batches)} batches, from {min(losses['plain']):.2f} to {max(losses['plain']):.2f}")
 
 
 # %%
@@ -116,10 +116,6 @@ def same_weights(name, other):
 
 
 check("the loss of the truth itself", loss_of(test_gt, test_gt), 0.0, 1e-6)
-with torch.no_grad():
-    assert haar_ll_l1_loss(net(test_lr), test_gt) < haar_ll_l1_loss(start(test_lr), test_gt), (
-        "the loop must have trained"
-    )
 
 # %% [markdown]
 # ## 2 · In Lightning
@@ -403,9 +399,9 @@ assert results["greedy"][2] < results["preset"][2] - 0.5, "and must cost fidelit
 
 # %% [markdown]
 # **What to see.** The machinery works: with no line changed it trains a model it has never heard of. But the weights do not
-# transfer. Those of the mini model hardly move the toy. A greedy setting raises the reward and spoils the picture: reward
-# hacking, as in notebook 07, in forty steps. *Each base model needs its own balance*, found on a few hundred
-# iterations with held-out fidelity in view, before the long run.
+# transfer. Those of the mini model hardly move the toy. The greedy ones raise the reward by exaggerating contrast and
+# colour, and lose more than a decibel: the beginning of reward hacking, in forty steps. *Each base model needs its own
+# balance*, found on a few hundred iterations with held-out fidelity in view, before the long run.
 #
 # `sample`, `upscale`, and `RFSRTrainer(config, model=toy)` take the adapter as well.
 #
@@ -473,7 +469,8 @@ pools = [c * (256 // d) ** 2 for c, d in ((64, 1), (128, 2), (256, 4), (512, 8))
 taps = sum(c * (512 // d) ** 2 * 4 for c, d in ((64, 1), (128, 2), (256, 4), (512, 8), (512, 16)))
 on_paper = 3 * 512**2 * 4 + sum(conv) + sum(pools) * (4 + 8) + taps
 
-light = copy.deepcopy(style).to("meta")
+with torch.device("meta"):
+    light = VGGGramLoss(weights="random")
 target = [torch.empty(1, c, c, device="meta") for c in (64, 128, 256, 512, 512)]
 _, features_only = weigh(lambda: light.vgg(picture(512)), [light])
 check("VGG19, on paper and on meta, MB", (on_paper - taps) / 1e6, features_only / 1e6, 0)
@@ -574,8 +571,8 @@ check("activations grow with the area", sum(kept_for_backward(256).values()) / s
 # **What to see.** The paper trains batches of 8 on two A100 with 80 GB, so four pictures on each. Counted this way they
 # just fit, in plain fp32. The largest single item is the *decoder*: RFSR's losses look at pixels, and the gradient
 # passes through the decoder to reach the latents. Left out are the two rewards, SeeSR's extra attentions, temporary
-# memory of kernels, and what PyTorch keeps in reserve. In practice one takes `mixed_precision=bf16`, which halves most
-# of the orange bars.
+# memory of kernels, and what PyTorch keeps in reserve. In practice one takes `mixed_precision=bf16`, which stores most
+# activations in half the bytes.
 #
 # ## 6 · What does a full run need?
 #
@@ -612,7 +609,7 @@ assert (paper["learning_rate"], paper["batch_size"], paper["iterations"]) == (5e
 # %% tags=["nbval-ignore-output"]
 needed = {"clipiqa": ["clip-rn50"], "image-reward": ["imagereward", "bert-vocabulary"], "imagenet VGG19": ["vgg19"]}
 make = {name: lambda name=name: create_reward(name) for name in paper["rewards"]}
-make["imagenet VGG19"] = lambda: VGGGramLoss(weights="imagenet")
+make["imagenet VGG19"] = lambda: registry.locate("vgg19")
 for name, build in make.items():
     try:
         build()
@@ -636,8 +633,8 @@ for name, build in make.items():
 # ```
 #
 # `batch_size` counts over all processes: two processes take four pictures each. All randomness of an iteration
-# follows from the seed and its number, so one GPU and two do the same run, and the same command resumes an interrupted
-# one.
+# follows from the seed and its number, so one GPU and two do the same run up to rounding, and the same command resumes
+# an interrupted one.
 #
 # ## 7 · Exercises
 #
