@@ -408,6 +408,10 @@ assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1
 #
 # `WeightedReward` is one term, `reward_loss` the sum. The paper's weights are $5\cdot10^{-5}$; ours here are larger to
 # be readable.
+#
+# The gradient also has to go on, into whatever made the pictures. The package scores one reward at a time, keeps only
+# its image gradient and lets the rest go; memory is that of the largest reward, not of all. From outside nothing of
+# that may show. As a stand-in for the diffusion model we take one brightness $w$ per picture.
 
 # %%
 batch = torch.cat([eye, start, path[20:21]])
@@ -425,12 +429,6 @@ check("its gradient", gradient(lambda x: reward_loss(terms, x, prompts)[0], batc
 check("the scores it reports", seen["MiniIQA"], iqa.score(batch), 1e-6)
 assert not seen["MiniIQA"].requires_grad, "reported scores are for tables, not for training"
 
-# %% [markdown]
-# The gradient also has to go on, into whatever made the pictures. The package scores one reward at a time, keeps only
-# its image gradient and lets the rest go; memory is that of the largest reward, not of all. From outside nothing of
-# that may show. As a stand-in for the diffusion model we take one brightness $w$ per picture.
-
-# %%
 w = torch.tensor([0.9, 1.0, 1.1]).view(3, 1, 1, 1)
 through_package = gradient(lambda w: reward_loss(terms, (w * batch).clamp(0, 1), prompts)[0], w)
 through_hand = gradient(lambda w: loss_by_hand((w * batch).clamp(0, 1)), w)

@@ -150,6 +150,8 @@ assert right > 0.75, "the stand-in must prefer most originals"
 #
 # A tagger's list is not a sentence, and a wrong tag may hide among right ones. So a term of the loss has the option
 # `tags`: each part between commas is asked by itself, and the mean or the worst answer counts.
+#
+# Afterwards we exchange prompts between pictures, first among four of the photographs it was trained on.
 
 # %%
 prompt = ", ".join(PHOTOGRAPHS["chelsea"].tags)
@@ -178,9 +180,6 @@ parts = torch.cat([preference.score(eye, [tag]) for tag in ("cat", "eyes", "fur"
 for tags, wanted in (("mean", parts.mean()), ("worst", parts.min())):
     found = WeightedReward(preference, weight=1.0, tags=tags).score(eye, [prompt])[0]
     check(f"tags: {tags}", found, wanted, 1e-6)
-
-# %% [markdown]
-# Now the same pictures with one another's prompts. First four photographs from its training set, eight crops of each.
 
 # %%
 names = ["astronaut", "brick", "hubble_deep_field", "moon"]
@@ -341,6 +340,7 @@ def pull_back(push, height, width):
     return along.T @ wide @ across
 
 
+# %%
 push = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
 for name, x in {
     "300×451, smaller": cat[None],
@@ -350,8 +350,6 @@ for name, x in {
     check(name, preprocess_by_hand(x), random_reward.preprocess(x), 2e-5)
     package = gradient(lambda x: random_reward.preprocess(x) * push, x)
     check("its gradient", pull_back(push, *x.shape[-2:]), package, 1e-3)
-
-# %%
 photograph = Image.fromarray((255 * cat.movedim(0, -1)).round().byte().numpy())
 by_pillow = photograph.resize((336, 224), Image.Resampling.BICUBIC).crop((56, 0, 280, 224))
 ours = (random_reward.preprocess(cat[None]) * std + mean)[0].movedim(0, -1)
@@ -393,7 +391,8 @@ assert max(shares[2], shares[3]) < 0.1 < 0.9 < shares[16]
 # for little else. That fits what the paper writes of its Table 3: with ImageReward alone pictures are coherent but less
 # clear, with CLIP-IQA alone sharp but with wrong textures and noise.
 #
-# Picture, prompt, gradient: here is the whole way once, still with random weights.
+# Picture, prompt, gradient: here is the whole way once, still with random weights. The cell after it
+# asks the published weights, if they are on this machine, and otherwise says what is missing.
 
 # %%
 scores = random_reward.score(torch.cat([cat[None], cat[None]]), [prompt, "moon"])
@@ -402,9 +401,6 @@ push = gradient(lambda x: random_reward.score(x, [prompt]), cat[None])
 assert push.isfinite().all()
 columns = (push[0] != 0).any(0).any(0).nonzero()
 print(f"the gradient reaches columns {columns.min():d} to {columns.max():d} of 451: the middle that was cut out")
-
-# %% [markdown]
-# And if the published weights are on this machine, here is their opinion; otherwise this cell says what is missing.
 
 # %% tags=["nbval-ignore-output"]
 needed = {"the file ImageReward.pt": "imagereward", "the file vocab.txt of bert-base-uncased": "bert-vocabulary"}
@@ -450,8 +446,6 @@ check(
     -torch.ones(6) / 6,
     1e-6,
 )
-
-# %%
 r = torch.linspace(-2, 4, 121)
 figure, (left, right) = panels(columns=2, width=7.0, height=2.5)
 left.plot(r, -r, label="−r")
@@ -529,7 +523,8 @@ assert preference.score(results["cap 2"][0], [prompt]) >= 2
 # $$m\leftarrow\beta m+(1-\beta)\,\overline{r},\qquad v\leftarrow\beta v+(1-\beta)\,\overline{(r-m)^2},\qquad
 # r'=\frac{r-m}{\sqrt v}$$
 #
-# with the new $m$ in the second formula, $m$ of the first batch and $v=1$ at the start.
+# with the new $m$ in the second formula, $m$ of the first batch and $v=1$ at the start. In the loss $m$ and $v$ are
+# constants: only the factor $1/\sqrt v$ reaches the gradient. In training $\beta$ is 0.99.
 
 # %%
 batches = [torch.tensor([0.2, 0.4]), torch.tensor([0.9, 0.5]), torch.tensor([-0.3, 0.1])]
@@ -545,11 +540,6 @@ check("standardised", statistics(batches[2]), (batches[2] - m) / v.sqrt(), 1e-6)
 statistics.update(torch.tensor([float("nan"), 0.1]))
 check("a broken batch is left out", [statistics.mean, statistics.variance], [m, v], 1e-6)
 
-# %% [markdown]
-# In the loss the statistics are constants: only the factor $1/\sqrt v$ reaches the gradient. In training $\beta$ is
-# 0.99.
-
-# %%
 iqa = MiniIQA.from_pretrained()
 pair, both = torch.cat([eye, soft]), [prompt, prompt]
 normal = WeightedReward(iqa, weight=1.0, normalize=True)
