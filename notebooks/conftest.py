@@ -78,7 +78,17 @@ def pytest_collectstart(collector):
         collector.skip_compare += ("stderr", "text/html")  # stderr: warnings of other releases of the libraries
 
 
-class Solved(pytest.Item):
+class Extra(pytest.Item):
+    """An item beside nbval's own."""
+
+    def repr_failure(self, excinfo):
+        return str(excinfo.value)
+
+    def reportinfo(self):
+        return self.path, None, f"{self.path.name}: {self.name}"
+
+
+class Solved(Extra):
     """A stub with its solution in its place says "correct"."""
 
     def __init__(self, *, stub, solution, **options):
@@ -95,11 +105,8 @@ class Solved(pytest.Item):
         correct = verdicts and all(verdict.endswith(": correct") for verdict in verdicts)
         assert correct and reply["content"]["status"] == "ok", f"with its solution it says {said}"
 
-    def repr_failure(self, excinfo):
-        return str(excinfo.value)
 
-
-class Budget(pytest.Item):
+class Budget(Extra):
     """After the last cell: what the kernel and its children have used."""
 
     def runtest(self):
@@ -110,9 +117,6 @@ class Budget(pytest.Item):
         peak = int(re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())[1]) * 1024
         assert seconds <= PROCESSOR_SECONDS, f"used {seconds:.0f} s of processor time, allowed {PROCESSOR_SECONDS}"
         assert peak <= MEMORY, f"used {peak / 1e9:.2f} GB of memory, allowed {MEMORY / 1e9:.1f}"
-
-    def repr_failure(self, excinfo):
-        return str(excinfo.value)
 
 
 _collect, _runtest, _get_message = IPyNbFile.collect, IPyNbCell.runtest, RunningKernel.get_message
