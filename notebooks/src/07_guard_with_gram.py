@@ -310,18 +310,13 @@ def paint(content, texture, steps=40):
 
 
 painted = {name: paint(gt, texture) for name, texture in textures.items()}
-with torch.no_grad():
-    left = {n: (shallow(painted[n], textures[n]) / shallow(gt, textures[n])).item() for n in textures}
-share = {n: "less than 1 %" if 100 * v < 1 else f"{100 * v:.0f} %" for n, v in left.items()}
+left = {n: (shallow(painted[n], textures[n]) / shallow(gt, textures[n])).item() for n in textures}
+tiles = [picture[0] for picture in (gt, *textures.values(), hacked, *painted.values())]
+titles = ["the cat's eye", *textures, "section 1's hack", *(f"in {n}" for n in textures)]
 show(
-    pictures(
-        [gt[0], *(t[0] for t in textures.values()), hacked[0], *(p[0] for p in painted.values())],
-        ["the cat's eye", *textures, "section 1's hack", *(f"in {n}" for n in textures)],
-        columns=4,
-        tile=1.28,
-    ),
-    "Above, a cat's eye and three textures; below, the hacked picture of section 1 and the eye painted in each texture. "
-    "Style distance that is left: " + ", ".join(f"{n} {share[n]}" for n in textures) + ".",
+    pictures(tiles, titles, columns=4, tile=1.28),
+    "Above, a cat's eye and three textures; below, the hacked picture of section 1 and the eye painted in each texture, "
+    "with less than 30 percent of the style distance left.",
 )
 assert max(left.values()) < 0.3
 
@@ -448,16 +443,15 @@ GUARDS = {
 }
 
 
+# %%
 def tune(name, steps=20):
     """The picture after ``steps`` steps, and (reward, SSIM, judge) after every fourth."""
     torch.manual_seed(0)
     m, lora = model.reference(), name == "LoRA"
     for network in m.trainable_groups().values():
         network.requires_grad_(not lora)
-        layers = [
-            layer for n, layer in network.named_modules() if n.endswith(("to_q", "to_k", "to_v", "conv1", "conv2"))
-        ]
-        for layer in layers if lora else ():
+        ends_of_names = "to_q", "to_k", "to_v", "conv1", "conv2"
+        for layer in [layer for n, layer in network.named_modules() if lora and n.endswith(ends_of_names)]:
             parametrize.register_parametrization(layer, "weight", LowRank(layer.weight))
     trained = [p for network in m.trainable_groups().values() for p in network.parameters() if p.requires_grad]
     adam, path = torch.optim.Adam(trained, 1e-3 if lora else 1e-4), []
@@ -497,7 +491,6 @@ show(
 assert max(strokes, key=strokes.get) == "none" and min(strokes, key=strokes.get) == "Gram-KL"
 assert all(paths["none"][-1, 0] > p[-1, 0] and paths["none"][-1, 1] < p[-1, 1] for n, p in paths.items() if n != "none")
 
-# %%
 figure, axes = panels(1, 2, width=7.2, height=3.0)
 for (name, path), colour, marker in zip(paths.items(), COLOURS, "xs^o", strict=False):
     for axis, column in zip(axes, (1, 2), strict=True):

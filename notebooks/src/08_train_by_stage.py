@@ -622,7 +622,8 @@ for name, walk_there in (("right", roll_out), ("careless", careless)):
 values = {name: -LAMBDA["iqa"] * iqa.score(image).mean() for name, image in images.items()}
 check("loss", values["right"], values["careless"], 1e-6)  # sees nothing
 slopes = {name: slope(value) for name, value in values.items()}
-caught(lambda: check("gradient", *(s / slopes["right"].norm() for s in slopes.values()), 1e-4))
+apart = (slopes["right"] - slopes["careless"]).norm() / slopes["right"].norm()
+caught(lambda: check("gradients, distance over length", apart, 0.0, 1e-3))
 
 # %% [markdown]
 # ## 9 · Exercises

@@ -256,7 +256,10 @@ class Denoiser(nn.Module):
         return enlarged * 2 - 1 + 0.3 * self.layers(torch.cat([latents, enlarged * 2 - 1, time], dim=1))
 
 
-class PixelISR:
+# %%
+class PixelSampler:
+    """What sampling asks of a model."""
+
     scale, multiple, num_inference_steps = 4, 4, 10
 
     def __init__(self, network):
@@ -284,6 +287,11 @@ class PixelISR:
 
     def decode(self, latents):
         return latents / 2 + 0.5
+
+
+# %%
+class PixelISR(PixelSampler):
+    """And what training asks besides."""
 
     def trainable_groups(self):
         return {"network": self.network}
