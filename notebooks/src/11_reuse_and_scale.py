@@ -223,6 +223,7 @@ show(
     "Above, what the mini model foresees from noise at timesteps 100, 400, 700 and 950; below, the truth. The structure "
     f"losses are {', '.join(f'{v:.2f}' for v in each.tolist())}; only the last two have weight 1.",
 )
+del loss, structure, images, foreseen, prediction, residuals, middle, each  # and with them what backward kept
 
 # %% [markdown]
 # **What to see.** The later two are the smooth ones: at large $t$ the model can only foresee structure, and structure is
@@ -350,7 +351,7 @@ def preflight(model):
 torch.manual_seed(0)
 toy = PixelISR(Denoiser())
 preflight(toy)
-preflight(load_model("mini"))
+preflight(model)
 
 # %% [markdown]
 # Now RFSR on the toy, with the package's objective. Of its ten steps the first four get the structure loss and the last two
