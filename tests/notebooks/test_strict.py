@@ -148,7 +148,7 @@ NOTEBOOKS = {
     "fails_mistyped_tag": [cell("print(1)", out("1\n"), tags=["nbval-ignore-outputs"])],
     "fails_announced_but_not_raised": [cell("x = 1", tags=["raises-exception"])],
     "fails_dead_kernel": [cell("import os\nos._exit(1)")],
-    "fails_memory": [cell("x = b'x' * 1_900_000_000")],
+    "fails_memory": [cell("x = b'x' * 2_500_000_000")],
 }  # fmt: skip
 
 
