@@ -592,12 +592,14 @@ by_hand = {
     "fro": (norm.mean(), 2 * D / norm),
 }
 for criterion, (value, S) in by_hand.items():
-    p = f1.clone().requires_grad_()
-    loss = gram_loss(p, f2, criterion=criterion)
-    wanted = torch.autograd.grad(loss, p)[0]
+    p, q = (f.clone().requires_grad_() for f in (f1, f2))
+    loss = gram_loss(p, q, criterion=criterion)
+    wanted, opposite = torch.autograd.grad(loss, (p, q))
     gradient = (S @ f1.flatten(2)).view_as(f1) / (f1[0].numel() * len(f1))
     check(f"{criterion:3s} value, relative", value / loss, 1, 1e-4)
     check(f"{criterion:3s} gradient, relative", *(g / wanted.abs().max() for g in (gradient, wanted)), 1e-3)
+gradient = (-S @ f2.flatten(2)).view_as(f2) / (f2[0].numel() * len(f2))  # the target enters with a minus
+check("fro gradient in the target", *(g / wanted.abs().max() for g in (gradient, opposite)), 1e-3)
 check("equal features", gram_loss(f1, f1), 0, 0)
 
 
