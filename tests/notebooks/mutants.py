@@ -187,7 +187,8 @@ def main() -> None:
         return bool(found) and found["key"] == m.key(found["noticed_by"])
 
     chosen = [m for m in mutants if m.paths() and (options.only in m.name or options.only in m.file)]
-    left = sorted((m for m in chosen if not done(m)), key=lambda m: m.notebooks[0] == "08")  # the slowest last
+    left = [m for m in chosen if not done(m)]
+    left.sort(key=lambda m: (m.name in results, m.notebooks[0] == "08", m.notebooks))  # new ones first, slow ones last
     for m in mutants:
         if not m.paths():
             print(f"waits for notebook {' or '.join(m.notebooks)}: {m.name}")
