@@ -23,7 +23,7 @@ def load(name):
 build, strict = load("build"), load("conftest")
 
 TAGS = {"solution", "nbval-ignore-output"}
-TRAINING = ("08", "09", "11")  # they hold a model, its frozen copy and an optimiser's state, beside a gigabyte of libraries
+TRAINING = ("08", "09", "11")  # they hold a model, its frozen copy and an optimiser's state beside the libraries
 FORBIDDEN = {
     r"^\s*[%!]": "a magic or shell command",
     r"^\S.*;$": "a semicolon that hides the output, which nbval shows",
