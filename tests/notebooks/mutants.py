@@ -153,6 +153,7 @@ def page(mutants: list[Mutant], results: dict) -> tuple[str, str]:
         f"The notebooks notice **{score}** in the package ({len(noticed) / max(1, len(tried)):.0%}). `make mutants`",
         "plants each alone in a copy and runs notebooks until a comparison fails or an output differs from the stored",
         "one; crashes do not count. [`mutants.txt`](../tests/notebooks/mutants.txt) holds the changed lines.",
+        *([f"{len(mutants) - len(tried)} more are listed and not tried yet."] if len(tried) < len(mutants) else []),
         "",
         f"{datetime.date.today()}, Python {platform.python_version()}, {versions}.",
         "",
