@@ -113,7 +113,7 @@ show(
 
 # %% [markdown]
 # **What to see.** Compare the two in the middle. The inside of the cup has fewer coloured specks, and the edge of the
-# coffee is darker and clearer. The judge's score rose; the distance to the truth (PSNR in decibels, more is closer)
+# coffee is darker and clearer. MiniIQA rose; the distance to the truth (PSNR in decibels, more is closer)
 # hardly moved. One picture proves little, so here are the other two, and the second reward.
 
 # %%
