@@ -35,13 +35,14 @@ def build_dataset(config: RFSRConfig) -> Dataset:
 def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:
     """The windows, in sampling steps of the model's own scheduler."""
     last = config.num_inference_steps or model.num_inference_steps
-    windows = TimestepWindows(config.structure_window, config.reward_window, last, config.allow_overlap)
     if config.structure_timesteps or config.reward_timesteps:
         scheduler = copy.deepcopy(model.scheduler)
         scheduler.set_timesteps(last)
         windows = TimestepWindows.from_timesteps(
             scheduler.timesteps, config.structure_timesteps, config.reward_timesteps
         )
+    else:
+        windows = TimestepWindows(config.structure_window, config.reward_window, last, config.allow_overlap)
     if config.structure_loss == "none":  # steps without a loss are not drawn
         windows = dataclasses.replace(windows, structure=None)
     return windows

@@ -7,7 +7,8 @@ import torch
 
 from rfsr_ext.losses import HaarLLLoss
 from rfsr_ext.sampling import TimestepWindows, generators
-from rfsr_ext.training import RFSRObjective
+from rfsr_ext.training import RFSRConfig, RFSRObjective
+from rfsr_ext.training.setup import build_windows
 
 WINDOWS = TimestepWindows((1, 2), (4, 5), 5)
 
@@ -116,3 +117,11 @@ def test_sentences(tiny_model, batch, parts):
         objective(torch.full_like(lr, float("nan")), gt, prompts, 4)
     with pytest.raises(ValueError, match="reference must be the frozen pre-trained model"):
         RFSRObjective(tiny_model, WINDOWS, kl=True)
+
+
+def test_windows_given_as_timesteps_need_no_steps(tiny_model):
+    """With fewer steps than the default windows name, which then must not be looked at."""
+    config = RFSRConfig(num_inference_steps=10, structure_timesteps=(600, 1000), reward_timesteps=(0, 200))
+    tiny_model.scheduler.set_timesteps(10)
+    wanted = TimestepWindows.from_timesteps(tiny_model.scheduler.timesteps)
+    assert build_windows(config, tiny_model) == wanted
