@@ -43,6 +43,7 @@ def all_at_once(rewards: list[WeightedReward], images: Tensor, prompts: list[str
 
 def steps(device: str, batch: int = 4, side: int = 512) -> dict[str, Callable[[], list[Tensor]]]:
     """Loss and image gradient in both orders."""
+    torch.set_flush_denormal(True)  # random weights make gradients so small that a CPU takes several times as long
     rewards = published_sizes()
     for term in rewards:
         term.reward.to(device)
