@@ -9,6 +9,7 @@ counted and measured goes into the table of ``README.md``.
 
 import argparse
 import ast
+import base64
 import re
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from rfsr_ext.files import replace_file
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted((HERE / "src").glob("[0-9][0-9]_*.py"))
 README = HERE / "README.md"
+COVER = HERE / "before_after.webp"
 ORDER = (
     "00_start_here", "01_sample_by_hand", "02_split_bands", "03_see_when_bands_form", "04_keep_the_low_band",
     "05_ask_clip_iqa", "06_ask_image_reward", "07_guard_with_gram", "08_train_by_stage", "09_ablate_and_doubt",
@@ -82,6 +84,14 @@ def unrun(source: Path) -> nbformat.NotebookNode:
     return notebook
 
 
+def write_cover(notebook: nbformat.NotebookNode) -> None:
+    """Write the first picture of notebook 00 as a file: its top shows it before any code has run."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    first = next(html for output in outputs if "<img" in (html := output.get("data", {}).get("text/html", "")))
+    with replace_file(COVER) as path:
+        path.write_bytes(base64.b64decode(re.search(r"data:image/webp;base64,([^\"]+)", first)[1]))
+
+
 def store(notebook: nbformat.NotebookNode, source: Path) -> None:
     """Write a notebook beside this file, whole."""
     nbformat.validate(notebook)
@@ -108,6 +118,8 @@ def build(source: Path) -> tuple[str, str]:
         for output in cell.get("outputs", ()):
             output.get("data", {}).pop(_WIDGET, None)
     store(notebook, source)
+    if source.stem == ORDER[0]:
+        write_cover(notebook)
     return f"{seconds:.0f} s", f"{max(peaks) / 1e9:.2f} GB"
 
 

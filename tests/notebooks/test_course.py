@@ -88,6 +88,13 @@ def test_the_map_lists_the_whole_course_and_links_what_exists():
     assert all((f"({name}.ipynb)" if name in stems else f"`{name}`") in contents for name in build.ORDER)
 
 
+def test_the_course_opens_with_a_picture_its_first_notebook_made():
+    cells = nbformat.read(ROOT / "00_start_here.ipynb", as_version=4).cells
+    assert f"]({build.COVER.name})" in cells[0].source
+    made = next(html(cell) for cell in cells if cell.cell_type == "code" and "<img" in html(cell))
+    assert base64.b64decode(re.search(r"base64,([^\"]+)", made)[1]) == build.COVER.read_bytes()
+
+
 def test_a_notebook_has_the_cells_of_its_source(source, notebook):
     wanted = build.unrun(source)
     assert [(c.cell_type, c.source, c.metadata) for c in notebook.cells] == [
