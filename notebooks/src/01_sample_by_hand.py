@@ -15,9 +15,9 @@
 #
 # NAVIGATION
 #
-# A diffusion model makes a picture in many small steps, from noise. RFSR gives each of those steps its own loss, so its
-# whole method rests on three things: what a step does, what the model believes at that step, and how steps are counted.
-# Afterwards you can
+# A diffusion model makes a picture in many small steps, from noise. RFSR puts one loss on the early steps and another on
+# the late ones. So its whole method rests on three things: what a step does, what the model believes at that step, and
+# how steps are counted. Afterwards you can
 #
 # * add noise as the model expects it, and read the model's current guess of the clean picture from any of its outputs,
 # * take one DDIM step, and all fifty,
@@ -28,7 +28,7 @@ import copy
 
 import torch
 
-from rfsr_ext.data import evaluation_crops, photographs
+from rfsr_ext.data import evaluation_crops
 from rfsr_ext.evaluation import psnr
 from rfsr_ext.models import load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
@@ -37,38 +37,40 @@ from rfsr_ext.sampling import TimestepWindows, generators, sample, trajectory
 model = load_model("mini")  # a small stand-in for SeeSR or PASD; see rfsr_ext/weights/README.md
 scheduler = copy.deepcopy(model.scheduler)
 scheduler.set_timesteps(50)
-crop = evaluation_crops(photographs("test"), size=64, count=2)[1]
+crop = evaluation_crops(["flower"], size=96, count=2)[1]  # a photograph the model has never seen
 lr, gt, prompt = crop["lr"][None], crop["gt"][None], crop["prompt"]
 
 # %% [markdown]
 # ## 1 · What comes out?
 #
-# First the result, with the package: the corner of a cat's eye that the model has never seen, four times smaller, and what it
-# makes of it.
+# First the result, with the package: a flower that the model has never seen, four times smaller, and what it makes of it.
 
 # %%
 result = sample(model, lr, [prompt], generators(0, [0]))
 condition = model.encode_condition(lr, [prompt])
-titles = ["low resolution 16×16", "sampled 64×64", "truth 64×64"]
+titles = ["low resolution\n24×24", f"sampled 96×96\n{psnr(result, gt)[0]:.1f} dB", "truth\n96×96"]
 show(
     pictures([lr[0], result[0], gt[0]], titles, tile=2.5),
-    f"The corner of a cat's eye in 16 by 16 coarse pixels, the sampled picture with 64 by 64 pixels at {psnr(result, gt)[0]:.1f} dB, "
-    "and the true photograph.",
+    "A dahlia in 24 by 24 coarse pixels, the sampled picture with 96 by 96 pixels at "
+    f"{psnr(result, gt)[0]:.1f} dB, and the true photograph.",
 )
 
 # %% [markdown]
-# **What to see.** Edges are edges again, and there is texture, all of it invented. This is a model of 6.6 million parameters,
-# trained for half an hour on twelve photographs; the published ones have two hundred times as many. The sampler around
-# both is the same. Let us build it.
+# **What to see.** The rim of the flower is sharp again, and there is texture, all of it invented: the low-resolution
+# picture does not tell where one petal ends. The number is PSNR, the closeness to the truth in decibels:
+# $-10\log_{10}$ of the mean squared error, so more is closer. The result is blotchy, because this is a model of 6.6 million
+# parameters, trained for half an hour on twelve photographs; the published ones have two hundred times as many. The sampler
+# around both is the same. Let us build it.
 #
 # ## 2 · How is noise added?
 #
-# The model works on *latents*: its autoencoder turns the 64×64 pixels into 16×16 positions with 12 numbers each. Training
-# mixes them with noise $\varepsilon$, more of it the larger the *timestep* $t$:
+# The model works on *latents*: its autoencoder turns the 96×96 pixels into 24×24 positions with 12 numbers each, and
+# decodes them back. Training mixes the latents with noise $\varepsilon$, more of it the larger the *timestep* $t$:
 #
 # $$z_t=\sqrt{\bar\alpha_t}\,z_0+\sqrt{1-\bar\alpha_t}\;\varepsilon,\qquad \bar\alpha_t=\prod_{s\le t}(1-\beta_s)$$
 #
-# The $\beta_s$ are Stable Diffusion's: their roots grow evenly from $\sqrt{0.00085}$ to $\sqrt{0.012}$ over 1000 timesteps.
+# The $\beta_s$ say how much noise each timestep adds. They are Stable Diffusion's: their roots grow evenly from
+# $\sqrt{0.00085}$ to $\sqrt{0.012}$ over 1000 timesteps.
 
 # %%
 betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -90,27 +92,30 @@ for t in (1, 500, 981):
     check(f"noised latents, t = {t}", add_noise(z0, noise, t), scheduler.add_noise(z0, noise, torch.tensor([t])), 1e-6)
 
 # %%
-timesteps = [1, 201, 401, 601, 801, 981]
+timesteps = [1, 51, 101, 201, 401, 981]
 with torch.no_grad():
     noised = [model.decode(add_noise(z0, noise, t))[0] for t in timesteps]
 shares = [alpha_bar[t].sqrt().item() for t in timesteps]
 show(
-    pictures(noised, [f"t = {t}\nshare {a:.2f}" for t, a in zip(timesteps, shares, strict=True)], tile=1.28),
-    "The noised latents, decoded. "
+    pictures(noised, [f"t = {t}\nshare {a:.2f}" for t, a in zip(timesteps, shares, strict=True)], columns=3, tile=2.0),
+    "The noised latents of the flower, decoded. "
     + ", ".join(f"t {t}: share of the picture {a:.2f}" for t, a in zip(timesteps, shares, strict=True))
-    + ". By eye nothing is left of the cat from t 401 on.",
+    + ".",
 )
 
 # %% [markdown]
-# **What to see.** Small $t$ hides only fine detail, large $t$ everything. So a model that goes from large to small $t$
-# decides the outlines first and the texture last. That order is what RFSR is built on.
+# **What to see.** The finest detail drowns first. At $t=201$ single petals are hard to tell, at $t=401$ the outline of the
+# flower still stands, at $t=981$ nothing does. So a model that goes from large to small $t$ decides the outlines first and
+# the texture last. That order is what RFSR is built on.
 #
-# Even at $t=981$ the share of the picture is not 0. The picture's mean colours still shine through a little.
+# Even at $t=981$ the share of the picture is not 0, but 0.08. The eye sees nothing of it; a network does, above all the
+# mean colours. So it matters what a sampler starts from (section 5).
 #
 # ## 3 · What does the model believe?
 #
-# The network sees $z_t$, $t$ and the upscaled photograph, and must say what is noise and what is picture. It may answer in
-# any of three ways, because each pair determines the rest ($\alpha=\sqrt{\bar\alpha_t}$, $\sigma=\sqrt{1-\bar\alpha_t}$):
+# The network (a U-Net, with a ControlNet beside it that reads the upscaled low-resolution photograph) sees $z_t$ and $t$
+# and must say what is noise and what is picture. It may answer in any of three ways, because $z_t$ and one answer
+# determine the rest ($\alpha=\sqrt{\bar\alpha_t}$, $\sigma=\sqrt{1-\bar\alpha_t}$):
 #
 # | it predicts | `prediction_type` | the picture, `pred_original_sample` |
 # |---|---|---|
@@ -118,7 +123,8 @@ show(
 # | velocity $v=\alpha\varepsilon-\sigma z_0$ | `v_prediction` | $z_0=\alpha z_t-\sigma v$ |
 # | the picture | `sample` | $z_0$ |
 #
-# **Check the second line on paper** before you run it: insert $z_t$ and $v$ and use $\alpha^2+\sigma^2=1$.
+# (Velocity, because with $\alpha=\cos\varphi$ and $\sigma=\sin\varphi$ it is $dz_t/d\varphi$: how fast picture turns into
+# noise.) **Check the second line on paper** before you run it: insert $z_t$ and $v$ and use $\alpha^2+\sigma^2=1$.
 
 
 # %%
@@ -150,7 +156,8 @@ with torch.no_grad():
 estimate = model.pred_original_sample(model_output, torch.tensor(t), z_t)
 check("z_0 estimate", z0_from_velocity(z_t, model_output, t), estimate, 1e-6)
 print("prediction_type:", scheduler.config.prediction_type)
-print(f"the network's velocity is off by {(model_output - velocity).square().mean().sqrt():.2f} on average")
+rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
+print(f"root mean square: true velocity {rms(velocity):.2f}, the network's error {rms(model_output - velocity):.2f}")
 
 # %% [markdown]
 # ## 4 · Why is noise prediction fragile at step 1?
@@ -198,14 +205,14 @@ check("both answers mean the same picture", z0_from_noise(start, eps, t), guesse
 titles = [f"{name}\n{psnr(x, gt)[0]:.1f} dB" for name, x in decoded.items()]
 show(
     pictures([x[0] for x in decoded.values()], titles, tile=2.0),
-    "The model's guess of the cat at step 1: " + "; ".join(title.replace("\n", " ") for title in titles) + ".",
+    "The model's guess of the flower at step 1: " + "; ".join(title.replace("\n", " ") for title in titles) + ".",
 )
 
 # %% [markdown]
 # **What to see.** The same error is invisible in the middle and ruins the picture on the right. Published models that predict
 # noise live with this because the first steps only need to be roughly right; but RFSR puts a *loss* on the estimate at
 # steps 1 to 20, and there it matters. That is why the mini model predicts velocity. (It also explains the tolerance of
-# `1e-4` in the line above: rounding is amplified, too.)
+# `1e-4` in the check above: rounding is amplified, too.)
 #
 # ## 5 · What is one step?
 #
@@ -228,8 +235,8 @@ by_diffusers = scheduler.step(v, scheduler.timesteps[0], start, return_dict=Fals
 check("one DDIM step", ddim_step(start, v, 981), by_diffusers, 1e-6)
 
 # %% [markdown]
-# And the sampler is a loop over it. It begins where SeeSR begins: at the latents of the upscaled photograph, noised to the
-# first timestep.
+# And the sampler is a loop over it. It begins where SeeSR begins: not at pure noise, but at the latents of the upscaled
+# low-resolution photograph, noised to the first timestep.
 
 
 # %%
@@ -259,7 +266,8 @@ with torch.no_grad():
 # roundings). Over fifty steps through a network such bits grow, which is why the end is compared with `1e-3`, a quarter of
 # a grey level.
 #
-# **What does it cost?** One pass of U-Net and ControlNet per step; decoding happens once.
+# **What does it cost?** One pass of U-Net and ControlNet per step. The text encoder (the last 0.1 million parameters) and
+# the decoder run once.
 
 # %%
 passes = len(scheduler.timesteps)
@@ -303,8 +311,8 @@ quality = psnr(believed, gt.expand(50, -1, -1, -1))
 def draw(st):
     tiles = [held[st - 1], believed[st - 1], gt[0]]
     titles = [f"z_t, decoded: t = {timestep_of(st)}", f"z_0 estimate: {quality[st - 1]:.1f} dB", "truth"]
-    alt = f"Step {st} of 50, timestep {timestep_of(st)}: the estimate of the cat has {quality[st - 1]:.1f} dB."
-    return pictures(tiles, titles, tile=1.7), alt
+    alt = f"Step {st} of 50, timestep {timestep_of(st)}: the estimate of the flower has {quality[st - 1]:.1f} dB."
+    return pictures(tiles, titles, tile=2.0), alt
 
 
 stepper = explore(draw, values=[1, *range(5, 51, 5)], label="sampling step")
@@ -314,19 +322,18 @@ stepper
 stepper.slider.value = 20
 chosen = [1, 10, 20, 30, 40, 50]
 show(
-    pictures([believed[st - 1] for st in chosen], [f"st {st}\n{quality[st - 1]:.1f} dB" for st in chosen], tile=1.28),
+    pictures([believed[st - 1] for st in chosen], [f"st {st}\n{quality[st - 1]:.1f} dB" for st in chosen], 3, tile=2.0),
     "The z_0 estimate at six steps: " + ", ".join(f"step {st} {quality[st - 1]:.1f} dB" for st in chosen) + ".",
 )
 
 # %% [markdown]
-# **What to see.** The outlines are there at step 1, smooth and without texture, and the middle of the run hardly improves
-# them. Then texture comes, and the picture moves *away* from the truth, because invented fur is rarely in the right place. A
-# picture may look sharper and measure worse.
-# Between those two lies all of RFSR.
+# **What to see.** The outlines are there at step 1, smooth and without texture, and the first half of the run hardly
+# improves them. Then texture comes, and the picture moves *away* from the truth, because invented texture is rarely in the
+# right place. A picture may look sharper and measure worse. RFSR works in the gap between the two.
 #
 # ## 7 · A bug, and the check that catches it
 #
-# The classic mistake: an index off by one, here $t'=t-19$. The pictures look perfectly fine.
+# The classic mistake: an index off by one, here $t'=t-19$. One step is then wrong by a thousandth, which no eye would find.
 
 
 # %%
@@ -341,7 +348,8 @@ caught(lambda: check("one DDIM step", wrong_step(start, v, 981), by_diffusers, 1
 # %% [markdown]
 # ## 8 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each.
+# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each. (`steps` is 1 to
+# 50; `noise`, `start` and `v` are those of sections 2 and 4.)
 #
 # **Exercise 1 (warm-up).** Which sampling step has timestep `t`?
 # <details><summary>Hint</summary>Solve t = 1001 − 20·st for st.</details>
