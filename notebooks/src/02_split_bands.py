@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 
 from rfsr_ext import haar_ll
-from rfsr_ext.data import evaluation_crops, photographs
+from rfsr_ext.data import evaluation_crops
 from rfsr_ext.evaluation import band_ssim, psnr, ssim
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 
-photo = evaluation_crops(photographs("test"), size=64, count=2)[1]["gt"][None]  # [1, 3, 64, 64] in [0, 1]
+photo = evaluation_crops(["chelsea"], size=96, count=5)[4]["gt"][None]  # a cat, [1, 3, 96, 96] in [0, 1]
 
 # %% [markdown]
 # ## 1 · What do coarse and fine look like?
@@ -49,22 +49,23 @@ energy = [float(band.square().sum() / photo.square().sum()) for band in (LL, LH,
 names = ["photograph", *(f"{n} {100 * e:.2f} %" for n, e in zip(("LL", "LH", "HL", "HH"), energy, strict=True))]
 show(
     pictures(tiles, names, tile=1.9),
-    f"A close-up photograph of a cat, 64 pixels wide, and its four Haar bands of 32 pixels. LL is a small photograph and "
-    f"holds {100 * energy[0]:.2f} percent of the energy. The other three are grey with faint outlines of fur and eye.",
+    f"The face of a cat, 96 pixels wide, and its four Haar bands of 48 pixels. LL is a small photograph and "
+    f"holds {100 * energy[0]:.2f} percent of the energy. The other three are grey with faint outlines of eyes and fur.",
 )
 
 # %% [markdown]
 # **What to see.** LL is the photograph at half size. The other three are nearly empty (grey is zero, and they are shown
-# four times amplified): LH responds to horizontal lines, HL to upright ones, HH to diagonals. The titles give each band's
-# share of the energy, the sum of squares. Almost everything is in LL, and yet what makes fur look like fur is not.
+# four times amplified): LH responds to horizontal lines, such as whiskers, HL to upright ones, such as the stripes of the
+# forehead, HH to diagonals. The titles give each band's share of the energy, the sum of squares. Almost everything is in
+# LL, and yet what makes fur look like fur is not.
 #
 # (Authors disagree on which band is called LH. Here the first letter is the filter along the width, the second along the
 # height.)
 #
 # ## 2 · How is one block split?
 #
-# Take four neighbouring pixels $\begin{pmatrix}a&b\\c&d\end{pmatrix}$. Add or subtract them in the four ways that treat
-# rows and columns alike, and halve:
+# Take four neighbouring pixels $\begin{pmatrix}a&b\\c&d\end{pmatrix}$. Along the rows you may add or subtract, along the
+# columns too. That makes four ways. Halve each result:
 #
 # $$LL=\tfrac{a+b+c+d}{2}\qquad LH=\tfrac{a+b-c-d}{2}\qquad HL=\tfrac{a-b+c-d}{2}\qquad HH=\tfrac{a-b-c+d}{2}$$
 #
@@ -76,8 +77,8 @@ by_hand = [(a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b
 print("LL, LH, HL, HH =", [round(band, 3) for band in by_hand])
 
 # %% [markdown]
-# **Why halve and not quarter?** A quarter would make LL the plain mean. With a half, the four squares keep their sum,
-# which is worth more: we see it in section 3. The price is that LL of an image in [0, 1] lies in [0, 2].
+# **Why halve and not quarter?** A quarter would make LL the plain mean. With a half, the squares of the four bands add up
+# to those of the four pixels, which is worth more (section 3). The price is that LL of an image in [0, 1] lies in [0, 2].
 #
 # The same for a whole image: every second row and column, four slices.
 
@@ -97,8 +98,8 @@ for name, ours, theirs in zip(("LL", "LH", "HL", "HH"), split(photo), (LL, LH, H
 # ## 3 · Why is nothing lost?
 #
 # Write the block as a column $(a,b,c,d)^\mathsf T$. Then the four formulas are one matrix $W$, and its rows are
-# perpendicular and of length one. So $W^\mathsf T W=I$: the transform is a rotation of a four-dimensional space. A rotation
-# can be undone by its transpose, and keeps every length.
+# perpendicular and of length one. So $W$ is *orthogonal*, $W^\mathsf T W=I$: it turns (and mirrors) a four-dimensional
+# space. Its transpose undoes it, and every length is kept.
 
 # %%
 W = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
@@ -120,7 +121,7 @@ check("Parseval: the shares of energy sum to 1", sum(shares), 1.0, 1e-6)
 
 # %% [markdown]
 # **What to see.** Both differences are rounding errors of 32-bit numbers. The second line is *Parseval's identity*. It is
-# why the paper can speak of the "energy" of a band, and why an error in a band counts as much as the same error in pixels.
+# why one can speak of the energy of a band, and why an error in a band counts as much as the same error in pixels.
 #
 # ## 4 · How does a network see it?
 #
@@ -129,7 +130,7 @@ check("Parseval: the shares of energy sum to 1", sum(shares), 1.0, 1e-6)
 
 # %%
 filters = W.reshape(4, 1, 2, 2)
-bands = F.conv2d(photo.reshape(3, 1, 64, 64), filters, stride=2)  # [3, 4, 32, 32]: one image per channel
+bands = F.conv2d(photo.reshape(3, 1, 96, 96), filters, stride=2)  # [3, 4, 48, 48]: one image per channel
 for k, (name, band) in enumerate(zip(("LL", "LH", "HL", "HH"), split(photo), strict=True)):
     check(f"{name} by convolution", bands[:, k], band[0], 1e-6)
 check("LL is twice the average pooling", split(photo)[0], 2 * F.avg_pool2d(photo, 2), 1e-6)
@@ -212,8 +213,8 @@ check("turned by 90 degrees, LH takes the part of HL", turned, [0.5, 0.5, 0, 0],
 
 # %% [markdown]
 # **What to see.** Upright stripes appear only in HL and LL. Fine ones are in HL, coarse ones in LL, and at four pixels
-# they are split evenly. So "low frequency" in RFSR means *wider than about four pixels*: a whole eyelash can still count as
-# high frequency. By symmetry, LH behaves like this for lying stripes.
+# they are split evenly. So "low frequency" in RFSR means *repeating after more than about four pixels*: a single hair is
+# high frequency, a tabby's stripe is low. By symmetry, LH behaves like this for horizontal stripes.
 #
 # Now turn the stripes yourself: click the slider's handle and use the arrow keys, or drag it.
 
@@ -238,17 +239,19 @@ show(*draw(45))
 # %% [markdown]
 # **What to see.** At 0° the fine stripes are in HL, at 90° in LH. In between HH grows, because the diagonal is fine in both
 # directions at once. (Try 15°: the small pictures show slow *beats* that are not in the original. Every second sample of
-# a fine pattern is not enough to follow it; what keeps the transform lossless is that the four bands err together.)
+# a fine pattern is not enough to follow it. The transform is lossless all the same, because the beats of the four bands
+# cancel when they are merged.)
 #
 # ## 6 · How alike are two pictures? SSIM in ten lines
 #
 # The paper's Figure 1 compares bands by *structural similarity*. SSIM looks through a small Gaussian window and compares
-# mean, contrast and co-variation of both pictures there:
+# the means $\mu$, the variances $\sigma^2$ and the covariance $\sigma_{xy}$ of both pictures there:
 #
 # $$\text{SSIM}=\frac{(2\mu_x\mu_y+C_1)(2\sigma_{xy}+C_2)}{(\mu_x^2+\mu_y^2+C_1)(\sigma_x^2+\sigma_y^2+C_2)},
 # \qquad C_1=0.01^2,\ C_2=0.03^2$$
 #
-# and takes the mean over all windows. It is 1 only for equal pictures.
+# and takes the mean over all windows. It is 1 only for equal pictures. The package clamps to [0, 1] before it measures, as
+# saving the picture would; so must we.
 
 
 # %%
@@ -268,11 +271,16 @@ def ssim_by_hand(x, y):
 blurred = F.avg_pool2d(F.pad(photo, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
 error = (blurred - photo).square().mean().sqrt()
 brighter = photo + error  # the same mean squared error, by construction
-for name, x in (("itself", photo), ("blurred", blurred), ("brighter", brighter)):
+beyond = photo + 0.5  # most of it whiter than white
+for name, x in (("itself", photo), ("blurred", blurred), ("brighter", brighter), ("beyond white", beyond)):
     check(f"SSIM with {name}", ssim(x, photo)[0], ssim_by_hand(x.clamp(0, 1), photo), 1e-6)
+for name, x in (("blurred", blurred), ("beyond white", beyond)):
+    mse = (x.double().clamp(0, 1) - photo.double()).square().mean()
+    check(f"PSNR of {name}", psnr(x, photo)[0], -10 * mse.log10(), 1e-5)
 
 # %% [markdown]
-# Does SSIM tell us more than the squared error? The second and third picture are equally wrong in pixels.
+# PSNR is the mean squared error in decibels, $-10\log_{10}\text{MSE}$: more is closer. Does SSIM tell us more? The second
+# and third picture below have the same squared error.
 
 # %%
 noisy = photo + error * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))
@@ -284,7 +292,7 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** PSNR calls all three about equally bad; you do not, and SSIM agrees with you that the brighter one is
+# **What to see.** PSNR calls all three equally bad; you do not, and SSIM agrees with you that the brighter one is
 # nearly perfect. Now the same per band, as the paper's Figure 1 does. Which damage sits where?
 
 # %%
@@ -294,9 +302,10 @@ for name, x in versions.items():
 assert band_ssim(brighter, photo)[1] > 0.99, "a change of brightness must not reach the high bands"
 
 # %% [markdown]
-# Brightness touches only LL. Blurring takes the detail out of the high bands; their SSIM stays high all the same, since
-# most of their windows are nearly empty and $C_2$ forgives small numbers. Read differences between high-band values, not the
-# values themselves.
+# Brightness touches only LL, and noise hurts the high bands most. Blurring takes nearly all detail out of the high bands;
+# their SSIM stays far above 0 all the same, since most of their windows are nearly empty and $C_2$ forgives small numbers.
+# (The bands have a range of 2, so `band_ssim` takes $C_1=0.02^2$ and $C_2=0.06^2$.) Read differences between high-band
+# values, not the values themselves.
 #
 # ## 7 · A bug, and the check that catches it
 #
@@ -402,7 +411,7 @@ exercise(3, verify_invisible)
 # ## Summary
 #
 # * Haar: four signed sums of each 2×2 block, halved; LL is twice the average.
-# * As a matrix it is a rotation: the transpose inverts it, energy is kept (Parseval).
+# * As a matrix it is orthogonal: the transpose inverts it, energy is kept (Parseval).
 # * As a convolution it has four 2×2 filters and stride 2; `haar_ll` computes just LL. Odd ends are mirrored.
 # * Patterns wider than about four pixels are in LL; finer ones in the band of their direction.
 # * SSIM compares means, contrasts and co-variation in 11×11 windows; `band_ssim` does so per band.
