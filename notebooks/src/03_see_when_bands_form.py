@@ -43,11 +43,12 @@ gt, lr = portrait["gt"][None], portrait["lr"][None]  # [1, 3, 96, 96] and [1, 3,
 # %% [markdown]
 # ## 1 · What does the model think at each step?
 #
-# Sampling starts at a noisy $z_T$ and removes noise in 50 steps. At every step the network also implies a *finished*
-# picture, the estimate $\hat z_0$. That estimate is what we look at (not the noisy state). The mini model predicts
-# *velocity* $v$, and with $\bar\alpha_t$ the share of signal left at time $t$,
+# A sampler works on *latents*, 4 times smaller than the picture, which a decoder turns into pixels. It starts at noisy
+# ones, $z_T$, and removes noise in 50 steps. At every step the network also implies a *finished* picture, the estimate
+# $\hat z_0$. That estimate is what we look at (not the noisy state $z_t$). The mini model predicts *velocity* $v$; with
+# the noise schedule $\bar\alpha_t$ (nearly 0 at the start, nearly 1 at the end; notebook 01) that means
 #
-# $$\hat z_0=\sqrt{\bar\alpha_t}\;z_t-\sqrt{1-\bar\alpha_t}\;v .$$
+# $$\hat z_0=\sqrt{\bar\alpha_t}\;z_t-\sqrt{1-\bar\alpha_t}\;v$$
 #
 # Here is the whole loop by hand, keeping every estimate.
 
@@ -70,8 +71,8 @@ check("last estimate: by hand and diffusers", estimates[-1], result.pred_origina
 check("last estimate: by hand and package", estimates[-1], model.pred_original_sample(v, t, states[-1]), 1e-5)
 
 # %% [markdown]
-# Now Figure 1 (a) of the paper for our cat: the estimate, its LL band, and the magnitude of its three fine bands, at
-# six steps.
+# Now Figure 1 (a) of the paper for our cat, at six steps. The rows are the estimate, its LL band (the picture at half
+# size), and the magnitude of its three fine bands LH, HL and HH.
 
 
 # %%
@@ -106,7 +107,8 @@ show(
 #
 # ## 2 · How close is each band to the truth?
 #
-# The paper compares bands by SSIM. LL lies in [0, 2] and the fine bands in [−1, 1], so both have a range of 2. By hand:
+# The paper compares bands by SSIM, which is 1 for equal pictures (notebook 02). LL lies in [0, 2] and the fine bands in
+# [−1, 1], so both have a range of 2. By hand:
 
 
 # %%
@@ -211,7 +213,8 @@ show(
 # **What to see.** Both bands start about as close to the truth as they will ever be, stay there for some fifteen steps,
 # and then leave it, faster and faster. The ribbon between the best and the worst seed is thin: this is no accident of
 # the noise. The early estimates are closer to the truth than bicubic interpolation (dotted), the finished pictures
-# are farther from it. (Mind the axes: each panel shows a small piece of the range from 0 to 1.)
+# are farther from it. (Mind the axes: each panel shows a small piece of the range from 0 to 1. Hatched and grey are the
+# steps 1 to 20 and 41 to 50, for section 6.)
 #
 # But six crops are few, and crops differ from each other far more than steps do. The fair question is *paired*: by how
 # much does the SSIM of one and the same crop change between two steps?
@@ -232,7 +235,8 @@ assert all(paired[column, 20].mean() < -4 * paired[column, 20].sem() for column 
 # **What to see.** Look at one step alone: the uncertainty of its mean is half of the low band's whole fall and more
 # than all of the high bands'. One would have to shrug. Paired, the fall from step 20 to 50 is five standard errors and
 # more, in both. The change from step 1 to 10 is more than fifty times smaller. So we may say *falls late*; whether it
-# rises a little first, six crops do not tell.
+# rises a little first, six crops do not tell. (Two crops of one photograph are not quite independent, so the true
+# uncertainty is larger than these standard errors.)
 #
 # ## 4 · Right detail, or just more detail?
 #
@@ -263,9 +267,9 @@ assert (growth[49] > growth[0]).all(), "every crop must gain detail"
 
 # %% [markdown]
 # **What to see.** Detail does accumulate, in every crop, and most in the last steps. It is just not the truth's
-# detail: its amount grows while its agreement falls. That is what one expects of a *generative* model: the fine bands
-# are not in the input, so it invents them. Measures of fidelity must then fall. The paper draws the right lesson: ask
-# other judges in the late steps.
+# detail: its amount grows while its agreement falls. That is what one expects of a *generative* model: most of the fine
+# bands is not in the input, so it invents them. Measures of fidelity must then fall. The paper's lesson: ask other judges
+# in the late steps.
 #
 # ## 5 · Do the paper's two descriptions fit?
 #
@@ -294,8 +298,8 @@ assert list(claims.values()) == [True, False, True, False]
 # %% [markdown]
 # **What to see.** Ours follows the caption. *Accumulates* is seen too, when it is read as amount and not as SSIM. This
 # is a small model on six crops: it cannot tell what SeeSR does on DIV2K. [The model
-# card](../rfsr_ext/weights/README.md) has the same measurement on 64 crops. There both bands rise by 0.001 to step 9
-# before they fall: there is a rise, as the introduction has it, but it is tiny beside the fall.
+# card](../rfsr_ext/weights/README.md) has the same measurement on 64 crops. There both bands rise by 0.001 up to step 9
+# before they fall. So there is a rise, as the introduction has it, but it is tiny beside the fall.
 #
 # Move through the steps yourself: click the slider's handle and use the arrow keys.
 
@@ -330,8 +334,8 @@ show(*draw(45))
 # ## 6 · From the curve to the windows
 #
 # RFSR turns the figure into two windows of steps: *hold the structure* where it is settled (1 to 20) and *reward* where
-# detail is invented (41 to 50). Steps 21 to 40 get no loss. It also states the windows as times, $t\in[600,1000]$ and
-# $t\in[0,200]$. Are these the same? Step and time are linked by the sampler: $t=1001-20\,st$.
+# detail is invented (41 to 50). Steps 21 to 40 get no loss. The paper also states the windows as times, $t\in[600,1000]$
+# and $t\in[0,200]$. Are these the same? The sampler links sampling step $st$ and time: $t=1001-20\,st$.
 
 # %%
 times = scheduler.timesteps
@@ -346,9 +350,9 @@ for st in (1, 19, 20, 21, 39, 40, 41, 42, 50):
 assert by_step == by_time and by_step.steps() == [*range(1, 21), *range(41, 51)]
 
 # %% [markdown]
-# **What to see.** The edges matter: 20 is in, 21 is out, 40 is out, 41 is in. A step at training time costs as many
-# network calls as its number, since the rollout starts at step 1: on average 10.5 for the structure window and 45.5
-# for the reward window. Late supervision is the expensive one.
+# **What to see.** The edges matter: 20 is in, 21 is out, 40 is out, 41 is in. In training, RFSR first samples without
+# gradient from step 1 up to the step it trains (the *rollout*). So a step costs as many network calls as its number: on
+# average 10.5 in the structure window and 45.5 in the reward window. Late supervision is the expensive one.
 
 # %% [markdown]
 # ## 7 · A bug, and the check that catches it
@@ -455,8 +459,9 @@ def mean_calls():
 exercise(3, lambda: check("calls", mean_calls(), (20 * 10.5 + 10 * 45.5) / 30, 1e-9))
 
 # %% [markdown]
-# **Exercise 4 (harder).** PASD samples in 20 steps; the paper gives it the windows 1–8 and 18–20. Its *times*
-# $t\in[0,200]$ say something else. Return the reward window, as (first, last) step, that the times give.
+# **Exercise 4 (harder).** PASD samples in 20 steps; the paper sets $st_1=8$ and $st_2=17$. Read as for SeeSR, where
+# $st_2=40$ stands for 41 to 50, its windows are 1–8 and 18–20. The *times* $t\in[0,200]$ say something else. Return the
+# reward window, as (first, last) step, that the times give.
 # <details><summary>Hint</summary>Use your formula of exercise 1, or `TimestepWindows.from_timesteps`.</details>
 
 

@@ -11,13 +11,13 @@
 #
 # **You will derive RFSR's structure loss forwards and backwards, and see which texture it leaves alone.**
 #
-# Half a minute on two cores; nothing to download. Needs the 2×2 Haar block of notebook 02, which is repeated here in
-# one line.
+# A quarter of a minute on two cores; nothing to download. Needs the 2×2 Haar block of notebook 02, which is repeated here
+# in one line.
 #
 # NAVIGATION
 #
-# In its first sampling steps RFSR holds the *structure* of the picture with a loss on the Haar LL band. Afterwards you
-# can
+# In its first sampling steps RFSR holds the *structure* of the picture with a loss on the Haar LL band (the picture at
+# half size). Afterwards you can
 #
 # * compute that loss and its gradient on paper, and tell a right backward pass from one that is off by a factor,
 # * say which changes of a picture the loss cannot see, and why that is wanted,
@@ -46,8 +46,8 @@ eye = patch(92, 128)
 # ## 1 · What is the question?
 #
 # A low-resolution picture of fur tells where the cat is. It does not tell where each hair is. So many sharp pictures
-# are right answers. Let us make eight of them: all share the LL band of this cat's eye, and each has the fine bands of
-# another piece of the same fur.
+# are right answers. Let us make eight of them: all share the LL band of this cat's eye, and each has the fine bands (LH,
+# HL and HH: what LL leaves out) of another piece of the same fur.
 
 
 # %%
@@ -91,7 +91,7 @@ show(
 # %% [markdown]
 # **What to see.** The start has two properties: its structure is wrong (the blotches), and its texture is fine,
 # although it is the texture of none of the truths. *A good structure loss should mend the first and leave the second.*
-# We now let two losses decide; a third follows in section 4.
+# Two losses now move the pixels of the start; a third follows in section 4.
 
 
 # %%
@@ -129,7 +129,8 @@ check("share of fine energy that Haar LL leaves", kept["Haar LL"], 1.0, 1e-4)
 #
 # ## 2 · The loss on paper
 #
-# Equations 1 and 2 of the paper, with the mean over all coefficients written out:
+# Equations 1 and 2 of the paper. It leaves open whether to add up or to average; here it is the mean over all
+# coefficients:
 #
 # $$LL_{ij}=\tfrac12\,(x_{2i,2j}+x_{2i,2j+1}+x_{2i+1,2j}+x_{2i+1,2j+1})\qquad
 # \mathcal L_{dwt}=\frac1N\sum_{ij}\bigl|LL(x)_{ij}-LL(y)_{ij}\bigr|$$
@@ -205,7 +206,7 @@ for name, band in zip(("LH", "HL", "HH"), split(gradient(haar_ll_l1_loss, start,
 check("twice pixel L1: four times fewer terms, times ½", sizes["LL"], 2 * sizes["pixel L1"], 1e-9)
 
 # %% [markdown]
-# Three corners where backward passes go wrong: the second argument, an exact zero, and odd sizes, whose last row or
+# Three places where backward passes go wrong: the second argument, an exact zero, and odd sizes, whose last row or
 # column is its own mirror partner and so counts twice.
 
 # %%
@@ -329,8 +330,8 @@ show(
 # %% [markdown]
 # **What to see.** All three remove the blotches, which are wider than eight pixels. The deep low-pass leaves the
 # texture too, and even adds a faint coloured speckle, because its smooth filters do not fit the 2×2 blocks. In LL its
-# error is many times larger than that of the others: it does not see LL's finer half. That is the trade. Paper and
-# released code agree on *low frequencies only*, and differ in how low.
+# error is several times larger than that of the others, because it does not see the finer part of LL. That is the trade.
+# Paper and released code agree on *low frequencies only*, and differ in how low.
 #
 # Slide between the Haar loss and the pixel loss and watch the texture fade.
 
@@ -381,8 +382,8 @@ assert bytes_kept(haar_ll_l1_loss) == 3 * 32 * 32 // 4, "two bits for each of 3�
 #
 # ## 6 · What does the paper report?
 #
-# Table 5 of the paper, SeeSR on DIV2K-val; its numbers, not ours. Lower LPIPS is closer to the truth, more of the
-# others is better.
+# Table 5 of the paper, SeeSR on DIV2K-val; its numbers, not ours. LPIPS is a distance to the truth, so less is better.
+# The others score the picture alone, and more is better.
 #
 # | structure loss | LPIPS ↓ | MANIQA ↑ | MUSIQ ↑ | CLIPIQA ↑ | aesthetic ↑ |
 # |---|---|---|---|---|---|

@@ -12,7 +12,7 @@
 # **You will build a quality score from two sentences, send its gradient into a picture, and watch the score rise while
 # the picture gets worse.**
 #
-# Half a minute on two cores; nothing to download. Needs only that you can read a little PyTorch.
+# A quarter of a minute on two cores; nothing to download. Needs only that you can read a little PyTorch.
 #
 # NAVIGATION
 #
@@ -65,15 +65,15 @@ def gradient(score, x):
 # %% [markdown]
 # ## 1 · How can two sentences measure quality?
 #
-# CLIP is two networks, one for pictures and one for text. Both answer with a list of numbers, and training has made the
-# two lists point in the same direction where a picture and a sentence belong together. How close two directions are
-# says the cosine of the angle between them. CLIP-IQA trains nothing more. It asks: does the picture point more towards
+# CLIP is two networks, one for pictures and one for text. Both answer with a list of numbers, its *features*. Training has
+# made the two lists point in the same direction where a picture and a sentence belong together. The cosine of the angle
+# between them says how well they agree. CLIP-IQA trains nothing more. It asks: does the picture point more towards
 # *"Good image"* or more towards *"bad image"*?
 #
 # $$r=\frac{e^{s\,c_+}}{e^{s\,c_+}+e^{s\,c_-}},\qquad c_\pm=\cos(\text{picture},\text{sentence}_\pm),\qquad s=100$$
 #
-# That is a softmax over two cosines, multiplied by CLIP's own scale $s$. Divide both lines of the fraction by the first
-# exponential and it gets simpler: **only the difference counts**, $r=\sigma\bigl(s\,(c_+-c_-)\bigr)$ with
+# That is a softmax over two cosines, each multiplied by CLIP's own scale $s$. Divide numerator and denominator by
+# $e^{s\,c_+}$ and it gets simpler: **only the difference counts**, $r=\sigma\bigl(s\,(c_+-c_-)\bigr)$ with
 # $\sigma(u)=1/(1+e^{-u})$.
 #
 # Published CLIP-IQA, as the package pyiqa has it, asks five pairs (good/bad, sharp/blurry image, sharp/blurry edges,
@@ -221,8 +221,8 @@ show(
 # ## 4 · How does a picture enter?
 #
 # CLIP wants every colour shifted and scaled: $(x-\text{mean})/\text{std}$ per channel, with three fixed means and
-# deviations. CLIP-IQA feeds the picture at its full size (for that it drops CLIP's position embedding, which knows only
-# 224×224), so this is all of its preprocessing. The gradient of it is $1/\text{std}$, nothing more.
+# deviations. CLIP-IQA takes the picture at its full size (for that it drops CLIP's position embedding, which knows only
+# 224×224), so this is all of its preprocessing. Its gradient is $1/\text{std}$, nothing more.
 
 # %%
 clip_mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
@@ -274,7 +274,9 @@ check("softmax of two and sigmoid", z.softmax(-1)[0, 0], torch.sigmoid(z[0, 0] -
 # ## 6 · What does the reward ask for?
 #
 # Take the softened eye, as a super-resolution model might leave it, and follow the gradient of the score uphill. Every
-# step has the same length: on average a pixel moves by 0.003, less than one grey level of 255.
+# step has the same length: on average a pixel moves by 0.003, less than one grey level of 255. Beside the score we watch
+# two measures of closeness to the truth (SSIM, which is 1 for equal pictures, and PSNR in decibels) and the *judge*: a
+# second quality score, about 0 for a ruined and 100 for an untouched picture, that no model here was trained to please.
 
 
 # %%
@@ -322,9 +324,10 @@ show(
 assert (scores[:31].diff() > 0).all() and similarity[30] < similarity[0] - 0.3 and judge[30] < judge[0] - 0.3
 
 # %% [markdown]
-# **What to see.** Score up, fidelity down, from the very first steps. At step 10 the score is far above that of the
-# truth itself. This is **reward hacking**, Figure 2 of the paper in small. The paper describes "a specific stylization"
-# and "strange lines". Our lines are not strange at all, once you measure them.
+# **What to see.** Score up, fidelity down: slowly in the first steps, then faster. At step 10 the score is far above that
+# of the truth itself, and the judge, who was not asked, likes the picture less than the start. This is **reward
+# hacking**, Figure 2 of the paper in small. The paper describes "a specific stylization" and "strange lines". Our lines
+# are not strange at all, once you measure them. We take the Fourier transform of the change.
 
 # %%
 change = torch.fft.fft2(path[30] - start[0]).abs().square().sum(0)
@@ -336,8 +339,8 @@ print(
 assert share > 0.6
 
 # %% [markdown]
-# MiniIQA first folds 2×2 pixels into channels and later skips every second position. It looks at the picture through a
-# grid of period 4, and the cheapest way to please it is a pattern on that grid. Any convolutional or patch network has
+# MiniIQA first folds 2×2 pixels into channels and later skips every second position. So it looks at the picture through a
+# grid of period 4, and the cheapest way to please it is a pattern on that grid. Any network with strides or patches has
 # such a grid. *What a hacked picture shows is the signature of the reward.*
 #
 # Here we changed pixels, which may become anything. RFSR changes the weights of a diffusion model, which cannot draw
@@ -393,7 +396,7 @@ assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1
 # %% [markdown]
 # **What to see.** $q$ never gets tired, the score does, by a factor of more than ten thousand. In 32-bit numbers it
 # finally *is* 1, and its gradient exactly 0. So saturation does stop the ascent, but long after the picture is ruined.
-# And it stops only those who step by the size of the gradient: ours is normalised, Adam's is too, nearly. For them a
+# It slows down only those who step by the size of the gradient. Our step is normalised, and Adam's nearly is: for them a
 # thousandth of a gradient is as good as a whole one. A bounded reward needs a guard like any other; notebook 07 has it.
 #
 # The released code takes $\text{relu}(2-r)$ as the loss of both rewards. For a score below 1 that is the line $2-r$:
@@ -401,8 +404,8 @@ assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1
 #
 # ## 8 · From score to loss
 #
-# Equations 4 and 5 of the paper, for a batch of $N$ pictures, with the minus sign that turns "higher is better" into
-# something to minimise:
+# Equations 4 and 5 of the paper, for rewards $r_k$ with weights $\lambda_k$ and a batch of $N$ pictures. The paper does
+# not say how a reward becomes a loss; here a minus sign turns "higher is better" into something to minimise:
 #
 # $$\mathcal L_{reward}=\sum_k\lambda_k\,\frac1N\sum_{n}\bigl(-r_k(x_n)\bigr)$$
 #
@@ -410,8 +413,8 @@ assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1
 # be readable.
 #
 # The gradient also has to go on, into whatever made the pictures. The package scores one reward at a time, keeps only
-# its image gradient and lets the rest go; memory is that of the largest reward, not of all. From outside nothing of
-# that may show. As a stand-in for the diffusion model we take one brightness $w$ per picture.
+# its image gradient and lets the rest go, so it needs memory for the largest reward, not for all. The result must be the
+# same as without this trick. As a stand-in for the diffusion model we take one brightness $w$ per picture.
 
 # %%
 batch = torch.cat([eye, start, path[20:21]])
@@ -586,9 +589,9 @@ def smooth_reward():
 exercise(2, verify_smooth)
 
 # %% [markdown]
-# **Exercise 3 (harder).** A guard of notebook 04's kind: climb for 20 steps of length 0.5 as `ascend` does (leave out
-# its `clamp`), but do not touch the Haar LL band. Return the last picture. Predict first: will it stay nearer to the
-# truth?
+# **Exercise 3 (harder).** A guard like the structure loss of notebook 04: climb for 20 steps of length 0.5 as `ascend`
+# does (leave out its `clamp`), but do not touch the Haar LL band, the half-size picture of 2×2 sums, halved. Return the
+# last picture. Predict first: will it stay nearer to the truth?
 # <details><summary>Hint</summary>Take its LL part from every gradient: `haar_ll(g)`, each coefficient halved, repeated
 # over its 2×2 block.</details>
 
