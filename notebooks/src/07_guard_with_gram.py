@@ -89,7 +89,7 @@ assert judged["reward climbed"] < judged["pre-trained model"] - 10
 # %% [markdown]
 # **What to see.** The reward now prefers our picture to the *true photograph*, and it is covered with a pattern that
 # no cat has. SSIM, which was never optimised, collapsed. So did the *judge*, a held-out network built differently from
-# the reward. A score that rises while the picture spoils is *reward hacking*. The paper finds that in super-resolution
+# the reward (about 0 for a ruined picture, 100 for an untouched one). A score that rises while the picture spoils is *reward hacking*. The paper finds that in super-resolution
 # it often shows "as strong stylization". So: watch the style.
 #
 # ## 2 · What is style? A Gram matrix on paper
@@ -160,15 +160,17 @@ check("the package divides by CHW", gram_matrix(odd), ways["/ CHW"](odd), 1e-12)
 check("its joint_layer_norm", gram_matrix(odd, joint_layer_norm=True), ways["layer norm, / CHW"](odd), 1e-12)
 
 # %% [markdown]
-# **What to see.** Dividing by places makes pictures of different sizes comparable. Squared, a contrast of 2 still
-# counts 4; layer norm forgets contrast altogether, so features that only grow *stronger* do not show in it. Dividing
-# by $C$ lets layers of 64 and of 512 channels be added. Whoever changes the normalisation by a factor must change
-# $\lambda_r$ by its square.
+# **What to see.** Dividing by places makes pictures of different sizes comparable. Every entry is a product of two
+# features, so twice the contrast counts four times. Layer norm forgets contrast altogether: features that only grow
+# *stronger* do not show in it. Dividing by $C$ lets layers of 64 and of 512 channels be added. And since the loss is a
+# squared distance, whoever multiplies the Gram matrix by a factor must divide the weight of the loss, $\lambda_r$, by
+# its square.
 #
 # ## 4 · Does it measure style, even at random?
 #
 # VGG19 usually carries ImageNet weights. Ours are random: seeded, never trained. Random filters still answer to
-# orientations and scales. Six patches of three textures, and the distance of equation 6 between all pairs:
+# orientations and scales. Six patches of three textures, and between all pairs the distance of equation 6: the squared
+# difference of the Gram matrices, summed over five layers (section 5 has the formula).
 
 
 # %%
@@ -215,6 +217,7 @@ assert within < between
 #
 # $$\mathcal L_{gram\text{-}kl}=\sum_l w_l\,\frac1N\sum_n\bigl\|G(F^l_n)-G(F'^l_n)\bigr\|_2^2$$
 #
+# $\|\cdot\|_2^2$ is here the sum of all squared entries (for a matrix one says *Frobenius norm*).
 # $F^l$ are VGG19's features of layer $l$ for the picture of the model in training, $F'^l$ for that of the frozen model.
 # With $D=G-G'$ and $G=FF^\mathsf T/CHW$, the derivative is
 # $\partial\mathcal L/\partial F=\frac{4}{N\,CHW}\,D\,F$ ($D$ is symmetric, and $F$ occurs twice).
@@ -274,9 +277,9 @@ print("the reference received no gradient")
 # ## 6 · What the Gram distance alone can paint
 #
 # The classic proof that Gram matrices hold style is to paint with them. Start from the cat's eye and lower its
-# distance to a texture: style transfer, in thirty lines with the drawing of the textures. We take three shallow
-# layers, whose filters see at most 48 pixels, and L-BFGS, an optimiser for problems without random batches. The
-# network is still the random stand-in; nothing here has learned from pictures.
+# distance to a texture: style transfer, in thirty lines. We take three shallow layers, whose filters see at most 48
+# pixels, and L-BFGS, an optimiser for problems without random batches. The network is still the random stand-in;
+# nothing here has learned from pictures.
 
 # %%
 y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
@@ -380,9 +383,9 @@ with torch.no_grad():
 # ## 8 · Four ways to hold a model back
 #
 # * **None.** Only the reward counts.
-# * **KL.** Keep each denoising step's distribution near the frozen model's. Both are Gaussians of the same width, and
-#   then the Kullback–Leibler divergence is their squared distance over $2\sigma^2$: the package takes the mean squared
-#   change of the network's output (`kl=True`).
+# * **KL.** Keep each denoising step's distribution near the frozen model's. With a sampler that adds noise, both are
+#   Gaussians of the same width, and then the Kullback–Leibler divergence is the squared distance of their means over
+#   $2\sigma^2$: the package takes the mean squared change of the network's output (`kl=True`).
 # * **LoRA.** Train not the matrix $W$ but a thin product: $W+BA$ of rank $r$. Few numbers, so little room to cheat;
 #   $B=0$ at the start, so training begins at the pre-trained model.
 # * **Gram-KL.** Change what you like, in whatever place, but keep the statistics of textures.
@@ -513,10 +516,11 @@ show(
 # minimises.
 #
 # Is the *trade* better, or do guards only stop earlier? The curves are sobering. Up to a reward of about 0.75 no guard,
-# KL and Gram-KL lie nearly on one line in SSIM, LoRA below it, and the judge ends higher for KL than for Gram-KL. So in
-# numbers our small test does not show an advantage of Gram-KL; by eye it keeps the style best. An unguarded run that is
-# stopped in time is about as good, but somebody has to know when. Two pictures, one noise level, twenty steps and a
-# random VGG19 decide nothing about the real one: notebook 09 compares the guards over whole training runs.
+# KL and Gram-KL lie nearly on one line in SSIM, LoRA below it. The judge is least kind to Gram-KL: at its last reward it
+# stands lower than with no guard at all, and KL ends highest. So in numbers our small test does not show an advantage of
+# Gram-KL; by eye it keeps the style best. An unguarded run that is stopped in time is about as good, but somebody has to
+# know when. Two pictures, one noise level, twenty steps and a random VGG19 decide nothing about the real one. Notebook 09
+# looks at whole training runs, with Gram-KL and without.
 #
 # Slide through the guards and compare the rims of the flower.
 

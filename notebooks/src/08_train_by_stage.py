@@ -94,8 +94,8 @@ check("steps that training draws from", by_step.steps(), [*range(1, 21), *range(
 
 # %% [markdown]
 # Twenty steps get structure, ten get reward, and twenty in the middle get *nothing*: they are sampled and never
-# trained. (Equation 7 itself writes st ∈ [st₂, st_latest] with st₂ = 40, which would include step 40. We follow the
-# text, 41.)
+# trained. (Below equation 7 the paper writes st ∈ [st₂, st_latest] with st₂ = 40, which would include step 40. We
+# follow its section 3.5, [41, 50].)
 #
 # A training iteration draws one of the 30 steps with equal chance, so two of three iterations train structure. Stopping
 # at step st costs st − 1 passes of the network without gradient, then one with; a reward step needs one more, by the
@@ -151,11 +151,11 @@ for count in (50, 20, 10):
 
 # %% [markdown]
 # **What to see.** The stages stay where they are in noise; only the counting changes. With 20 steps, the number that
-# PASD uses, the rule in timesteps gives reward at 17–20 while the paper writes st₂ = 17, so 18–20: step 17 is t = 151.
+# PASD uses (one of the paper's three base models), the rule in timesteps gives reward at 17–20 while the paper writes st₂ = 17, so 18–20: step 17 is t = 151.
 # `TimestepWindows.from_steps(8, 17, 20)` is the paper's wording.
 #
-# From here on we sample with **10** steps, structure at 1–4 and reward at 9–10. That takes a quarter of the passes, and
-# the minute that this notebook has is enough to train.
+# From here on we sample with **10** steps, structure at 1–4 and reward at 9–10. That takes a quarter of the passes, so
+# there is time to train.
 #
 # ## 2 · How do we get to step st?
 #
@@ -182,7 +182,7 @@ def roll_out(model, condition, st, noise):
     return z, timesteps[st - 1]
 
 
-lr, gt, prompts, numbers = batch(5, 2)
+lr, gt, prompts, numbers = batch(10, 1)
 condition = model.encode_condition(lr, prompts)
 for st in (1, 4, 9, 10):
     z, t = roll_out(model, condition, st, generators(0, numbers))
@@ -229,7 +229,8 @@ show(
 # chosen for our small networks and rewards; the paper's are in the preset `paper`.
 #
 # To test it, we let the student differ a little from the frozen model, as after some training. Then we compare value
-# *and* gradient with the package's objective, at the first and last step of each window.
+# *and* gradient with the package's objective, at the first and last step of each window. (One picture is enough here;
+# section 5 compares batches.)
 
 # %%
 LAMBDA = {"dwt": 4.0, "iqa": 0.1, "preference": 0.005, "gram": 2000.0}
@@ -289,10 +290,11 @@ def slope(loss):
 
 for st in (1, 4, 9, 10):
     by_hand = equation_7(student, model, st, lr, gt, prompts, generators(0, numbers))
+    ours = slope(by_hand)  # and what backward kept is free again
     package, log = objective(lr, gt, prompts, st, generators(0, numbers))
+    theirs = slope(package)
     check(f"step {st:2d}: loss", by_hand, package, 1e-6)
-    ours, theirs = slope(by_hand), slope(package)
-    check(f"step {st:2d}: gradient, relative", ours / theirs.norm(), theirs / theirs.norm(), 1e-4)
+    check(f"step {st:2d}: gradient, distance over length", (ours - theirs).norm() / theirs.norm(), 0, 1e-4)
     print("         ", ", ".join(f"{name} {value.item():.2g}" for name, value in log.items() if name != "loss"))
 for st in (0, 5, 8, 11):
     try:
@@ -306,7 +308,7 @@ for st in (0, 5, 8, 11):
 # ## 4 · Why only one step with gradient?
 #
 # We could let the gradient flow back through the last $K$ steps, or all of them. The paper warns that gradients over
-# the whole process "can lead to gradient explosion", and cites work that trains the last step alone. Let us measure,
+# the whole process "can lead to gradient explosion", and cites work that has a gradient in the last step alone. Let us measure,
 # with 50 sampling steps, on one picture: for the reward at st = 50 and for structure at st = 20.
 
 # %%
@@ -343,7 +345,7 @@ def through(K, st, loss):
 # %%
 losses = {"reward, st 50": (50, lambda image: -iqa.score(image.clamp(0, 1)).mean()),
           "structure, st 20": (20, lambda image: (LL(image) - LL(one_gt)).abs().mean())}  # fmt: skip
-depths = (1, 2, 5, 20)
+depths = (1, 2, 5, 10)
 measured = {name: [through(K, *loss) for K in depths] for name, loss in losses.items()}
 for name, rows in measured.items():
     for K, (value, megabytes, norm) in zip(depths, rows, strict=True):
@@ -353,7 +355,7 @@ for name, rows in measured.items():
 memory = [row[1] for row in measured["reward, st 50"]]
 norms = {name: [row[2] for row in rows] for name, rows in measured.items()}
 check("memory is a straight line", (memory[2] - memory[0]) / (memory[1] - memory[0]), 4.0, 0.2)
-assert norms["reward, st 50"][-1] > 5 * norms["reward, st 50"][0], "the reward's gradient must grow"
+assert norms["reward, st 50"][-1] > 4 * norms["reward, st 50"][0], "the reward's gradient must grow"
 assert norms["structure, st 20"][-1] < 1.2 * norms["structure, st 20"][0], "the structure's must not"
 
 # %%
@@ -368,14 +370,15 @@ ends = "; ".join(
     f"{name}: from {rows[0][1]:.0f} MB and norm {rows[0][2]:.2f} to {rows[-1][1]:.0f} MB and norm {rows[-1][2]:.2f}"
     for name, rows in measured.items()
 )
-show(figure, f"Memory and gradient norm over the number K of last steps with gradient, 1 to 20. {ends}.")
+show(figure, f"Memory and gradient norm over the number K of last steps with gradient, 1 to 10. {ends}.")
+del learner, weights, modules, path  # room for training
 
 # %% [markdown]
 # **What to see.** Memory grows by the same amount with each step, on top of what the decoder and the reward keep. At
 # the size of Stable Diffusion and 512 pixels that slope is what forbids large $K$. The gradient norm tells a more
-# careful story than the paper's "explosion". For the reward it grows more than tenfold from $K=1$ to 20, ever more
+# careful story than the paper's "explosion". For the reward it grows many times over from $K=1$ to 10, but ever more
 # slowly; the jump from 1 to 2 has a reason that section 7 finds. For structure it does not grow at all. Ours is a small
-# model that predicts *velocity*, and we went back 20 steps of 50: a network that predicts noise, or all 50 steps, may
+# model that predicts *velocity*, and we went back 10 steps of 50: a network that predicts noise, or all 50 steps, may
 # behave worse.
 #
 # And the loss is *equal* for every $K$. A training log cannot tell how many steps had gradient. Keep that in mind for
@@ -415,7 +418,7 @@ def train_by_hand(iterations, n=2, learning_rate=3e-5, decay=0.95, seed=0):
             loss = loss + LAMBDA["gram"] * gram_distance(image, before)  # eq. 6
         adam.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # the released code does; the paper is silent
         adam.step()
         d = min(decay, (1 + k) / (10 + k)) if k else 0.0  # section 6 explains this line
         for a, p in zip(average, parameters, strict=True):
@@ -424,19 +427,19 @@ def train_by_hand(iterations, n=2, learning_rate=3e-5, decay=0.95, seed=0):
     return rows, average
 
 
-by_hand, average = train_by_hand(10)
+by_hand, average = train_by_hand(8)
 
 # %% [markdown]
 # And the same with the package. What the loop does not have, the trainer adds: checkpoints that survive a kill,
-# held-out measurements, several processes, mixed precision, non-finite steps skipped. Equal losses at iteration 10 mean
-# equal weights after iterations 1 to 9, so the comparison covers Adam, clipping and gradients as well. The trainer's
+# held-out measurements, several processes, mixed precision, non-finite steps skipped. Equal losses at iteration 8 mean
+# equal weights after iterations 1 to 7, so the comparison covers Adam, clipping and gradients as well. The trainer's
 # *result* is the moving average; ours must agree with it, too.
 
 # %%
 folder = tempfile.TemporaryDirectory()
 settings = dict(
-    num_inference_steps=10, structure_window=[1, 4], reward_window=[9, 10], batch_size=2, iterations=10,
-    output_dir=f"{folder.name}/ten",
+    num_inference_steps=10, structure_window=[1, 4], reward_window=[9, 10], batch_size=2, iterations=8,
+    output_dir=f"{folder.name}/eight",
 )  # fmt: skip
 config = RFSRConfig.load("mini", settings)
 parts = dict(
@@ -444,23 +447,24 @@ parts = dict(
     rewards=[WeightedReward(iqa, LAMBDA["iqa"]), WeightedReward(preference, LAMBDA["preference"])],
 )  # fmt: skip
 with redirect_stderr(io.StringIO()):  # hides the progress bar
-    ten = RFSRTrainer(config, model.reference(), **parts).train()
+    eight = RFSRTrainer(config, model.reference(), **parts).train()
 
 # %%
-history = ten.history
+history = eight.history
 print(" st  window      by hand    trainer")
 for (st, loss, _), row in zip(by_hand, history.itertuples(), strict=True):
     print(f"{st:3d}  {row.window:9s}  {loss:8.3f}   {row.loss:8.3f}")
 check("steps drawn", [row[0] for row in by_hand], history.step, 0)
 check("losses", [row[1] for row in by_hand], history.loss, 1e-6)
-check("gradient norms, relative", [row[2] for row in by_hand] / history.grad_norm, [1.0] * 10, 1e-3)
+check("gradient norms, relative", [row[2] for row in by_hand] / history.grad_norm, [1.0] * 8, 1e-3)
 
 mine, theirs, begin = (
     torch.cat([p.detach().flatten() for p in tensors])
-    for tensors in (average, trainable(ten.model)[1], trainable(model)[1])
+    for tensors in (average, trainable(eight.model)[1], trainable(model)[1])
 )
 check("averaged weights, relative to how far they moved", (mine - theirs).norm() / (mine - begin).norm(), 0.0, 0.01)
 print(f"{len(mine) / 1e6:.1f} million numbers averaged, in {len(average)} tensors")
+del eight, average, mine, theirs, begin  # room for the longer run
 
 # %% [markdown]
 # ## 6 · What does the average do?
@@ -519,14 +523,14 @@ show(figure, f"A noisy weight rises towards 1 in 600 iterations. Its averages en
 #
 # ## 7 · Live: does it help?
 #
-# Thirty iterations of four pictures, a quarter of what the preset takes and a tiny part of the paper's 10 000.
-# Expect little. We measure on held-out pictures, with the same noise before and after.
+# Thirty iterations of three pictures: a fifth of what the preset `mini` sees and a tiny part of the paper's 10 000
+# iterations of eight. Expect little. We measure on held-out pictures, with the same noise before and after.
 
 # %%
 scorers = {"MiniIQA": iqa.score, "MiniPreference": preference.score, "judge": Judge.from_pretrained().score}
 with redirect_stderr(io.StringIO()):
     before = evaluate(model, test, scorers, num_inference_steps=10, name="before")
-    longer = config.replace(batch_size=4, iterations=30, output_dir=f"{folder.name}/thirty")
+    longer = config.replace(batch_size=3, iterations=30, output_dir=f"{folder.name}/thirty")
     run = RFSRTrainer(longer, model.reference(), **parts).train()
     after = evaluate(run.model, test, scorers, num_inference_steps=10, name="after")
 change = compare(pd.concat([before, after]), "before", "after")

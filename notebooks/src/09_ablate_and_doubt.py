@@ -74,9 +74,10 @@ show(
 
 # %% [markdown]
 # **What to see.** Without Gram-KL everything is contrast and speckle: this is what *reward hacking* looks like. With
-# the structure loss alone the picture is calm and soft. RFSR lies between. PSNR (closeness to the truth, in dB) agrees.
-# But look at the *judge*, a quality score that no training ever saw: on this cat it likes the speckled picture best!
-# One picture proves nothing, and no judge is beyond fooling. We need many pictures, several runs, and doubt.
+# the structure loss alone the picture is calm and soft. RFSR lies between. PSNR (closeness to the truth, in dB)
+# agrees. But look at the *judge*, a quality score that no training ever saw (about 0 for a ruined picture, 100 for an
+# untouched one): on this cat it likes the speckled picture best! One picture proves nothing, and no judge is beyond
+# fooling. We need many pictures, several runs, and doubt.
 #
 # ## 2 · What do the paper's tables say?
 #

@@ -193,9 +193,10 @@ show(figure, f"Bytes per pixel, forward and backward: {rows}.")
 # ## 4 · How fast could it be?
 #
 # A machine has two limits: how many bytes it moves per second, and how many operations it does. No program is faster
-# than either; that is the *floor*. Which one counts follows from the *arithmetic intensity*, operations per byte.
-# We take a GPU's two numbers from its data sheet: NVIDIA names 4.8 TB/s and, without tensor cores, 67 TFLOP/s for the
-# H200 in fp32. **No GPU has run here; what follows is arithmetic, not measurement.** Section 9 measures this machine.
+# than either; that is the *floor*. Which one counts follows from the *arithmetic intensity*, operations per byte. We
+# take a GPU's two numbers from its data sheet: NVIDIA names 4.8 TB/s and, without tensor cores (units for products of
+# small matrices), 67 TFLOP/s for the H200 in fp32. **No GPU has run here; what follows is arithmetic, not
+# measurement.** Section 9 measures this machine.
 
 # %%
 H200 = {"bytes": 4.8e12, "flops": 67e12}
@@ -243,10 +244,10 @@ show(
 #
 # ## 5 · Threads, simulated
 #
-# A GPU runs one small function, the *kernel*, in thousands of *threads* at once. Threads come in *blocks*; a block has a
-# little memory of its own (`shared`) and can wait for all its threads (`__syncthreads()`). Nothing else is promised:
-# threads advance in any order, and so do blocks. That can be simulated in fifteen lines. A kernel is a Python generator
-# here; at a `yield` any other thread may go on, and `yield "sync"` waits for the block.
+# A GPU runs one small function, the *kernel*, in thousands of *threads* at once. Threads come in *blocks*; a block
+# has a little memory of its own (`shared`) and can wait for all its threads (`__syncthreads()`, a *barrier*). Nothing
+# else is promised: threads advance in any order, and so do blocks. That can be simulated in fifteen lines. A kernel
+# is a Python generator here; at a `yield` any other thread may go on, and `yield "sync"` waits for the block.
 
 
 # %%
@@ -362,9 +363,10 @@ check("the tree, within fp32", sums[add_as_tree][0], exact, 1e-6)
 caught(lambda: check("racing", racing[0], exact, 1e-6))
 
 # %% [markdown]
-# **What to see.** Racing threads lose most of the sum. Atomic additions lose nothing, but rounding depends on the order,
-# so a training run cannot be repeated bit for bit. The tree always adds the same pairs in the same order. It costs
-# a barrier per level, and there are only six levels for 64 numbers. In the package:
+# **What to see.** Racing threads lose most of the sum. *Atomic* additions, each of which reads and writes in one go,
+# lose nothing, but rounding depends on the order, so a training run cannot be repeated bit for bit. The tree always
+# adds the same pairs in the same order. It costs a barrier per level, and there are only six levels for 64 numbers.
+# In the package:
 #
 # ```cpp
 # // csrc/cuda/sums.cuh
@@ -542,8 +544,9 @@ print(f"{kept.nbytes} bytes are kept for backward; x and y would be {x13.nbytes 
 #
 # once every 128 pixels. The two inputs have sums of their own until then, so equal features give exactly 0.
 #
-# Backward, one small matrix $S$ serves all three distances: $\partial L/\partial F_1=SF_1/(CHWN)$, with the table of
-# $S$ in the second cell.
+# `gram_loss` knows three distances: the squared norm of $D$ (`l2`, equation 6), the sum of its absolute values (`l1`)
+# and the norm itself (`fro`). Backward, one small matrix $S$ serves all three: $\partial L/\partial F_1=SF_1/(CHWN)$,
+# with the table of $S$ in the second cell.
 #
 # For features we take the 5×5 neighbourhood of each pixel of two places of the photograph: 75 channels, no multiple of
 # any tile.
@@ -726,11 +729,11 @@ rated = ", ".join(f"{name} {rate:.1f} GFLOP/s" for name, rate in rates.items())
 show(roofline(here, at, rates), f"Roofline of this computer, measured, forward only: {rated}.")
 
 # %% [markdown]
-# **What to see.** The nearer a point is to the slope, the less its program wastes. (A program that only reads may even
-# lie above the line, because a copy also writes.) The plain C++ loop reads each number once, as it should. What does the
-# package's kernel add? Sixteen sums side by side, so that one addition need not wait for the last; threads; any strides
-# and four number types; the signs; and a fixed order. `python -m benchmarks` in the repository repeats this with care,
-# against every other implementation we know.
+# **What to see.** The nearer a point is to the slope, the less its program wastes. (A program that only reads may
+# even lie above the line, because a copy also writes.) The plain C++ loop reads each number once, as it should. What
+# does the package's kernel add? Sixteen sums side by side, so that one addition need not wait for the last; threads;
+# any memory layout and four number types; the signs; and a fixed order. `python -m benchmarks` in the repository
+# repeats this with care, against every other implementation we know.
 #
 # Without a GPU, how does one trust a CUDA kernel? The package's tests do what section 5 does, in C++: they compile
 # the same lines of `csrc/cuda/` for the host, threads and barriers simulated, and compare every size, rule and type with the

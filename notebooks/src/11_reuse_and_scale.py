@@ -205,7 +205,7 @@ alpha = noise_scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
 foreseen = alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction  # for velocity; notebook 01 has the others
 images = vae.decode(foreseen / vae.config.scaling_factor).sample / 2 + 0.5
 structure = haar_ll_l1_loss(images, gt, weight=(timesteps >= 600).float())
-accelerator.backward(loss + 0.1 * structure)
+accelerator.backward(loss + 0.1 * structure)  # the script's optimizer.step() follows as before
 
 check("foreseen latents and the package", foreseen, model.pred_original_sample(prediction, timesteps, noisy), 1e-6)
 each = haar_ll_l1_loss(images, gt, reduction="none")
@@ -225,6 +225,7 @@ show(
     f"losses are {each[0]:.2f} and {each[1]:.2f}; only the second has weight 1.",
 )
 del loss, structure, images, foreseen, prediction, residuals, middle, each  # and with them what backward kept
+unet.zero_grad(), controlnet.zero_grad()
 
 # %% [markdown]
 # **What to see.** The saucer is smooth: at large $t$ the model can only foresee structure, and structure is
@@ -321,7 +322,7 @@ class PixelISR(PixelSampler):
 # %%
 def preflight(model):
     assert isinstance(model, ISRModel), "a member of the protocol is missing"
-    lr, gt, prompts = batch(3)
+    lr, gt, prompts = batch(3, 2)
     condition, z0 = model.encode_condition(lr, prompts), model.encode(gt)
     assert psnr(model.decode(z0).detach().clamp(0, 1), gt).min() > 22, "decode does not undo encode"
 
@@ -579,8 +580,9 @@ check("activations grow with the area", sum(kept_for_backward(256).values()) / s
 
 # %% [markdown]
 # **What to see.** The paper trains batches of 8 on two A100 with 80 GB, so four pictures on each. Counted this way they
-# just fit, in plain fp32. The largest single item is the *decoder*: RFSR's losses look at pixels, and the gradient
-# passes through the decoder to reach the latents. Left out are the two rewards, SeeSR's extra attentions, temporary
+# fit, in plain fp32. Weights and what belongs to them take nearly half. Of what each picture adds (orange), the
+# *decoder* is by far the largest: RFSR's losses look at pixels, and the gradient passes through the decoder to reach
+# the latents. Left out are the two rewards, SeeSR's extra attentions, temporary
 # memory of kernels, and what PyTorch keeps in reserve. In practice one takes `mixed_precision=bf16`, which stores most
 # activations in half the bytes.
 #
