@@ -224,8 +224,8 @@ show(
     "What the mini model foresees, beside the truth: a cup from noise at timestep 200, and a saucer at 900. The structure "
     f"losses are {each[0]:.2f} and {each[1]:.2f}; only the second has weight 1.",
 )
-del loss, structure, images, foreseen, prediction, residuals, middle, each  # and with them what backward kept
 unet.zero_grad(), controlnet.zero_grad()
+del loss, structure, images, foreseen, prediction, residuals, middle, each  # and with them what backward kept
 
 # %% [markdown]
 # **What to see.** The saucer is smooth: at large $t$ the model can only foresee structure, and structure is
