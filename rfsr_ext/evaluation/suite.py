@@ -7,9 +7,7 @@ variant, colour channel, border and seed were used decides a number as much as t
 
 import contextlib
 import importlib.util
-import logging
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,8 +18,10 @@ from torch import Tensor
 
 from rfsr_ext.evaluation.judge import Judge
 from rfsr_ext.evaluation.metrics import psnr, ssim
-from rfsr_ext.rewards.pyiqa_metric import import_pyiqa
+from rfsr_ext.rewards.clip_iqa import CLIPIQA
+from rfsr_ext.rewards.pyiqa_metric import create_metric
 from rfsr_ext.weights import registry
+from rfsr_ext.weights.registry import METRIC_FILES
 
 __all__ = ["METRICS", "PRESETS", "Metric", "Preset", "Suite", "get_preset"]
 
@@ -31,17 +31,15 @@ class Metric:
     """One metric.
 
     Attributes:
-        what: it is called in papers.
+        what: its name in papers.
         reference: whether it compares with the ground truth.
         lower_better: whether less is better.
-        files: names in `rfsr_ext.weights.registry.FILES` it needs.
         own: whether it is this package's instead of pyiqa's.
     """
 
     what: str
     reference: bool = False
     lower_better: bool = False
-    files: tuple[str, ...] = ()
     own: bool = False
 
 
@@ -50,27 +48,27 @@ METRICS: dict[str, Metric] = {
     "ssim": Metric("SSIM", reference=True, own=True),
     "judge": Metric("the mini model's judge", own=True),
     # the paper's five, and their variants
-    "lpips": Metric("LPIPS (AlexNet)", True, True, ("alexnet", "lpips")),
-    "lpips-vgg": Metric("LPIPS (VGG16)", True, True, ("vgg16", "lpips-vgg")),
-    "maniqa": Metric("MANIQA (KonIQ-10k)", files=("maniqa-vit", "maniqa")),
-    "maniqa-kadid": Metric("MANIQA (KADID-10k)", files=("maniqa-vit", "maniqa-kadid")),
-    "maniqa-pipal": Metric("MANIQA (PIPAL)", files=("maniqa-vit", "maniqa-pipal")),
-    "musiq": Metric("MUSIQ (KonIQ-10k)", files=("musiq",)),
-    "musiq-ava": Metric("MUSIQ (AVA)", files=("musiq-ava",)),
-    "musiq-paq2piq": Metric("MUSIQ (PaQ-2-PiQ)", files=("musiq-paq2piq",)),
-    "musiq-spaq": Metric("MUSIQ (SPAQ)", files=("musiq-spaq",)),
-    "clipiqa": Metric("CLIP-IQA", files=("clip-rn50",)),
-    "clipiqa+": Metric("CLIP-IQA+", files=("clip-rn50", "clipiqa+")),
-    "clipiqa+_rn50_512": Metric("CLIP-IQA+ (RN50, fine-tuned)", files=("clip-rn50", "clipiqa+_rn50_512")),
-    "clipiqa+_vitL14_512": Metric("CLIP-IQA+ (ViT-L/14, fine-tuned)", files=("clip-vit-l14", "clipiqa+_vitL14_512")),
-    "laion_aes": Metric("LAION aesthetic score", files=("clip-vit-l14-aesthetic", "laion_aes")),
+    "lpips": Metric("LPIPS (AlexNet)", True, True),
+    "lpips-vgg": Metric("LPIPS (VGG16)", True, True),
+    "maniqa": Metric("MANIQA (KonIQ-10k)"),
+    "maniqa-kadid": Metric("MANIQA (KADID-10k)"),
+    "maniqa-pipal": Metric("MANIQA (PIPAL)"),
+    "musiq": Metric("MUSIQ (KonIQ-10k)"),
+    "musiq-ava": Metric("MUSIQ (AVA)"),
+    "musiq-paq2piq": Metric("MUSIQ (PaQ-2-PiQ)"),
+    "musiq-spaq": Metric("MUSIQ (SPAQ)"),
+    "clipiqa": Metric("CLIP-IQA"),
+    "clipiqa+": Metric("CLIP-IQA+"),
+    "clipiqa+_rn50_512": Metric("CLIP-IQA+ (RN50, fine-tuned)"),
+    "clipiqa+_vitL14_512": Metric("CLIP-IQA+ (ViT-L/14, fine-tuned)"),
+    "laion_aes": Metric("LAION aesthetic score"),
     # held out
-    "nima": Metric("NIMA (AVA)", files=("nima-trunk", "nima")),
-    "topiq_nr": Metric("TOPIQ without reference", files=("topiq-trunk", "topiq_nr")),
-    "topiq_fr": Metric("TOPIQ with reference", True, files=("topiq-trunk", "topiq_fr")),
-    "dists": Metric("DISTS", True, True, ("vgg16", "dists")),
-    "niqe": Metric("NIQE", lower_better=True, files=("niqe",)),
-    "brisque": Metric("BRISQUE", lower_better=True, files=("brisque",)),
+    "nima": Metric("NIMA (AVA)"),
+    "topiq_nr": Metric("TOPIQ without reference"),
+    "topiq_fr": Metric("TOPIQ with reference", True),
+    "dists": Metric("DISTS", True, True),
+    "niqe": Metric("NIQE", lower_better=True),
+    "brisque": Metric("BRISQUE", lower_better=True),
     # no file at all
     "ms_ssim": Metric("MS-SSIM (Y)", True),
     "cw_ssim": Metric("CW-SSIM (Y)", True),
@@ -129,7 +127,7 @@ PRESETS: dict[str, Preset] = {
         Preset("seesr", ("psnr", "ssim", "lpips", "dists", "niqe", "maniqa-pipal", "musiq", "clipiqa"), "y", 4),
         # What no reward here is made of, to notice when rewards are being fooled.
         Preset("held-out", ("dists", "topiq_fr", "topiq_nr", "nima", "niqe", "brisque")),
-        Preset("weightless", ("psnr", "ssim", *(name for name, m in METRICS.items() if not m.own and not m.files))),
+        Preset("weightless", ("psnr", "ssim", *(k for k, m in METRICS.items() if not m.own and k not in METRIC_FILES))),
     )
 }
 
@@ -162,20 +160,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _build(name: str, device: str | torch.device) -> Callable[..., Tensor]:
     """pyiqa's metric of this name."""
-    for file in METRICS[name].files:
-        registry.provide(file)
-    logging.getLogger("pyiqa").setLevel(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it loads; results belong on stdout
-            return import_pyiqa().create_metric(name, device=torch.device(device))
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"metric {name!r} cannot be loaded: {error}", name=error.name) from error
-    except Exception as error:  # whatever the content of a file makes pyiqa and torch stumble over
-        paths = ", ".join(str(registry.find(file)) for file in METRICS[name].files)
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"metric {name!r} cannot be built from {paths}, damaged or made for another architecture ({reason})"
-        ) from error
+    if name in CLIPIQA.VARIANTS:  # the same numbers; pyiqa's own loader takes learned prompts of any shape
+        return CLIPIQA(name).to(device).score
+    return create_metric(name, device=torch.device(device))
 
 
 class Suite:
@@ -203,7 +190,7 @@ class Suite:
                 f"{', '.join(published)} come from pyiqa; pip install 'rfsr_ext[metrics]', or take preset basic",
                 name="pyiqa",
             )
-        absent = registry.missing(dict.fromkeys(file for name in published for file in METRICS[name].files))
+        absent = registry.missing(dict.fromkeys(file for name in published for file in METRIC_FILES.get(name, ())))
         if absent:
             files = ", ".join(f"{name} ({registry.FILES[name].file})" for name in absent)
             raise FileNotFoundError(

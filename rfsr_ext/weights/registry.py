@@ -33,7 +33,7 @@ import torch
 
 from rfsr_ext.files import replace_file
 
-__all__ = ["FILES", "WeightFile", "fetch", "find", "locate", "missing", "provide"]
+__all__ = ["FILES", "METRIC_FILES", "WeightFile", "fetch", "find", "locate", "missing", "provide"]
 
 _CHUNK = 1 << 20
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
@@ -132,6 +132,28 @@ FILES: dict[str, WeightFile] = {
     "niqe": _pyiqa("niqe_modelparameters.mat", "NIQE"),
     "brisque": _pyiqa("brisque_svm_weights.pth", "BRISQUE"),
 }  # fmt: skip
+METRIC_FILES: dict[str, tuple[str, ...]] = {  # what pyiqa reads to build a metric, by the metric's name there
+    "lpips": ("alexnet", "lpips"),
+    "lpips-vgg": ("vgg16", "lpips-vgg"),
+    "maniqa": ("maniqa-vit", "maniqa"),
+    "maniqa-kadid": ("maniqa-vit", "maniqa-kadid"),
+    "maniqa-pipal": ("maniqa-vit", "maniqa-pipal"),
+    "musiq": ("musiq",),
+    "musiq-ava": ("musiq-ava",),
+    "musiq-paq2piq": ("musiq-paq2piq",),
+    "musiq-spaq": ("musiq-spaq",),
+    "clipiqa": ("clip-rn50",),
+    "clipiqa+": ("clip-rn50", "clipiqa+"),
+    "clipiqa+_rn50_512": ("clip-rn50", "clipiqa+_rn50_512"),
+    "clipiqa+_vitL14_512": ("clip-vit-l14", "clipiqa+_vitL14_512"),
+    "laion_aes": ("clip-vit-l14-aesthetic", "laion_aes"),
+    "nima": ("nima-trunk", "nima"),
+    "topiq_nr": ("topiq-trunk", "topiq_nr"),
+    "topiq_fr": ("topiq-trunk", "topiq_fr"),
+    "dists": ("vgg16", "dists"),
+    "niqe": ("niqe",),
+    "brisque": ("brisque",),
+}
 
 
 def _named(name: str) -> WeightFile:

@@ -12,6 +12,7 @@ from skimage.metrics import structural_similarity
 from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.evaluation import METRICS, PRESETS, Judge, Preset, Suite, get_preset, psnr, ssim
 from rfsr_ext.weights import registry
+from rfsr_ext.weights.registry import METRIC_FILES
 
 FREE = PRESETS["weightless"].metrics
 NEEDS_PYIQA = "pyiqa is not installed (pip install 'rfsr_ext[metrics]')"
@@ -45,7 +46,8 @@ def value(name, sr, gt, **options):
 
 
 def test_every_file_of_every_metric_is_in_the_registry():
-    used = {file for metric in METRICS.values() for file in metric.files}
+    assert set(METRIC_FILES) <= set(METRICS)
+    used = {file for files in METRIC_FILES.values() for file in files}
     assert used <= set(registry.FILES)
     assert set(registry.FILES) - used == {"vgg19", "imagereward", "bert-vocabulary"}  # of losses and rewards
 
@@ -54,7 +56,7 @@ def test_presets_name_the_variants():
     assert get_preset("rfsr-paper").metrics == ("lpips", "maniqa-pipal", "musiq", "clipiqa", "laion_aes")
     seesr = get_preset("seesr")
     assert (seesr.channel, seesr.crop) == ("y", 4) and "maniqa-pipal" in seesr.metrics
-    assert not any(METRICS[name].files for name in FREE) and {"piqe", "ms_ssim", "fsim"} <= set(FREE)
+    assert not set(FREE) & set(METRIC_FILES) and {"piqe", "ms_ssim", "fsim"} <= set(FREE)
     assert not {"clipiqa", "laion_aes", "musiq"} & set(get_preset("held-out").metrics)
 
 
@@ -250,30 +252,3 @@ def test_batches_and_sizes_change_nothing(name, gt, noisy):
     alone = torch.cat([suite(noisy[1][i : i + 1], gt[i : i + 1])[name] for i in range(len(gt))])
     assert torch.equal(together, alone)
     assert suite(noisy[1][:1, :, :150, :91], gt[:1, :, :150, :91])[name].isfinite().all()
-
-
-# -- pyiqa's metrics with weights: their files ------------------------------------------------------------------------
-
-
-def test_musiq_from_a_right_and_a_wrong_file(gt, nowhere, monkeypatch):
-    """MUSIQ can be built without its weights; what it saves must come back as the same scores, anything else not."""
-    pyiqa = pytest.importorskip("pyiqa", reason=NEEDS_PYIQA)
-    file = registry.FILES["musiq"].file
-    (nowhere / "mine").mkdir()
-    torch.manual_seed(0)
-    random = pyiqa.create_metric("musiq", pretrained=False, device=torch.device("cpu"))
-    path = nowhere / "mine" / file
-    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(nowhere / "torch" / "hub" / "pyiqa"))
-    with pytest.raises(FileNotFoundError, match=rf"preset 'x' lacks the weights musiq \({file}\)"):
-        Suite(Preset("x", ("musiq",)))
-    torch.save(random.net.state_dict(), path)
-    registered = Suite(Preset("x", ("musiq",)))
-    expected = random(gt[:1, :, :96, :96]).reshape(1)
-    torch.testing.assert_close(registered(gt[:1, :, :96, :96])["musiq"], expected)
-    for content in (path.read_bytes()[:-1000], b"", b"<html>not found</html>"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="metric 'musiq' cannot be built from .*, damaged or made for another"):
-            Suite(Preset("x", ("musiq",)))
-    torch.save({"head.weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="metric 'musiq' cannot be built from .*architecture"):
-        Suite(Preset("x", ("musiq",)))
