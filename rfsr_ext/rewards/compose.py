@@ -86,6 +86,8 @@ class WeightedReward:
     def __post_init__(self):
         if not math.isfinite(self.weight):
             raise ValueError(f"weight must be a finite number, got {self.weight}")
+        if self.cap is not None and not math.isfinite(self.cap):
+            raise ValueError(f"cap must be a finite number or None, got {self.cap}")
         if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
             raise ValueError(f"steps must be [first, last] with 1 <= first <= last, got {list(self.steps)}")
         if self.tags not in (None, "mean", "worst"):
@@ -202,7 +204,8 @@ def reward_loss(
             score = term.score(leaf, prompts, generator)
             scores[term.reward.name] = score.detach()
             if term.normalize:
-                term.statistics.update(score.detach())
+                if differentiate:  # looking at a loss does not train, so it must not move the statistics either
+                    term.statistics.update(score.detach())
                 score = term.statistics(score)
             loss = term.loss(score)
             losses.append(loss.detach())
@@ -268,7 +271,8 @@ def _view(view: str, images: Tensor, generator) -> Tensor:
     if what == 1:
         return images
     size = [max(1, round(what * n)) for n in images.shape[-2:]]
-    return F.interpolate(images, size, mode="bilinear", antialias=True)
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))  # PyTorch's CPU kernel knows no half types
+    return F.interpolate(exact, size, mode="bilinear", antialias=True).to(images.dtype)
 
 
 def _random_crops(images: Tensor, side: int, generator) -> Tensor:

@@ -131,6 +131,15 @@ def test_normalising_divides_the_gradient_by_the_deviation(images):
     torch.testing.assert_close(scores["brightness"], brightness(images, None))  # as the reward gave them
 
 
+def test_looking_at_the_loss_leaves_the_statistics_alone(images):
+    normal = term(normalize=True)
+    gradient([normal], images)
+    before = normal.statistics.state()
+    with torch.no_grad():
+        reward_loss([normal], images + 1, ["", "", ""])
+    assert normal.statistics.state() == before
+
+
 @pytest.mark.parametrize(("tags", "wanted"), [("mean", [1.0, 1.5, 0.0]), ("worst", [1.0, 1.0, 0.0])])
 def test_tags(tags, wanted):
     found = term(words, tags=tags).score(torch.zeros(3, 3, 4, 4), ["a", "b, cc,", ""])
@@ -238,6 +247,7 @@ def test_lower_is_better_turns_the_sign(images):
     ("options", "sentence"),
     [
         ({"weight": float("nan")}, "weight must be a finite number, got nan"),
+        ({"cap": float("inf")}, "cap must be a finite number or None, got inf"),
         ({"steps": (3, 2)}, r"steps must be \[first, last\] with 1 <= first <= last, got \[3, 2\]"),
         ({"tags": "median"}, "tags must be mean or worst, got 'median'"),
         ({"views": ()}, "views must name at least one view, got none"),
