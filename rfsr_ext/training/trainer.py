@@ -50,8 +50,10 @@ class TrainingResult:
         model: the fine-tuned model, with the moving average of its weights.
         folder: the run's folder: ``model/`` (the end), ``best/`` (best held-out), ``history.csv``, ``checkpoints/``.
         history: one row per iteration.
-        validation: one row per held-out measurement.
-        best_iteration: of the weights in ``best/``; 0 is the base model.
+        validation: one row per held-out measurement: means of fidelity, rewards and judges, and in ``reward`` what the
+            rewards are worth together, see `RFSRTrainer`.
+        best_iteration: of the weights in ``best/``, those with the highest held-out ``reward`` among the measurements
+            whose PSNR is not more than ``max_psnr_drop`` below the base model's; 0 is the base model.
     """
 
     model: ISRModel
@@ -67,6 +69,12 @@ class RFSRTrainer:
     Every part can be given; what is not given is built from ``config``.  All randomness of iteration k comes from
     ``(config.seed, k)``, so that a resumed run, or one on several processes, does what a single uninterrupted one does.
 
+    Held-out measurements choose the best weights by Σ_k λ_k · mean(min(r_k, cap_k)).  The caps count as they do in
+    training: a score beyond its cap is good enough, and to choose by the excess would choose whatever fools the reward
+    most.  A standardised reward counts by how many standard deviations of the base model's held-out scores it has risen
+    above their mean, and without its cap, which is relative to a running mean.  Views, tags, windows and balancing
+    belong to training alone.
+
     Args:
         config: all settings.
         model: the pre-trained model; it is trained in place.
@@ -74,7 +82,8 @@ class RFSRTrainer:
         rewards: the weighted rewards.
         style_loss: the Gram distance of Gram-KL.
         validation: held-out samples, measured during training.
-        judges: scorers by name that training never uses; a warning appears when the first one falls while rewards rise.
+        judges: scorers by name that training never uses, higher is better; a warning appears when one of them has
+            fallen since the base model while the held-out reward has risen.
     """
 
     def __init__(
@@ -164,6 +173,7 @@ class RFSRTrainer:
         self.history: list[dict[str, Any]] = []
         self.measured: list[dict[str, Any]] = []
         self.best_iteration = 0
+        self.scales: dict[str, tuple[float, float]] = {}  # mean and deviation of the base model's held-out scores
 
     # -- one iteration --------------------------------------------------------------------------------------------
 
@@ -286,6 +296,7 @@ class RFSRTrainer:
                     "best_iteration": self.best_iteration,
                     "skipped_in_a_row": self.skipped_in_a_row,
                     "reward_statistics": {term.reward.name: term.statistics.state() for term in self.rewards},
+                    "reward_scales": self.scales,
                     "optimizer_steps": self.state.ema.optimization_step,
                 },
             )
@@ -307,9 +318,16 @@ class RFSRTrainer:
                 f"checkpoint in {str(self.checkpoints.folder)!r} was made with other settings ({', '.join(changed)}); "
                 f"restore them or give another output_dir"
             )
+        statistics, names = metadata["reward_statistics"], [term.reward.name for term in self.rewards]
+        if set(statistics) != set(names):
+            raise ValueError(
+                f"rewards must be those of the checkpoint in {str(self.checkpoints.folder)!r}, "
+                f"{', '.join(statistics) or 'none'}, got {', '.join(names) or 'none'}"
+            )
         self.state.load(tensors, metadata["optimizer_steps"])
         for term in self.rewards:
-            term.statistics.load(metadata["reward_statistics"][term.reward.name])
+            term.statistics.load(statistics[term.reward.name])
+        self.scales = metadata["reward_scales"]
         self.iteration = metadata["iteration"]
         self.history, self.measured = metadata["history"], metadata["validation"]
         self.best_iteration, self.skipped_in_a_row = metadata["best_iteration"], metadata["skipped_in_a_row"]
@@ -341,7 +359,7 @@ class RFSRTrainer:
                 row = {"iteration": self.iteration} | frame.drop(
                     columns=["model", "image", "seed", "prompt"]
                 ).mean().to_dict()
-                row["reward"] = sum(term.weight * row[term.reward.name] for term in self.rewards)
+                row["reward"] = self._held_out_reward(frame)
                 self.measured.append(row)
                 self._warn_of_hacking()
                 best = next(r for r in self.measured if r["iteration"] == self.best_iteration)
@@ -353,6 +371,18 @@ class RFSRTrainer:
                 {f"held-out/{key}": value for key, value in row.items() if key != "iteration"}, step=self.iteration
             )
         self.accelerator.wait_for_everyone()
+
+    def _held_out_reward(self, frame: pd.DataFrame) -> float:
+        """Σ λ · mean(min(r, cap)) over held-out images, see the class."""
+        total = 0.0
+        for term in self.rewards:
+            name, scores = term.reward.name, frame[term.reward.name].astype(float)
+            if term.normalize:
+                mean, deviation = self.scales.setdefault(name, (scores.mean(), scores.std(ddof=0) or 1.0))
+                total += term.weight * (scores.mean() - mean) / deviation
+            else:
+                total += term.weight * scores.clip(upper=term.cap).mean()
+        return float(total)
 
     def _log_images(self, indices: range, sr: Tensor) -> None:
         """The first batch of held-out samples as rows of (LR, SR, ground truth) in TensorBoard."""

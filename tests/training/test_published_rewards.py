@@ -1,7 +1,9 @@
 """RFSR with the real reward classes, tiny and random, and with everything rewards can be composed of."""
 
+import logging
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -77,6 +79,75 @@ def test_a_resumed_run_has_the_same_crops_and_statistics(settings, parts, tmp_pa
         assert torch.equal(tensor, ends[1][0][name]), name
     assert whole.history.loc[whole.history["step"] == 4, "reward/contrast"].isna().all()
     assert whole.history.loc[whole.history["step"] == 5, "reward/contrast"].notna().all()
+
+
+def held_out(settings, parts, tmp_path, values, **options):
+    """What a trainer makes of a reward's held-out scores, first the base model's, and which it would keep."""
+    term = WeightedReward(Brightness(), 2.0, **options)
+    trainer = RFSRTrainer(
+        RFSRConfig.from_dict(settings | {"regularization": "none", "output_dir": str(tmp_path / str(options))}),
+        make_tiny_model(),
+        **parts | {"rewards": [term]},
+    )
+    return [trainer._held_out_reward(pd.DataFrame({"brightness": scores})) for scores in values]
+
+
+def test_scores_beyond_their_cap_do_not_choose_the_best_weights(settings, parts, tmp_path):
+    base, good, fooled = [0.1, 0.3], [0.8, 0.9], [0.4, 9.0]  # one image's excess would outweigh the other's failure
+    plain, capped = (held_out(settings, parts, tmp_path, (base, good, fooled), **options)
+                     for options in ({}, {"cap": 0.5}))  # fmt: skip
+    assert plain == pytest.approx([0.4, 1.7, 9.4])
+    assert capped == pytest.approx([0.4, 1.0, 0.9])
+    standard = held_out(settings, parts, tmp_path, (base, good, fooled), normalize=True, cap=0.5)
+    assert standard == pytest.approx([0, 1.3 / 0.1, 9 / 0.1])  # in deviations of the base model's scores
+    assert held_out(settings, parts, tmp_path, ([0.1], [0.4]), normalize=True) == pytest.approx([0, 0.6])
+
+
+def test_best_weights_stop_changing_where_every_score_has_reached_its_cap(settings, parts):
+    options = {"structure_loss": "none", "regularization": "none", "learning_rate": 3e-3, "iterations": 12}
+    terms = [WeightedReward(Brightness(), 1.0, cap=-1.0)]  # reached before training
+    result = RFSRTrainer(
+        RFSRConfig.from_dict(settings | options | {"lambda_structure": 0.0}),
+        make_tiny_model(),
+        **parts | {"rewards": terms},
+    ).train()
+    assert (result.validation["reward"] == -1).all() and result.best_iteration == 0
+
+
+def test_a_resumed_run_must_have_the_same_rewards(settings, parts):
+    composed(settings, parts, structure_loss="none", iterations=2)
+    terms = [WeightedReward(Brightness(), 1.0)]
+    config = RFSRConfig.from_dict(settings | {"balance_rewards": True, "structure_loss": "none"})
+    trainer = RFSRTrainer(config, make_tiny_model(), **parts | {"rewards": terms})
+    with pytest.raises(
+        ValueError, match="rewards must be those of the checkpoint .*, brightness, contrast, got bright"
+    ):
+        trainer.train()
+
+
+def test_a_judge_that_falls_while_published_rewards_rise_is_warned_of(settings, parts, published, tmp_path, caplog):
+    pytest.importorskip("pyiqa", reason="CLIP-IQA needs the package pyiqa (pip install 'rfsr_ext[rewards]')")
+    terms = [WeightedReward(tiny.clip_iqa(tmp_path), 1.0), WeightedReward(tiny.OriginalImageReward().reward(), 1.0)]
+
+    def agrees(images, prompts):
+        return sum(term.reward.score(images, prompts) for term in terms)
+
+    judges = {"ally": agrees, "opponent": lambda images, prompts: -agrees(images, prompts)}
+    changes = {"structure_loss": "none", "regularization": "none", "learning_rate": 3e-3, "iterations": 8}
+    with caplog.at_level(logging.WARNING):
+        result = RFSRTrainer(
+            RFSRConfig.from_dict(settings | changes), make_tiny_model(), **parts | {"rewards": terms, "judges": judges}
+        ).train()
+    first, last = result.validation.iloc[0], result.validation.iloc[-1]
+    assert last["reward"] > first["reward"]
+    assert last["reward"] == pytest.approx(last["clipiqa"] + last["ImageReward"])
+    warned = [record.getMessage() for record in caplog.records if "this is what reward hacking" in record.message]
+    numbers = "({:.4g} to {:.4g})".format
+    assert warned and not any("ally" in message for message in warned)
+    assert warned[-1].startswith(
+        f"iteration 8: the training reward has risen {numbers(first['reward'], last['reward'])} while the held-out "
+        f"opponent has fallen {numbers(first['opponent'], last['opponent'])}"
+    )
 
 
 def test_the_gradient_trainer_refuses_rewards_without_a_gradient(settings, parts):
