@@ -57,38 +57,50 @@ constexpr int kLanes = 16;  // independent partial sums: enough to hide the late
   /* d = pairs of e; lanes[l] += sum of |d[j]| over j = l mod kLanes. */                                             \
   RFSR_CLONES void pair_up_and_add(const Acc* e, i64 pairs, Acc* d, Acc* lanes) {                                    \
     for (i64 j = 0; j < pairs; ++j) d[j] = e[2 * j] + e[2 * j + 1];                                                  \
+    Acc sum[kLanes] = {};                                                                                            \
     i64 j = 0;                                                                                                       \
     for (; j + kLanes <= pairs; j += kLanes)                                                                         \
-      for (int l = 0; l < kLanes; ++l) lanes[l] += std::fabs(d[j + l]);                                              \
-    for (int l = 0; j + l < pairs; ++l) lanes[l] += std::fabs(d[j + l]);                                             \
+      for (int l = 0; l < kLanes; ++l) sum[l] += std::fabs(d[j + l]);                                                \
+    for (int l = 0; j + l < pairs; ++l) sum[l] += std::fabs(d[j + l]);                                               \
+    for (int l = 0; l < kLanes; ++l) lanes[l] += sum[l];                                                             \
   }                                                                                                                  \
   RFSR_CLONES void clamp_row(const Acc* x, Range<Acc> range, i64 count, Acc* out) {                                  \
     for (i64 k = 0; k < count; ++k) out[k] = range.clamped(x[k]);                                                    \
+  }                                                                                                                  \
+  /* One byte per number first, which vectorises; then four codes, or eight flags, are put together.          */ \
+  RFSR_CLONES void pack_signs(const Acc* d, i64 count, uint8_t* out) {                                               \
+    uint8_t codes[kTile + kCodesPerByte] = {};                                                                       \
+    for (i64 j = 0; j < count; ++j) codes[j] = sign_code(d[j]);                                                      \
+    for (i64 j = 0; j < count; j += kCodesPerByte) {                                                                 \
+      const uint8_t* c = codes + j;                                                                                  \
+      out[j / kCodesPerByte] = static_cast<uint8_t>(c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6);                       \
+    }                                                                                                                \
+  }                                                                                                                  \
+  RFSR_CLONES void pack_inside(const Acc* x, Range<Acc> range, i64 count, uint8_t* out) {                            \
+    uint8_t flags[2 * kTile + 8] = {};                                                                               \
+    for (i64 k = 0; k < count; ++k) flags[k] = range.inside(x[k]);                                                   \
+    for (i64 k = 0; k < count; k += 8) {                                                                             \
+      const uint8_t* f = flags + k;                                                                                  \
+      out[k / 8] = static_cast<uint8_t>(f[0] | f[1] << 1 | f[2] << 2 | f[3] << 3 | f[4] << 4 | f[5] << 5 |           \
+                                        f[6] << 6 | f[7] << 7);                                                      \
+    }                                                                                                                \
   }
 RFSR_ROW_PASSES(float)
 RFSR_ROW_PASSES(double)
 
-template <class Acc>
-RFSR_INLINE void pack_signs(const Acc* d, i64 count, uint8_t* out) {
-  i64 j = 0;
-  for (; j + kCodesPerByte <= count; j += kCodesPerByte)
-    out[j / kCodesPerByte] = static_cast<uint8_t>(sign_code(d[j]) | sign_code(d[j + 1]) << 2 |
-                                                  sign_code(d[j + 2]) << 4 | sign_code(d[j + 3]) << 6);
-  if (j < count) {
-    uint8_t byte = 0;
-    for (i64 k = j; k < count; ++k) byte = static_cast<uint8_t>(byte | sign_code(d[k]) << (2 * (k - j)));
-    out[j / kCodesPerByte] = byte;
+// row[k] = 0 where pixel k was clamped; `Bits` is an integer as wide as a pixel, whose 0 is the number 0.
+#define RFSR_CLEAR_CLAMPED(Bits)                                                                                     \
+  RFSR_CLONES void clear_clamped(const uint8_t* inside, i64 count, Bits* row) {                                      \
+    typedef Bits Eight __attribute__((vector_size(8 * sizeof(Bits)), aligned(alignof(Bits)), may_alias));            \
+    constexpr Eight bit = {1, 2, 4, 8, 16, 32, 64, 128};                                                             \
+    i64 k = 0;                                                                                                       \
+    for (; k + 8 <= count; k += 8)                                                                                   \
+      *reinterpret_cast<Eight*>(row + k) &= reinterpret_cast<Eight>((bit & inside[k / 8]) != 0);                     \
+    for (; k < count; ++k) row[k] = bit_at(inside, k) ? row[k] : 0;                                                  \
   }
-}
-
-template <class Acc>
-RFSR_INLINE void pack_inside(const Acc* x, const Range<Acc>& range, i64 count, uint8_t* out) {
-  for (i64 k = 0; k < count; k += 8) {
-    int byte = 0;
-    for (i64 q = 0; q < smaller(8, count - k); ++q) byte |= range.inside(x[k + q]) << q;
-    out[k / 8] = static_cast<uint8_t>(byte);
-  }
-}
+RFSR_CLEAR_CLAMPED(uint16_t)
+RFSR_CLEAR_CLAMPED(uint32_t)
+RFSR_CLEAR_CLAMPED(uint64_t)
 
 // ------------------------------------------------------------------------------------- forward
 
@@ -161,6 +173,13 @@ struct Input {
   Kept layout;
   int mask;  // which block of bits
 
+  // Asks for the row two below, which is next: a row is too short for the processor to guess that itself.
+  RFSR_INLINE void expect(i64 n, i64 c, i64 r, i64 column, i64 count) const {
+    if (v.sw != 1) return;
+    const char* next = reinterpret_cast<const char*>(x + v.at(n, c, r, column) + 2 * v.sh);
+    for (i64 byte = 0; byte < count * static_cast<i64>(sizeof(T)); byte += 64) RFSR_PREFETCH(next + byte);
+  }
+
   // `count` pixels of a row; `fresh` unless the row has been here before.
   RFSR_INLINE const Acc* load(i64 n, i64 c, i64 r, i64 column, i64 count, bool fresh, Acc* scratch) const {
     const Acc* row = load_row(x + v.at(n, c, r, column), v.sw, count, scratch);
@@ -194,6 +213,8 @@ void l1_kernel(const Input<T>& pred, const Input<T>& target, HaarEdge edge, uint
         Acc lanes[kLanes] = {};
         for (i64 j = 0; j < w; j += kTile) {
           const i64 pairs = smaller(kTile, w - j), count = smaller(2 * pairs, v.w - 2 * j);
+          for (const auto* input : {&pred, &target})
+            for (int t = 0; t < 2; ++t) input->expect(n, c, terms.index[t], 2 * j, count);
           const auto load = [&](const Input<T>& input, int t, bool fresh, Acc* scratch) {
             return input.load(n, c, terms.index[t], 2 * j, count, fresh, scratch);
           };
@@ -223,35 +244,39 @@ void l1_kernel(const Input<T>& pred, const Input<T>& target, HaarEdge edge, uint
 
 // ------------------------------------------------------------------------------------ backward
 
-// The rows of a gradient from those of the coefficients': coefficients(n, c, i, j, count, v) fills v with
-// `count` of row i from column j on. finish(n, c, r, row) has the last word on each row.
-template <class T, class Coefficients, class Finish>
-void spread(T* grad, i64 samples, i64 channels, i64 height, i64 width, HaarEdge edge, const Coefficients& coefficients,
-            const Finish& finish) {
+// The rows of a gradient from those of the coefficients': source.read(n, c, i, j, count, v) fills v with `count` of
+// row i from column j on, source.twice(n, c, i, pairs, out) writes each of the first `pairs` of row i to two
+// neighbouring pixels, and source.finish(n, c, r, row) has the last word on each row.
+template <class T, class Source>
+void spread(T* grad, i64 samples, i64 channels, i64 height, i64 width, HaarEdge edge, const Source& shared) {
   using Acc = acc_t<T>;
-  const i64 h = haar_size(height), w = haar_size(width);
+  const i64 h = haar_size(height);
   torch::stable::parallel_for(0, samples * channels * h, grain(2 * width), [&](i64 begin, i64 end) {
+    Source source = shared;  // each thread has its own
     Acc v[kTile], more[kTile];
-    T narrow[kTile];
     for (i64 item = begin; item < end; ++item) {
       const i64 plane = item / h, n = plane / channels, c = plane % channels, top = 2 * (item % h);
       T* upper = grad + (plane * height + top) * width;
       // The gradient of a row's pair sums, from column j on.
       const auto gather = [&](const HaarTerms& rows, i64 j, i64 count) {
-        coefficients(n, c, rows.index[0], j, count, v);
+        source.read(n, c, rows.index[0], j, count, v);
         if (rows.weight[0] != 1) scale_row(static_cast<Acc>(rows.weight[0]), count, v);
         for (int t = 1; t < 3; ++t) {
           if (!rows.has(t)) continue;
-          coefficients(n, c, rows.index[t], j, count, more);
+          source.read(n, c, rows.index[t], j, count, more);
           add_weighted(static_cast<Acc>(rows.weight[t]), more, count, v);
         }
       };
+      const auto plain = [](const HaarTerms& rows) { return rows.weight[0] == 1 && !rows.has(1) && !rows.has(2); };
       const auto fill = [&](const HaarTerms& rows, T* out) {
-        for (i64 j = 0; j < w; j += kTile) {
-          const i64 pairs = smaller(kTile, w - j), whole = smaller(pairs, width / 2 - j);
-          gather(rows, j, pairs);
-          const T* values = load_row(v, 1, pairs, narrow);
-          for (i64 k = 0; k < whole; ++k) out[2 * (j + k)] = out[2 * (j + k) + 1] = values[k];
+        if (plain(rows)) {
+          source.twice(n, c, rows.index[0], width / 2, out);
+        } else {
+          for (i64 j = 0; j < width / 2; j += kTile) {
+            const i64 pairs = smaller(kTile, width / 2 - j);
+            gather(rows, j, pairs);
+            for (i64 k = 0; k < pairs; ++k) out[2 * (j + k)] = out[2 * (j + k) + 1] = static_cast<T>(v[k]);
+          }
         }
         if (width % 2 == 0) return;
         for (const i64 k : {i64(0), larger(width - 2, 0), width - 1}) {  // what an odd end reaches
@@ -265,7 +290,6 @@ void spread(T* grad, i64 samples, i64 channels, i64 height, i64 width, HaarEdge 
           out[k] = static_cast<T>(sum);
         }
       };
-      const auto plain = [](const HaarTerms& rows) { return rows.weight[0] == 1 && !rows.has(1) && !rows.has(2); };
       const HaarTerms rows = haar_users(top, height, edge);
       fill(rows, upper);
       if (top + 1 < height) {
@@ -274,12 +298,75 @@ void spread(T* grad, i64 samples, i64 channels, i64 height, i64 width, HaarEdge 
           std::copy(upper, upper + width, upper + width);
         else
           fill(next, upper + width);
-        finish(n, c, top + 1, upper + width);
+        source.finish(n, c, top + 1, upper + width);
       }
-      finish(n, c, top, upper);
+      source.finish(n, c, top, upper);
     }
   });
 }
+
+// The gradient of an LL band.
+template <class T, class G>
+struct Band {
+  using Acc = acc_t<T>;
+  const G* grad;
+  Strided4 v;
+
+  void read(i64 n, i64 c, i64 i, i64 j, i64 count, Acc* values) const {
+    const Acc* row = load_row(grad + v.at(n, c, i, j), v.sw, count, values);
+    for (i64 k = 0; k < count; ++k) values[k] = row[k] * Acc(0.5);
+  }
+  void twice(i64 n, i64 c, i64 i, i64 pairs, T* out) const {
+    Acc values[kTile];
+    for (i64 j = 0; j < pairs; j += kTile) {
+      const i64 count = smaller(kTile, pairs - j);
+      read(n, c, i, j, count, values);
+      for (i64 k = 0; k < count; ++k) out[2 * (j + k)] = out[2 * (j + k) + 1] = static_cast<T>(values[k]);
+    }
+  }
+  void finish(i64, i64, i64, T*) const {}
+};
+
+// The gradient of the L1 loss, by the signs it kept.
+template <class T>
+struct Signs {
+  using Acc = acc_t<T>;
+  const uint8_t* bits;
+  Kept layout;
+  int mask;  // which block of inside bits, -1: none
+  const Acc* grad;
+  i64 stride;
+  Acc factor;
+  i64 sample = -1;  // whose values these are
+  Acc values[4];
+  T pixels[256][2 * kCodesPerByte];  // of every byte of codes the pixels that it stands for
+
+  void look_up(i64 n) {
+    if (sample == n) return;
+    sample = n;
+    const Acc one = grad[n * stride] * factor;
+    for (int code = 0; code < 4; ++code) values[code] = signed_value(static_cast<uint8_t>(code), one);
+    for (int byte = 0; byte < 256; ++byte)
+      for (int k = 0; k < 2 * kCodesPerByte; ++k) pixels[byte][k] = static_cast<T>(values[byte >> (k / 2 * 2) & 3]);
+  }
+  void read(i64 n, i64 c, i64 i, i64 j, i64 count, Acc* v) {
+    look_up(n);
+    const uint8_t* codes = bits + layout.sign_row(n, c, i);
+    for (i64 k = 0; k < count; ++k) v[k] = values[code_at(codes, j + k)];
+  }
+  void twice(i64 n, i64 c, i64 i, i64 pairs, T* out) {
+    look_up(n);
+    const uint8_t* codes = bits + layout.sign_row(n, c, i);
+    const i64 whole = pairs / kCodesPerByte;
+    for (i64 b = 0; b < whole; ++b, out += 2 * kCodesPerByte) std::copy_n(pixels[codes[b]], 2 * kCodesPerByte, out);
+    if (pairs % kCodesPerByte != 0) std::copy_n(pixels[codes[whole]], 2 * (pairs % kCodesPerByte), out);
+  }
+  void finish(i64 n, i64 c, i64 r, T* row) const {
+    using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+    if (mask < 0) return;
+    clear_clamped(bits + layout.mask_row(mask, n, c, r), layout.width, reinterpret_cast<Bits*>(row));
+  }
+};
 
 // ----------------------------------------------------------------------------------- operators
 // Schemas and their meaning: rfsr_ext/ops/haar.py.
@@ -309,19 +396,10 @@ Tensor haar_ll_backward(const Tensor& grad, int64_t mode, int64_t height, int64_
   dispatch(dtype, "dtype", [&](auto t) {
     using T = decltype(t);
     using Acc = acc_t<T>;
-    const auto run = [&](const auto* g) {
-      spread(
-          mutable_data<T>(out), v.n, v.c, height, width, edge,
-          [&](i64 n, i64 c, i64 i, i64 j, i64 count, Acc* values) {
-            const Acc* row = load_row(g + v.at(n, c, i, j), v.sw, count, values);
-            for (i64 k = 0; k < count; ++k) values[k] = row[k] * Acc(0.5);
-          },
-          [](i64, i64, i64, T*) {});
-    };
     if (dtype == grad.scalar_type())
-      run(data<T>(grad));
+      spread(mutable_data<T>(out), v.n, v.c, height, width, edge, Band<T, T>{data<T>(grad), v});
     else
-      run(data<Acc>(grad));
+      spread(mutable_data<T>(out), v.n, v.c, height, width, edge, Band<T, Acc>{data<Acc>(grad), v});
   });
   return out;
 }
@@ -374,27 +452,9 @@ Tensor haar_ll_l1_backward(const Tensor& grad, const Tensor& kept, int64_t mode,
     const i64 coefficients = channels * haar_size(height) * haar_size(width);
     const double over = 2 * static_cast<double>(divisor(reduction, larger(1, kept.size(0)), coefficients));
     const Acc factor = static_cast<Acc>(range_factor(low, high) / over);
-    const Acc* g = data<Acc>(grad);
-    const i64 stride = reduction == kNone ? grad.stride(0) : 0;
-    const uint8_t* bits = data<uint8_t>(kept);
-    spread(
-        mutable_data<T>(out), kept.size(0), channels, height, width, edge,
-        [&](i64 n, i64 c, i64 i, i64 j, i64 count, Acc* v) {
-          const Acc one = g[n * stride] * factor;
-          const Acc values[4] = {signed_value(kZero, one), signed_value(kPlus, one), signed_value(kMinus, one),
-                                 signed_value(kNaN, one)};
-          const uint8_t* codes = bits + layout.sign_row(n, c, i);
-          for (i64 k = 0; k < count; ++k) v[k] = values[code_at(codes, j + k)];
-        },
-        [&](i64 n, i64 c, i64 r, T* row) {
-          if (mask < 0) return;
-          const uint8_t* inside = bits + layout.mask_row(static_cast<int>(mask), n, c, r);
-          for (i64 k = 0; k < width; k += 8) {
-            if (inside[k / 8] == 0xff) continue;
-            for (i64 q = k; q < smaller(k + 8, width); ++q)
-              if (!bit_at(inside, q)) row[q] = T(0);
-          }
-        });
+    Signs<T> source{data<uint8_t>(kept), layout, static_cast<int>(mask), data<Acc>(grad),
+                    reduction == kNone ? grad.stride(0) : 0, factor};
+    spread(mutable_data<T>(out), kept.size(0), channels, height, width, edge, source);
   });
   return out;
 }

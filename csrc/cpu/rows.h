@@ -17,8 +17,10 @@
 #endif
 #if defined(__GNUC__)
 #define RFSR_INLINE inline __attribute__((always_inline))
+#define RFSR_PREFETCH(address) __builtin_prefetch(address)
 #else
 #define RFSR_INLINE inline
+#define RFSR_PREFETCH(address)
 #endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
@@ -48,6 +50,15 @@ template <class From, class To>
 RFSR_INLINE void convert_row(const From* p, i64 count, To* out) {
   for (i64 k = 0; k < count; ++k) out[k] = static_cast<To>(p[k]);
 }
+
+// bf16 is the upper half of fp32: as functions of their own these vectorise for the processor at hand.
+#define RFSR_CONVERT_BFLOATS(name, From, To)                                                       \
+  RFSR_CLONES inline void name(const From* p, i64 count, To* out) {                                \
+    for (i64 k = 0; k < count; ++k) out[k] = static_cast<To>(p[k]);                                \
+  }                                                                                                \
+  RFSR_INLINE void convert_row(const From* p, i64 count, To* out) { name(p, count, out); }
+RFSR_CONVERT_BFLOATS(widen, torch::headeronly::BFloat16, float)
+RFSR_CONVERT_BFLOATS(narrow, float, torch::headeronly::BFloat16)
 
 // fp16 by the processor's own instruction, eight at a time: the compiler would convert one by one, in software.
 // Both ways round to nearest even, so they give the same numbers.
