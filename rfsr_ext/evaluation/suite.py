@@ -161,7 +161,8 @@ def _seeded(seed: int) -> Iterator[None]:
 def _build(name: str, device: str | torch.device) -> Callable[..., Tensor]:
     """pyiqa's metric of this name."""
     if name in CLIPIQA.VARIANTS:  # the same numbers; pyiqa's own loader takes learned prompts of any shape
-        return CLIPIQA(name).to(device).score
+        reward = CLIPIQA(name).to(device)
+        return lambda images: reward.score(images.to(device))
     return create_metric(name, device=torch.device(device))
 
 

@@ -181,7 +181,7 @@ class PyIQAReward(Reward):
         self.sign = -1 if self.metric.lower_better else 1
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves, but keeps its precision: half of pyiqa's metrics fail in another one."""
+        """Moves, but keeps its precision, the only one that pyiqa's metrics are made for."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def score(self, images: Tensor, prompts: list[str] | None = None) -> Tensor:

@@ -220,6 +220,24 @@ def test_the_right_file_gives_the_scores_of_the_network_that_wrote_it(made, publ
     torch.testing.assert_close(reward.score(sr, ["", ""]).detach(), reward.sign * wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_the_clip_that_pyiqa_hides_belongs_to_the_reward(published, photographs):
+    reward = PyIQAReward("laion_aes")
+    (network,) = reward.hidden
+    assert network is reward.metric.net.clip_model[0]
+    assert not any(p.requires_grad for p in reward.parameters())
+    images = photographs[0][:1].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward.score(images).sum(), images)
+    assert gradient.isfinite().all() and gradient.any()
+    assert {p.device.type for p in reward.to("meta").metric.net.clip_model[0].parameters()} == {"meta"}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["clipiqa", "musiq"])
+def test_pictures_on_the_cpu_and_metrics_on_a_gpu(published, photographs, name):
+    on_cpu, on_gpu = (Suite(Preset("x", (name,)), device=device)(*photographs)[name] for device in ("cpu", "cuda"))
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_renamed_file(published, name):
     (published / own(name)).rename(published / "weights.pth")
