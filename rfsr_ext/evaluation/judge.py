@@ -11,10 +11,10 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rfsr_ext.files import save_tensors
+from rfsr_ext.rewards.files import load_strictly, read_tensors
 from rfsr_ext.weights import WEIGHTS
 
 __all__ = ["Judge", "natural_scene_statistics"]
@@ -129,5 +129,5 @@ class Judge(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"judge weights {str(path)!r} do not exist; `rfsr mini build` makes them")
         judge = cls()
-        judge.load_state_dict(load_file(path))
+        load_strictly(judge, read_tensors(path, "judge weights"), path, "the judge")
         return judge.requires_grad_(False).eval()

@@ -5,12 +5,12 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from rfsr_ext.files import save_tensors
 from rfsr_ext.rewards.base import Reward
+from rfsr_ext.rewards.files import load_strictly, read_tensors
 from rfsr_ext.weights import WEIGHTS
 
 __all__ = ["MiniIQA", "MiniPreference"]
@@ -35,7 +35,8 @@ class _SavedReward(Reward):
         path = folder / f"{self.name}.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"{self.name} weights {str(path)!r} do not exist; `rfsr mini build` makes them")
-        self.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+        tensors = {key: value.float() for key, value in read_tensors(path, f"{self.name} weights").items()}
+        load_strictly(self, tensors, path, self.name)
         return self.requires_grad_(False).eval()
 
 

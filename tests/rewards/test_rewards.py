@@ -1,11 +1,14 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from rfsr_ext.evaluation import Judge
 from rfsr_ext.mini import architecture
 from rfsr_ext.rewards import MiniIQA, MiniPreference, Reward, WeightedReward, create_reward, reward_loss
+from rfsr_ext.weights import WEIGHTS
 
 
 class Constant(Reward):
@@ -110,3 +113,25 @@ def test_save_and_load(tmp_path):
     assert loaded.label == "MiniIQA (stand-in for CLIP-IQA)"
     with pytest.raises(FileNotFoundError, match="MiniPreference weights .* do not exist; `rfsr mini build` makes them"):
         MiniPreference.from_pretrained(tmp_path, architecture.tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "other"),
+    [
+        (MiniIQA.from_pretrained, "rewards/MiniIQA", "judge/Judge"),
+        (lambda folder: MiniPreference.from_pretrained(folder, architecture.tokenizer()), "rewards/MiniPreference",
+         "rewards/MiniIQA"),
+        (Judge.from_pretrained, "judge/Judge", "rewards/MiniPreference"),
+    ],
+)  # fmt: skip
+def test_wrong_files_in_place_of_the_shipped_ones(tmp_path, load, file, other):
+    right, wrong = ((WEIGHTS / f"{name}.safetensors").read_bytes() for name in (file, other))
+    path = tmp_path / f"{Path(file).name}.safetensors"
+    path.write_bytes(right)
+    load(tmp_path)
+    for content, sentence in ((right[:-1000], "weights .* cannot be read .*; the file is damaged or something else"),
+                              (wrong, "it lacks [0-9]+ tensors such as .* and has [0-9]+ unknown ones")):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=sentence) as error:
+            load(tmp_path)
+        assert path.name in str(error.value) and "\n" not in str(error.value)
