@@ -551,7 +551,9 @@ pair, both = torch.cat([eye, soft]), [prompt, prompt]
 normal = WeightedReward(iqa, weight=1.0, normalize=True)
 scores = iqa.score(pair)
 m, v = scores.mean(), 0.99 + 0.01 * scores.var(correction=0)
-check("loss", reward_loss([normal], pair, both)[0], -((scores - m) / v.sqrt()).mean(), 1e-6)
+check("only looked at: untouched", reward_loss([normal], pair, both)[0], -scores.mean(), 1e-6)
+training = reward_loss([normal], pair.clone().requires_grad_(), both)[0].detach()
+check("loss", training, -((scores - m) / v.sqrt()).mean(), 1e-6)
 v = 0.99 * v + 0.01 * scores.var(correction=0)  # the next call is the next batch; its mean is the same
 wanted = gradient(lambda x: -iqa.score(x).mean() / v.sqrt(), pair)
 check("gradient", gradient(lambda x: reward_loss([normal], x, both)[0], pair), wanted, 1e-7)
