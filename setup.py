@@ -145,7 +145,8 @@ def build_ext_command(notes: dict) -> type:
                     reason = str(error).strip().partition("\n")[0][:300]
                     self.record[device] = note(
                         f"compiling it failed ({reason})",
-                        "see 'RFSR_REQUIRE_EXT=1 pip install -v -e .' for the compiler's words",
+                        "name another compiler by CC and CXX, "
+                        "or see 'RFSR_REQUIRE_EXT=1 pip install -v -e .' for the compiler's words",
                     )
                 else:
                     self.record[device] = describe(extension, device, key, time.monotonic() - start)
