@@ -4,8 +4,9 @@
     python tests/packaging/install_matrix.py two-torches uv     # rows by name
     python tests/packaging/install_matrix.py all
 
-Light rows see the packages of the interpreter that runs this; heavy ones download PyTorch, gigabytes of it. Every row
-installs a copy of the sources by plain ``pip install -e .``, isolation on and no flags, except where its line says so.
+Light rows see the packages of the interpreter that runs this; heavy ones download PyTorch, gigabytes of it, or compile
+CUDA for minutes. Every row installs a copy of the sources by plain ``pip install -e .``, isolation on and no flags, except
+where its line says so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 import venv
 from pathlib import Path
 
@@ -77,10 +79,35 @@ class Environment:
     def pip(self, *arguments, prefix=()) -> str:
         return self.run(self.python, "-m", "pip", "install", "-v", *arguments, prefix=prefix)
 
-    def probe(self) -> dict:
-        """``build_info()`` here, after both losses have run and given what they should."""
-        found = json.loads(self.run(self.python, "-c", PROBE).splitlines()[-1])
-        assert Path(found["file"]) == self.tree / "rfsr_ext/__init__.py", found["file"]
+    def hide_toolkits(self, folder: Path) -> list[str]:
+        """Commands prefixed with this find no CUDA toolkit: not by the environment, not in a well-known place."""
+        for name in ("CUDA_HOME", "CUDA_PATH", "RFSR_CUDA"):
+            self.variables.pop(name, None)
+        paths = self.variables["PATH"].split(":")
+        self.variables["PATH"] = ":".join(p for p in paths if not (Path(p) / "nvcc").exists())
+        empty = folder / "empty"
+        empty.mkdir()
+        # Toolkits in well-known places are covered up, for this row's processes alone.
+        cover = [f"mount --bind {empty} {toolkit.home / 'bin'}" for toolkit in toolchain().cuda_toolkits()]
+        if not cover:
+            return []
+        prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", " && ".join([*cover, 'exec "$@"']), "sh"]
+        if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+            raise Skip("there is a CUDA toolkit, and this user may not cover it up with a mount")
+        return prefix
+
+    def record(self) -> dict:
+        """What the build noted beside the libraries."""
+        return json.loads((self.tree / "rfsr_ext/ops/_build_record.json").read_text())
+
+    def probe(self, installed: Path | None = None) -> dict:
+        """``build_info()`` here, after both losses have run and given what they should.
+
+        The package is imported from the sources, or from the folder ``installed`` where they are out of sight.
+        """
+        isolated = ["-P"] if installed else []  # leaves the folder it runs in, the sources, off sys.path
+        found = json.loads(self.run(self.python, *isolated, "-c", PROBE).splitlines()[-1])
+        assert Path(found["file"]) == (installed or self.tree) / "rfsr_ext/__init__.py", found["file"]
         assert math.isclose(found["haar"], 103 / 6, rel_tol=1e-5), found["haar"]
         assert math.isclose(found["gram"], (1015 / 15 - 1) ** 2, rel_tol=1e-5), found["gram"]
         assert found["finite"]
@@ -94,10 +121,10 @@ class Environment:
         report = self.run(self.python, "-m", "rfsr_ext.cli", "doctor")
         assert f"{backend}: {served['why']}" in report, report
 
-    def assert_native(self, found: dict) -> Path:
-        """The compiled CPU library serves and names nothing of PyTorch's C++ ABI."""
-        assert found["cpu"]["backend"] == "native", found["cpu"]
-        library = Path(found["cpu"]["library"])
+    def assert_native(self, found: dict, device: str = "cpu") -> Path:
+        """The compiled library serves and names nothing of PyTorch's C++ ABI."""
+        assert found[device]["backend"] == "native", found[device]
+        library = Path(found[device]["library"])
         assert library.is_relative_to(self.tree)
         if shutil.which("nm"):
             symbols = self.run("nm", "-D", "--undefined-only", library)
@@ -112,6 +139,14 @@ def toolchain():
     module = sys.modules["toolchain"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def nvcc_fits():
+    """A toolkit whose major version is that of this interpreter's torch, or None."""
+    import torch
+
+    major = (torch.version.cuda or "").partition(".")[0]
+    return next((t for t in toolchain().cuda_toolkits() if t.version.partition(".")[0] == major), None)
 
 
 # --------------------------------------------------------------------------------------- light rows
@@ -133,18 +168,7 @@ def no_compiler(folder: Path) -> None:
 def no_nvcc(folder: Path) -> None:
     """A CUDA build of torch and no toolkit: the CPU library serves, and the report says how to get nvcc."""
     env = Environment(folder, ambient=True)
-    for name in ("CUDA_HOME", "CUDA_PATH", "RFSR_CUDA"):
-        env.variables.pop(name, None)
-    env.variables["PATH"] = ":".join(p for p in env.variables["PATH"].split(":") if not (Path(p) / "nvcc").exists())
-    empty = folder / "empty"
-    empty.mkdir()
-    # Toolkits in well-known places are covered up, for this row's processes alone.
-    cover = [f"mount --bind {empty} {toolkit.home / 'bin'}" for toolkit in toolchain().cuda_toolkits()]
-    prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", " && ".join([*cover, 'exec "$@"']), "sh"]
-    if not cover:
-        prefix = []
-    elif not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        raise Skip("there is a CUDA toolkit, and this user may not cover it up with a mount")
+    prefix = env.hide_toolkits(folder)
     env.pip("--no-deps", "-e", ".", prefix=prefix)
     found = env.probe()
     env.assert_native(found)
@@ -162,7 +186,109 @@ def uv(folder: Path) -> None:
     env.assert_native(env.probe())
 
 
+def again(folder: Path) -> None:
+    """The CPU library compiles within a minute; a second install with nothing changed compiles nothing."""
+    env = Environment(folder, ambient=True)
+    env.pip("--no-deps", "-e", ".")
+    library, record = env.assert_native(env.probe()), env.record()
+    assert record["cpu"]["seconds"] <= 60, record["cpu"]["seconds"]
+    built = library.stat().st_mtime_ns
+    output = env.pip("--no-deps", "-e", ".")
+    assert "haar.cpp" not in output and (library.stat().st_mtime_ns, env.record()) == (built, record), output[-3000:]
+
+
+def wheel(folder: Path) -> None:
+    """``pip install .`` and an sdist both bring the library, the presets and the weights."""
+    env = Environment(folder, ambient=True)
+    tracked = [p.relative_to(env.tree) for p in (env.tree / "rfsr_ext").rglob("*") if p.is_file()]
+    env.pip("build")
+    env.run(env.python, "-m", "build", "--sdist")
+    for source in (".", next((env.tree / "dist").glob("*.tar.gz"))):
+        env.pip("--no-deps", "--force-reinstall", source)
+        env.assert_native(env.probe(installed=env.packages))
+        missing = [str(p) for p in tracked if not (env.packages / p).is_file()]
+        assert not missing, f"from {source}: {missing} are missing"
+        env.run(env.python, "-P", "-m", "rfsr_ext.cli", "doctor")
+
+
+def wrong_cuda(folder: Path) -> None:
+    """A toolkit of another major version than torch's CUDA is named and left alone; the CPU library serves."""
+    env = Environment(folder, ambient=True)
+    prefix = env.hide_toolkits(folder)
+    home = folder / "cuda-7.5"
+    for place in ("bin/nvcc", "include/cuda_runtime.h"):
+        (home / place).parent.mkdir(parents=True)
+        (home / place).write_text("#!/bin/sh\necho Cuda compilation tools, release 7.5, V7.5.17\n")
+    (home / "bin/nvcc").chmod(0o755)
+    env.variables["CUDA_HOME"] = str(home)
+    env.pip("--no-deps", "-e", ".", prefix=prefix)
+    found = env.probe()
+    env.assert_native(found)
+    if found["cuda_version"] is None:
+        raise Skip("torch was built without CUDA, which says so before it looks for a toolkit")
+    env.assert_reported(found, "cuda", "reference", f"only CUDA 7.5 in {home} was found", "cuda-toolkit[nvcc")
+
+
+def new_gcc(folder: Path) -> None:
+    """A g++ that says it is newer than nvcc knows: the CPU library serves, and the report says what nvcc wants."""
+    if not nvcc_fits():
+        raise Skip("there is no nvcc of torch's CUDA")
+    env = Environment(folder, ambient=True)
+    env.variables.pop("RFSR_CUDA")
+    (folder / "bin").mkdir()
+    for name in ("g++", "gcc"):
+        compiler = folder / "bin" / name
+        compiler.write_text(f'#!/bin/sh\n[ "$1" = -dumpfullversion ] && echo 99.1.0 && exit\nexec {name} "$@"\n')
+        compiler.chmod(0o755)
+    env.variables |= {"CXX": str(folder / "bin/g++"), "CC": str(folder / "bin/gcc")}
+    env.pip("--no-deps", "-e", ".")
+    found = env.probe()
+    env.assert_native(found)
+    env.assert_reported(found, "cuda", "reference", "99.1.0", "CXX")
+
+
 # --------------------------------------------------------------------------------------- heavy rows
+
+
+def cuda(folder: Path) -> None:
+    """An nvcc that is a wrapper script on PATH compiles for the one GPU asked for, and PTX, within three minutes."""
+    toolkit = nvcc_fits()
+    if not toolkit:
+        raise Skip("there is no nvcc of torch's CUDA")
+    env = Environment(folder, ambient=True)
+    for name in ("CUDA_HOME", "CUDA_PATH", "RFSR_CUDA"):
+        env.variables.pop(name, None)
+    (folder / "bin").mkdir()
+    (folder / "bin/nvcc").write_text(f'#!/bin/sh\nexec {toolkit.nvcc} "$@"\n')
+    (folder / "bin/nvcc").chmod(0o755)
+    path = f"{folder / 'bin'}:{env.variables['PATH']}"
+    env.variables |= {"PATH": path, "TORCH_CUDA_ARCH_LIST": "9.0+PTX", "MAX_JOBS": "2"}
+    assert_cuda(env, toolkit)
+
+
+def pip_cuda(folder: Path) -> None:
+    """No toolkit but pip's, of torch's own CUDA version."""
+    env = Environment(folder, ambient=True)
+    prefix = env.hide_toolkits(folder)
+    version = env.run(env.python, "-c", "import torch; print(torch.version.cuda or '')").strip()
+    if not version:
+        raise Skip("torch was built without CUDA")
+    env.pip("--ignore-installed", f"cuda-toolkit[nvcc,cudart,cccl]=={version}.*")
+    env.variables |= {"TORCH_CUDA_ARCH_LIST": "9.0+PTX", "MAX_JOBS": "2"}
+    assert_cuda(env, None, prefix)
+
+
+def assert_cuda(env: Environment, toolkit, prefix=()) -> None:
+    """Installs; the CUDA library holds code and PTX for 9.0 and nothing else."""
+    env.pip("--no-deps", "-e", ".", prefix=prefix)
+    env.assert_native(env.probe())
+    library = env.assert_native(env.probe(), "cuda")
+    record = env.record()["cuda"]
+    assert record["seconds"] <= 180, record["seconds"]
+    print(f"{'':14s} CUDA library: {record['seconds']} s by {record['compiler']}")
+    if toolkit:
+        code = [env.run(toolkit.home / "bin/cuobjdump", f"--list-{kind}", library) for kind in ("elf", "ptx")]
+        assert [set(re.findall(r"sm_\d+", text)) for text in code] == [{"sm_90"}, {"sm_90"}], code
 
 
 def no_torch(folder: Path) -> None:
@@ -179,7 +305,8 @@ def torch_present(folder: Path) -> None:
     env = Environment(folder, ambient=False)
     env.pip(f"torch=={OLDEST}.*")
     output = env.pip("-e", ".")
-    assert not re.search(r"(Collecting|Downloading) torch[<>=~!; -]", output)
+    fetched = re.findall(r"(?:Collecting|Downloading) torch[<>=~!; -].*", output)
+    assert not fetched, fetched
     found = env.probe()
     assert found["torch"].startswith(f"{OLDEST}.")
     env.assert_native(found)
@@ -202,8 +329,22 @@ def two_torches(folder: Path) -> None:
     assert library.read_bytes() == bits
 
 
-LIGHT = {"no-compiler": no_compiler, "no-nvcc": no_nvcc, "uv": uv}
-HEAVY = {"no-torch": no_torch, "torch-present": torch_present, "two-torches": two_torches}
+LIGHT = {
+    "no-compiler": no_compiler,
+    "no-nvcc": no_nvcc,
+    "wrong-cuda": wrong_cuda,
+    "new-gcc": new_gcc,
+    "uv": uv,
+    "again": again,
+    "wheel": wheel,
+}
+HEAVY = {
+    "no-torch": no_torch,
+    "torch-present": torch_present,
+    "two-torches": two_torches,
+    "cuda": cuda,
+    "pip-cuda": pip_cuda,
+}
 
 
 def main() -> int:
@@ -221,7 +362,7 @@ def main() -> int:
         except Skip as reason:
             outcome = f"skipped: {reason}"
         except AssertionError as error:
-            outcome, failed = f"FAILED: {error}", failed + 1
+            outcome, failed = f"FAILED: {error or traceback.format_exc()}", failed + 1
         print(f"{name:14s} {time.monotonic() - start:5.0f} s  {outcome}", flush=True)
     return int(failed > 0)
 

@@ -184,7 +184,7 @@ def test_a_failing_compiler_stops_the_install_on_request(sources):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["no-compiler", "no-nvcc", "uv"])
+@pytest.mark.parametrize("row", ["no-compiler", "no-nvcc", "new-gcc", "uv", "wheel"])
 def test_light_rows_of_the_install_matrix(row):
     script = ROOT / "tests/packaging/install_matrix.py"
     run = subprocess.run([sys.executable, script, row], capture_output=True, text=True)
