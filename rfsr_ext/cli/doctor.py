@@ -14,8 +14,8 @@ from rfsr_ext.weights import WEIGHTS
 
 __all__ = ["examine"]
 
-_PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "safetensors", "PyWavelets",
-             "scikit-image", "scikit-learn")  # fmt: skip
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "PyWavelets", "scikit-image",
+             "scikit-learn")  # fmt: skip
 _OPTIONAL = {"peft": "LoRA (pip install 'rfsr_ext[lora]')",
              "pyiqa": "published metrics (pip install 'rfsr_ext[metrics]')",
              "jupyterlab": "notebooks (pip install 'rfsr_ext[notebooks]')"}  # fmt: skip

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.vgg import cfgs, make_layers
 
 from rfsr_ext.ops import gram_loss, gram_matrix
 from rfsr_ext.ops.reference import CRITERIA
@@ -13,6 +12,7 @@ from rfsr_ext.weights.registry import locate
 
 __all__ = ["VGG19Features", "VGGGramLoss", "vgg19_weights_path"]
 
+BLOCKS = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))  # VGG19's convolutions and their channels (arXiv 1409.1556)
 LAYERS = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
 
 
@@ -29,9 +29,20 @@ def vgg19_weights_path() -> Path:
         raise FileNotFoundError(f"{error}, or choose weights='random'") from None
 
 
+def _convolutions() -> nn.Sequential:
+    """``torchvision.models.vgg19().features``. torchvision is not imported: each of its releases demands one torch."""
+    modules, channels = [], 3
+    for count, width in BLOCKS:
+        for _ in range(count):
+            modules += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        modules.append(nn.MaxPool2d(2))
+    return nn.Sequential(*modules)
+
+
 def _imagenet_features() -> nn.Sequential:
     tensors = torch.load(vgg19_weights_path(), map_location="cpu", weights_only=True, mmap=True)
-    network, prefix = make_layers(cfgs["E"], batch_norm=False), "features."
+    network, prefix = _convolutions(), "features."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return network
 
@@ -40,7 +51,7 @@ def _random_features(seed: int) -> nn.Sequential:
     """The convolutions of ``torchvision.models.vgg19()`` under this seed, without half a gigabyte of classifier."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = make_layers(cfgs["E"], batch_norm=False)
+        network = _convolutions()
         for fan_in, fan_out in ((512 * 7 * 7, 4096), (4096, 4096), (4096, 1000)):  # what the classifier would draw
             for _ in range(fan_out):
                 torch.rand(fan_in)

@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -41,6 +41,17 @@ def _no_bars() -> Iterator[None]:
     finally:
         for log in shown:
             log.enable_progress_bar()
+
+
+def _pipeline_class() -> type:
+    """diffusers' pipeline, which brings image processors not used here; without torchvision each would warn."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        from diffusers import StableDiffusionControlNetPipeline
+    finally:
+        transformers_logging.set_verbosity(level)
+    return StableDiffusionControlNetPipeline
 
 
 class ControlNetISRModel:
@@ -217,7 +228,7 @@ class ControlNetISRModel:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write an ordinary diffusers folder plus ``isr_config.json``; an older folder is replaced in one step."""
-        pipeline = StableDiffusionControlNetPipeline(
+        pipeline = _pipeline_class()(
             **self._modules(),
             tokenizer=self.tokenizer,
             scheduler=self.scheduler,
@@ -243,9 +254,7 @@ class ControlNetISRModel:
         if not config.is_file():
             raise FileNotFoundError(f"model folder {str(path)!r} has no {_CONFIG_NAME}; give a folder written by rfsr")
         with _no_bars():
-            pipeline = StableDiffusionControlNetPipeline.from_pretrained(
-                path, safety_checker=None, local_files_only=True
-            )
+            pipeline = _pipeline_class().from_pretrained(path, safety_checker=None, local_files_only=True)
         parts = {name: pipeline.components[name] for name in
                  ("vae", "text_encoder", "tokenizer", "unet", "controlnet", "scheduler")}  # fmt: skip
         model = cls(**parts, **json.loads(config.read_text()))

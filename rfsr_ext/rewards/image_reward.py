@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
 
 from rfsr_ext.rewards.base import Reward
 from rfsr_ext.rewards.files import load_strictly, read_tensors
@@ -127,7 +126,10 @@ class ImageReward(Reward):
         for size in ((height, resized[1]), resized):  # Pillow resizes along rows, then along columns
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
             images = images + (images.clamp(0, 1) - images).detach()
-        return transforms.normalize(transforms.center_crop(images, [SIZE]), PIXEL_MEAN, PIXEL_STD)
+        top, left = (round((n - SIZE) / 2) for n in resized)  # where torchvision's CenterCrop starts
+        images = images[..., top : top + SIZE, left : left + SIZE]
+        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+        return (images - mean) / std
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         if len(prompts) != len(images):
