@@ -5,8 +5,8 @@
     python tests/packaging/install_matrix.py all
 
 Light rows see the packages of the interpreter that runs this; heavy ones download PyTorch, gigabytes of it, or compile
-CUDA for minutes. Every row installs a copy of the sources by plain ``pip install -e .``, isolation on and no flags, except
-where its line says so.
+CUDA for minutes. Every row installs a copy of the sources by plain ``pip install -e .``, isolation on and no flags,
+except where its line says so.
 """
 
 from __future__ import annotations
@@ -192,6 +192,7 @@ def again(folder: Path) -> None:
     env.pip("--no-deps", "-e", ".")
     library, record = env.assert_native(env.probe()), env.record()
     assert record["cpu"]["seconds"] <= 60, record["cpu"]["seconds"]
+    print(f"{'':14s} CPU library: {record['cpu']['seconds']} s on one core")
     built = library.stat().st_mtime_ns
     output = env.pip("--no-deps", "-e", ".")
     assert "haar.cpp" not in output and (library.stat().st_mtime_ns, env.record()) == (built, record), output[-3000:]
@@ -250,47 +251,6 @@ def new_gcc(folder: Path) -> None:
 # --------------------------------------------------------------------------------------- heavy rows
 
 
-def cuda(folder: Path) -> None:
-    """An nvcc that is a wrapper script on PATH compiles for the one GPU asked for, and PTX, within three minutes."""
-    toolkit = nvcc_fits()
-    if not toolkit:
-        raise Skip("there is no nvcc of torch's CUDA")
-    env = Environment(folder, ambient=True)
-    for name in ("CUDA_HOME", "CUDA_PATH", "RFSR_CUDA"):
-        env.variables.pop(name, None)
-    (folder / "bin").mkdir()
-    (folder / "bin/nvcc").write_text(f'#!/bin/sh\nexec {toolkit.nvcc} "$@"\n')
-    (folder / "bin/nvcc").chmod(0o755)
-    path = f"{folder / 'bin'}:{env.variables['PATH']}"
-    env.variables |= {"PATH": path, "TORCH_CUDA_ARCH_LIST": "9.0+PTX", "MAX_JOBS": "2"}
-    assert_cuda(env, toolkit)
-
-
-def pip_cuda(folder: Path) -> None:
-    """No toolkit but pip's, of torch's own CUDA version."""
-    env = Environment(folder, ambient=True)
-    prefix = env.hide_toolkits(folder)
-    version = env.run(env.python, "-c", "import torch; print(torch.version.cuda or '')").strip()
-    if not version:
-        raise Skip("torch was built without CUDA")
-    env.pip("--ignore-installed", f"cuda-toolkit[nvcc,cudart,cccl]=={version}.*")
-    env.variables |= {"TORCH_CUDA_ARCH_LIST": "9.0+PTX", "MAX_JOBS": "2"}
-    assert_cuda(env, None, prefix)
-
-
-def assert_cuda(env: Environment, toolkit, prefix=()) -> None:
-    """Installs; the CUDA library holds code and PTX for 9.0 and nothing else."""
-    env.pip("--no-deps", "-e", ".", prefix=prefix)
-    env.assert_native(env.probe())
-    library = env.assert_native(env.probe(), "cuda")
-    record = env.record()["cuda"]
-    assert record["seconds"] <= 180, record["seconds"]
-    print(f"{'':14s} CUDA library: {record['seconds']} s by {record['compiler']}")
-    if toolkit:
-        code = [env.run(toolkit.home / "bin/cuobjdump", f"--list-{kind}", library) for kind in ("elf", "ptx")]
-        assert [set(re.findall(r"sm_\d+", text)) for text in code] == [{"sm_90"}, {"sm_90"}], code
-
-
 def no_torch(folder: Path) -> None:
     """An empty environment: the build asks for a torch of its own, and its library runs on the one then installed."""
     env = Environment(folder, ambient=False)
@@ -314,19 +274,63 @@ def torch_present(folder: Path) -> None:
 
 
 def two_torches(folder: Path) -> None:
-    """One library, built with the torch of this interpreter, also runs on the oldest torch."""
+    """The libraries built with the torch of this interpreter, also for CUDA if nvcc is here, run on the oldest too."""
     newest = Environment(folder, ambient=True)
+    newest.variables.pop("RFSR_CUDA")
+    newest.variables["TORCH_CUDA_ARCH_LIST"] = "9.0"
     newest.pip("--no-deps", "-e", ".")
     found = newest.probe()
-    library = newest.assert_native(found)
-    bits = library.read_bytes()
+    devices = ("cpu", "cuda") if nvcc_fits() else ("cpu",)
+    built = {library: library.read_bytes() for library in (newest.assert_native(found, d) for d in devices)}
     oldest = Environment(folder, ambient=False, name=".venv-oldest")
     oldest.pip(f"torch=={OLDEST}.*", "numpy")
     oldest.variables["PYTHONPATH"] = str(oldest.tree)
     again = oldest.probe()
     assert found["torch"] != again["torch"] and again["torch"].startswith(f"{OLDEST}."), again["torch"]
-    assert again["cpu"]["backend"] == "native" and Path(again["cpu"]["library"]) == library
-    assert library.read_bytes() == bits
+    assert [oldest.assert_native(again, device) for device in devices] == list(built)
+    assert all(library.read_bytes() == bits for library, bits in built.items())
+
+
+def cuda(folder: Path) -> None:
+    """An nvcc that is a wrapper script on PATH compiles for the one GPU asked for, and PTX, within three minutes."""
+    toolkit = nvcc_fits()
+    if not toolkit:
+        raise Skip("there is no nvcc of torch's CUDA")
+    env = Environment(folder, ambient=True)
+    for name in ("CUDA_HOME", "CUDA_PATH", "RFSR_CUDA"):
+        env.variables.pop(name, None)
+    (folder / "bin").mkdir()
+    (folder / "bin/nvcc").write_text(f'#!/bin/sh\nexec {toolkit.nvcc} "$@"\n')
+    (folder / "bin/nvcc").chmod(0o755)
+    env.variables["PATH"] = f"{folder / 'bin'}:{env.variables['PATH']}"
+    assert_cuda(env, archs=(90,))
+
+
+def pip_cuda(folder: Path) -> None:
+    """No toolkit but pip's, of torch's own CUDA version, compiles for several GPUs."""
+    env = Environment(folder, ambient=True)
+    prefix = env.hide_toolkits(folder)
+    version = env.run(env.python, "-c", "import torch; print(torch.version.cuda or '')").strip()
+    if not version:
+        raise Skip("torch was built without CUDA")
+    env.pip("--ignore-installed", f"cuda-toolkit[nvcc,cudart,cccl]=={version}.*")
+    assert_cuda(env, archs=(80, 90, 120), prefix=prefix)
+
+
+def assert_cuda(env: Environment, archs: tuple[int, ...], prefix=()) -> None:
+    """Within three minutes both libraries are there: code for the GPUs asked for, PTX for the last, no spills."""
+    env.variables["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{arch / 10:.1f}" for arch in archs) + "+PTX"
+    env.variables |= {"NVCC_APPEND_FLAGS": "-Xptxas -v", "MAX_JOBS": "2"}
+    output = env.pip("--no-deps", "-e", ".", prefix=prefix)
+    wanted = {(f"compute_{arch}", f"sm_{arch}") for arch in archs} | {(f"compute_{archs[-1]}",) * 2}
+    compiled = set(re.findall(r"-gencode=arch=(\w+),code=(\w+)", output))
+    assert compiled == wanted, compiled
+    assert set(re.findall(r"(\d+) bytes spill", output)) == {"0"}, "ptxas -v shows spills, or nothing"
+    found, record = env.probe(), env.record()["cuda"]
+    for device in ("cpu", "cuda"):
+        env.assert_native(found, device)
+    assert record["seconds"] <= 180, record["seconds"]
+    print(f"{'':14s} CUDA library: {record['seconds']} s by {record['compiler']}")
 
 
 LIGHT = {

@@ -1,6 +1,8 @@
 """pyproject.toml, environment.yml and the Makefile agree with each other."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -52,3 +54,18 @@ def test_ci_runs_make_test_and_nothing_else():
 def test_only_the_agreed_folders_hold_python_packages():
     found = {p.parent.name for p in ROOT.glob("*/__init__.py")}
     assert found == {"rfsr_ext"}
+
+
+def test_every_module_imports_without_torchvision():
+    """It is a part of the test extra alone: each of its releases demands one torch."""
+    script = """
+import importlib, pkgutil, sys
+sys.modules["torchvision"] = None
+import rfsr_ext
+for module in pkgutil.walk_packages(rfsr_ext.__path__, "rfsr_ext."):
+    if "._C_" not in module.name and "__main__" not in module.name:
+        importlib.import_module(module.name)
+print("rfsr_ext.losses.gram" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1:] == ["True"] and "torchvision" not in run.stderr, run.stderr
