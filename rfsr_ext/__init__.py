@@ -1,7 +1,7 @@
 """RFSR: fine-tune diffusion super-resolution models by reward feedback learning (arXiv 2412.03268), in small parts.
 
 Folders, each importing only those before it: ``ops`` (compiled losses) → ``losses``, ``data``, ``models``, ``rewards``
-→ ``sampling`` → ``evaluation`` → ``training`` → ``mini`` (how the shipped weights are made) → ``cli``.
+→ ``sampling``, ``metrics`` → ``evaluation`` → ``training`` → ``mini`` (how the shipped weights are made) → ``cli``.
 
 The fast losses need nothing of the rest: ``from rfsr_ext import haar_ll_l1_loss, gram_loss``.
 """

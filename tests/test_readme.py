@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from rfsr_ext.training import RFSRConfig
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-SECTIONS = dict(re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", README, re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^###? (.+?)\n(.*?)(?=^##|\Z)", README, re.MULTILINE | re.DOTALL))
 OPERATORS = ["haar_ll", "haar_ll_l1_loss", "gram_matrix", "gram_loss", "HaarLLLoss"]
 
 
@@ -52,6 +52,13 @@ def test_every_block_is_python():
     assert len(blocks) == README.count("```python")
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_metrics_in_python(names, capsys):
+    (block,) = fences("Use it")
+    exec(block, names)
+    assert set(names["values"]) == {"psnr", "ssim", "judge"} and all(len(v) == 2 for v in names["values"].values())
+    assert "basic: seed 0, PSNR and SSIM on RGB, border 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

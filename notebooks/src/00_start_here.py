@@ -44,8 +44,8 @@ from skimage.filters import gaussian
 
 from rfsr_ext import build_info, gram_loss, haar_ll_l1_loss
 from rfsr_ext.data import PhotographCrops, evaluation_crops, photographs
-from rfsr_ext.evaluation import psnr
 from rfsr_ext.losses import HaarLLLoss, VGGGramLoss
+from rfsr_ext.metrics import psnr
 from rfsr_ext.models import load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, pictures, show
 from rfsr_ext.rewards import WeightedReward, create_reward

@@ -29,7 +29,7 @@ import copy
 import torch
 
 from rfsr_ext.data import evaluation_crops
-from rfsr_ext.evaluation import psnr
+from rfsr_ext.metrics import psnr
 from rfsr_ext.models import load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.sampling import TimestepWindows, generators, sample, trajectory

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from rfsr_ext import haar_ll
 from rfsr_ext.data import evaluation_crops
-from rfsr_ext.evaluation import band_ssim, psnr, ssim
+from rfsr_ext.metrics import band_ssim, psnr, ssim
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 
 photo = evaluation_crops(["chelsea"], size=96, count=5)[4]["gt"][None]  # a cat, [1, 3, 96, 96] in [0, 1]

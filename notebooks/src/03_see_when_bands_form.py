@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from rfsr_ext.data import evaluation_crops, photographs
-from rfsr_ext.evaluation import band_ssim, measure_trajectory
+from rfsr_ext.evaluation import measure_trajectory
+from rfsr_ext.metrics import band_ssim
 from rfsr_ext.models import load_model
 from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.sampling import TimestepWindows, generators, trajectory

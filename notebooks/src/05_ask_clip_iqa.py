@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from rfsr_ext import haar_ll
 from rfsr_ext.data import evaluation_crops, load_photograph, photographs
-from rfsr_ext.evaluation import Judge, psnr, ssim
+from rfsr_ext.metrics import Judge, psnr, ssim
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import (
     CallableReward,

@@ -35,7 +35,7 @@ from PIL import Image
 
 from rfsr_ext.data import PHOTOGRAPHS, evaluation_crops, load_photograph, photographs
 from rfsr_ext.data.distortions import INPUT_FAULTS, distort
-from rfsr_ext.evaluation import psnr
+from rfsr_ext.metrics import psnr
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import (
     CallableReward,

@@ -35,8 +35,8 @@ from torch.nn.utils import parametrize
 
 from rfsr_ext import gram_loss, gram_matrix
 from rfsr_ext.data import evaluation_crops, load_photograph, photographs
-from rfsr_ext.evaluation import Judge, ssim
 from rfsr_ext.losses import VGGGramLoss
+from rfsr_ext.metrics import Judge, ssim
 from rfsr_ext.models import load_model
 from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import MiniIQA

@@ -37,8 +37,9 @@ import torch.nn.functional as F
 import transformers
 
 from rfsr_ext.data import PhotographCrops, evaluation_crops, photographs
-from rfsr_ext.evaluation import Judge, compare, evaluate
+from rfsr_ext.evaluation import compare, evaluate
 from rfsr_ext.losses import HaarLLLoss, VGGGramLoss
+from rfsr_ext.metrics import Judge
 from rfsr_ext.models import load_model
 from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import MiniIQA, MiniPreference, WeightedReward

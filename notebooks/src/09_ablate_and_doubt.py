@@ -36,7 +36,8 @@ import torch
 
 from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.data.images import read_image, to_tensor
-from rfsr_ext.evaluation import Judge, compare, psnr
+from rfsr_ext.evaluation import compare
+from rfsr_ext.metrics import Judge, psnr
 from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import create_reward
 from rfsr_ext.training import RFSRConfig

@@ -43,9 +43,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from rfsr_ext import haar_ll_l1_loss
 from rfsr_ext.data import PhotographCrops, evaluation_crops, photographs
-from rfsr_ext.evaluation import psnr
 from rfsr_ext.files import replace_folder
 from rfsr_ext.losses import HaarLLLoss, VGGGramLoss
+from rfsr_ext.metrics import psnr
 from rfsr_ext.models import Condition, ISRModel, load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import MiniIQA, WeightedReward, create_reward

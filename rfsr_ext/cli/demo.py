@@ -10,8 +10,9 @@ import typer
 
 from rfsr_ext.cli.evaluate import difference_table, held_out_scorers, mean_table
 from rfsr_ext.data import Sample, evaluation_crops, photographs
-from rfsr_ext.evaluation import compare, comparison_figure, curves_figure, evaluate, evaluate_bicubic, psnr, summarise
+from rfsr_ext.evaluation import compare, comparison_figure, curves_figure, evaluate, evaluate_bicubic, summarise
 from rfsr_ext.files import replace_file
+from rfsr_ext.metrics import psnr
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import create_reward
 from rfsr_ext.sampling import generators, sample

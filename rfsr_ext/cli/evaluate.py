@@ -12,25 +12,21 @@ import typer
 from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
-    METRICS,
     FolderResult,
-    Judge,
-    Preset,
     Scorer,
-    Suite,
     best_and_worst,
     cases_figure,
     compare,
     evaluate,
     evaluate_bicubic,
     evaluate_folder,
-    get_preset,
     measure_trajectory,
     summarise,
     trajectory_figure,
 )
 from rfsr_ext.evaluation.folders import read_picture
 from rfsr_ext.files import replace_file
+from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
 from rfsr_ext.models import load_model
 from rfsr_ext.rewards import REWARDS, create_reward
 from rfsr_ext.training import RFSRConfig

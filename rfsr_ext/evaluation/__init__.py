@@ -1,8 +1,7 @@
-"""Evaluation: fidelity metrics, tables over images and seeds, and the figures made from them."""
+"""Models and folders measured with `rfsr_ext.metrics`: tables over images and seeds, and the figures made of them."""
 
 from rfsr_ext.evaluation.figures import cases_figure, comparison_figure, curves_figure, trajectory_figure
 from rfsr_ext.evaluation.folders import FolderResult, best_and_worst, evaluate_folder
-from rfsr_ext.evaluation.judge import Judge
 from rfsr_ext.evaluation.measure import (
     Scorer,
     compare,
@@ -11,19 +10,10 @@ from rfsr_ext.evaluation.measure import (
     measure_trajectory,
     summarise,
 )
-from rfsr_ext.evaluation.metrics import band_ssim, psnr, ssim
-from rfsr_ext.evaluation.suite import METRICS, PRESETS, Metric, Preset, Suite, get_preset
 
 __all__ = [
-    "METRICS",
-    "PRESETS",
     "FolderResult",
-    "Judge",
-    "Metric",
-    "Preset",
     "Scorer",
-    "Suite",
-    "band_ssim",
     "best_and_worst",
     "cases_figure",
     "compare",
@@ -32,10 +22,7 @@ __all__ = [
     "evaluate",
     "evaluate_bicubic",
     "evaluate_folder",
-    "get_preset",
     "measure_trajectory",
-    "psnr",
-    "ssim",
     "summarise",
     "trajectory_figure",
 ]

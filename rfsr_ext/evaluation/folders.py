@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rfsr_ext.data.images import SUFFIXES, read_image, to_tensor
-from rfsr_ext.evaluation.suite import METRICS, Suite
+from rfsr_ext.metrics.suite import METRICS, Suite
 
 __all__ = ["FolderResult", "best_and_worst", "evaluate_folder", "list_pictures", "read_picture"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rfsr_ext.data import Sample
-from rfsr_ext.evaluation.metrics import band_ssim, psnr, ssim
-from rfsr_ext.evaluation.suite import Suite
+from rfsr_ext.metrics.fidelity import band_ssim, psnr, ssim
+from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.sampling import generators, sample, trajectory
 

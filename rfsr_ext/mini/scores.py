@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
-from rfsr_ext.evaluation.judge import Judge, natural_scene_statistics
+from rfsr_ext.metrics.judge import Judge, natural_scene_statistics
 from rfsr_ext.mini.fit import fit
 from rfsr_ext.rewards import MiniIQA, MiniPreference
 

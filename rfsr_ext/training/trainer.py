@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from rfsr_ext.data import Sample, evaluation_crops, photographs
-from rfsr_ext.evaluation.judge import Judge
 from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.files import replace_file
 from rfsr_ext.losses import VGGGramLoss
+from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import generators

@@ -8,19 +8,9 @@ from PIL import Image
 
 from rfsr_ext.data import load_photograph
 from rfsr_ext.data.images import to_uint8
-from rfsr_ext.evaluation import (
-    PRESETS,
-    Preset,
-    Suite,
-    best_and_worst,
-    cases_figure,
-    compare,
-    evaluate_folder,
-    psnr,
-    ssim,
-    summarise,
-)
+from rfsr_ext.evaluation import best_and_worst, cases_figure, compare, evaluate_folder, summarise
 from rfsr_ext.evaluation.folders import list_pictures, read_picture
+from rfsr_ext.metrics import PRESETS, Preset, Suite, psnr, ssim
 
 FIDELITY = Preset("fidelity", ("psnr", "ssim"), "y", 2)
 

@@ -8,16 +8,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 from rfsr_ext.data import evaluation_crops
-from rfsr_ext.evaluation import (
-    band_ssim,
-    compare,
-    evaluate,
-    evaluate_bicubic,
-    measure_trajectory,
-    psnr,
-    ssim,
-    summarise,
-)
+from rfsr_ext.evaluation import compare, evaluate, evaluate_bicubic, measure_trajectory, summarise
+from rfsr_ext.metrics import band_ssim, psnr, ssim
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import Condition
 from rfsr_ext.sampling import generators
@@ -233,7 +225,7 @@ def test_bootstrap_is_paired_and_repeatable():
 
 
 def test_a_suite_adds_its_metrics_and_says_which(samples):
-    from rfsr_ext.evaluation import Preset, Suite
+    from rfsr_ext.metrics import Preset, Suite
 
     preset = Preset("luma", ("psnr", "judge"), "y", 4)
     frame = evaluate(NoisyBicubic(), samples, SCORERS, name="noisy", suite=Suite(preset))

@@ -5,7 +5,8 @@ import torch
 
 from rfsr_ext.data import DistortedCrops, PhotographCrops, evaluation_crops, photographs
 from rfsr_ext.data.distortions import DISTORTIONS, INPUT_FAULTS
-from rfsr_ext.evaluation import Judge, evaluate
+from rfsr_ext.evaluation import evaluate
+from rfsr_ext.metrics import Judge
 from rfsr_ext.mini.scores import similarity
 from rfsr_ext.models import ControlNetISRModel, ISRModel, load_model
 from rfsr_ext.rewards import create_reward

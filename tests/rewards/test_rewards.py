@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfsr_ext.evaluation import Judge
+from rfsr_ext.metrics import Judge
 from rfsr_ext.mini import architecture
 from rfsr_ext.rewards import MiniIQA, MiniPreference, Reward, WeightedReward, create_reward, reward_loss
 from rfsr_ext.weights import WEIGHTS

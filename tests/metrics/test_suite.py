@@ -10,7 +10,7 @@ from skimage.measure import shannon_entropy
 from skimage.metrics import structural_similarity
 
 from rfsr_ext.data import evaluation_crops, photographs
-from rfsr_ext.evaluation import METRICS, PRESETS, Judge, Preset, Suite, get_preset, psnr, ssim
+from rfsr_ext.metrics import METRICS, PRESETS, Judge, Preset, Suite, get_preset, psnr, ssim
 from rfsr_ext.weights import registry
 from rfsr_ext.weights.registry import METRIC_FILES
 
@@ -96,7 +96,7 @@ def test_seeds_hold_for_every_generator_and_leave_them_alone(gt, monkeypatch):
         top, left = np.random.randint(0, 32, size=2)
         return x[..., top : top + 64, left : left + 64].mean() + torch.rand(()) * 1e-3
 
-    monkeypatch.setattr("rfsr_ext.evaluation.suite._build", lambda name, device: cropped)
+    monkeypatch.setattr("rfsr_ext.metrics.suite._build", lambda name, device: cropped)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     suites = [Suite(Preset("test", ("piqe",), seed=seed)) for seed in (0, 0, 1)]
     states = np.random.get_state()[1].copy(), torch.get_rng_state()
@@ -107,7 +107,7 @@ def test_seeds_hold_for_every_generator_and_leave_them_alone(gt, monkeypatch):
 
 
 def test_what_is_missing_is_said_before_anything_is_built(nowhere, monkeypatch):
-    monkeypatch.setattr("rfsr_ext.evaluation.suite._build", lambda *_: pytest.fail("built too early"))
+    monkeypatch.setattr("rfsr_ext.metrics.suite._build", lambda *_: pytest.fail("built too early"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"lpips, maniqa-pipal, .* come from pyiqa; pip install 'rfsr_ext\[m"):
         Suite(PRESETS["rfsr-paper"])

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from rfsr_ext.data import evaluation_crops
-from rfsr_ext.evaluation import METRICS, PRESETS, Preset, Suite
+from rfsr_ext.metrics import METRICS, PRESETS, Preset, Suite
 from rfsr_ext.rewards import CLIPIQA, PyIQAReward, create_reward
 from rfsr_ext.weights import registry
 from rfsr_ext.weights.registry import FILES, METRIC_FILES

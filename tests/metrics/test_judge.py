@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from rfsr_ext.evaluation import Judge
-from rfsr_ext.evaluation.judge import natural_scene_statistics
+from rfsr_ext.metrics import Judge
+from rfsr_ext.metrics.judge import natural_scene_statistics
 
 
 def test_statistics_are_finite_even_for_blank_images():

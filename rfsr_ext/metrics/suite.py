@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rfsr_ext.evaluation.judge import Judge
-from rfsr_ext.evaluation.metrics import psnr, ssim
+from rfsr_ext.metrics.fidelity import psnr, ssim
+from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.rewards.clip_iqa import CLIPIQA
 from rfsr_ext.rewards.pyiqa_metric import create_metric
 from rfsr_ext.weights import registry
@@ -90,7 +90,7 @@ class Preset:
     Attributes:
         name: of the preset.
         metrics: names in `METRICS`.
-        channel, crop: of PSNR and SSIM alone, see `rfsr_ext.evaluation.psnr`.
+        channel, crop: of PSNR and SSIM alone, see `rfsr_ext.metrics.psnr`.
         seed: of metrics that draw random crops, set anew for every image.
     """
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from rfsr_ext.data import evaluation_crops
-from rfsr_ext.evaluation import band_ssim, psnr, ssim
+from rfsr_ext.metrics import band_ssim, psnr, ssim
 
 
 @pytest.fixture(scope="module")
