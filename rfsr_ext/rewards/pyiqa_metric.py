@@ -1,6 +1,7 @@
 """Metrics of pyiqa as rewards.  pyiqa itself (several seconds, about 1 GB of packages) is imported when one is made."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import logging
@@ -148,7 +149,7 @@ def create_metric(name: str, **options) -> nn.Module:
 
 
 class PyIQAReward(Reward):
-    """Any no-reference metric of pyiqa, through its ``as_loss`` mode, which keeps the gradient.
+    """Any no-reference metric of pyiqa, through its ``as_loss`` mode, which keeps the gradient if there is one.
 
     Runs in single precision whatever the images are and ``.to`` says; only the device follows it.  Metrics for which
     lower is better get the opposite sign.
@@ -179,6 +180,18 @@ class PyIQAReward(Reward):
         self.hidden = nn.ModuleList(part for parts in hidden for part in parts if isinstance(part, nn.Module))
         self.requires_grad_(False).eval()
         self.sign = -1 if self.metric.lower_better else 1
+
+    @functools.cached_property
+    def differentiable(self) -> bool:
+        """Whether noise of 256 pixels gets a gradient that is not zero all over: PIQE's rounding, for one, gives zeros.
+
+        Found out when first asked, as the gradient trainer does before it starts.
+        """
+        images = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.enable_grad():
+            score = self.score(images).sum()
+        (gradient,) = torch.autograd.grad(score, images, allow_unused=True) if score.requires_grad else (None,)
+        return gradient is not None and bool(gradient.any())
 
     def _apply(self, fn, recurse: bool = True):
         """Moves, but keeps its precision, the only one that pyiqa's metrics are made for."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rfsr_ext.rewards import CLIPIQA, PyIQAReward, create_reward
+from rfsr_ext.rewards import CLIPIQA, PyIQAReward, WeightedReward, check_rewards, create_reward
 from rfsr_ext.weights import registry
 
 pytest.importorskip("pyiqa", reason="CLIP-IQA needs the package pyiqa (pip install 'rfsr_ext[rewards]')")
@@ -233,11 +233,21 @@ def test_musiq_has_a_gradient_and_the_value_of_pyiqa():
     images = torch.rand(2, 3, 64, 64, requires_grad=True)
     score = reward.score(images)
     (gradient,) = torch.autograd.grad(score.sum(), images)
-    assert gradient.abs().max() > 0
+    assert gradient.abs().max() > 0 and reward.differentiable
     assert reward.sign == 1
     with torch.no_grad():
         torch.testing.assert_close(score.detach(), reward.metric.net(images).reshape(2))
         assert reward.score(images.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("metric", ["piqe", "entropy"])  # one rounds, so that its gradient is zero; one has none
+def test_metrics_without_a_gradient_are_refused_before_training(metric):
+    reward = create_reward(f"pyiqa:{metric}")
+    assert not reward.differentiable
+    with pytest.raises(
+        ValueError, match=f"reward 'pyiqa:{metric}' has no gradient .* leave it to a preference trainer"
+    ):
+        check_rewards([WeightedReward(reward, 1.0)], (4, 5))
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,18 @@ def test_the_gradient_trainer_refuses_rewards_without_a_gradient(settings, parts
         RFSRTrainer(
             RFSRConfig.from_dict(settings), make_tiny_model(), **parts | {"rewards": [WeightedReward(flat, 1.0)]}
         )
+    assert not Path(settings["output_dir"]).exists()
     with pytest.raises(ValueError, match=r"steps of reward 'brightness' must overlap the reward window \[4, 5\]"):
         terms = [WeightedReward(Brightness(), 1.0, steps=(1, 2))]
         RFSRTrainer(RFSRConfig.from_dict(settings), make_tiny_model(), **parts | {"rewards": terms})
+
+
+def test_the_gradient_trainer_refuses_a_metric_whose_gradient_is_zero(settings, parts):
+    pytest.importorskip("pyiqa", reason="PIQE needs the package pyiqa (pip install 'rfsr_ext[rewards]')")
+    with pytest.raises(ValueError, match="reward 'pyiqa:piqe' has no gradient .* leave it to a preference trainer"):
+        RFSRTrainer(
+            RFSRConfig.from_dict(settings | {"rewards": {"pyiqa:piqe": 1.0}}),
+            make_tiny_model(),
+            **{name: part for name, part in parts.items() if name != "rewards"},
+        )
+    assert not Path(settings["output_dir"]).exists()
