@@ -83,7 +83,8 @@ class RFSRTrainer:
         style_loss: the Gram distance of Gram-KL.
         validation: held-out samples, measured during training.
         judges: scorers by name that training never uses, higher is better; a warning appears when one of them has
-            fallen since the base model while the held-out reward has risen.
+            fallen since the base model while the held-out reward has risen, both by more than twice the standard error
+            of the paired difference over images.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class RFSRTrainer:
         self.measured: list[dict[str, Any]] = []
         self.best_iteration = 0
         self.scales: dict[str, tuple[float, float]] = {}  # mean and deviation of the base model's held-out scores
+        self.base_scores: dict[str, list[float]] = {}  # its held-out reward and judges, image by image
 
     # -- one iteration --------------------------------------------------------------------------------------------
 
@@ -297,6 +299,7 @@ class RFSRTrainer:
                     "skipped_in_a_row": self.skipped_in_a_row,
                     "reward_statistics": {term.reward.name: term.statistics.state() for term in self.rewards},
                     "reward_scales": self.scales,
+                    "base_scores": self.base_scores,
                     "optimizer_steps": self.state.ema.optimization_step,
                 },
             )
@@ -327,7 +330,7 @@ class RFSRTrainer:
         self.state.load(tensors, metadata["optimizer_steps"])
         for term in self.rewards:
             term.statistics.load(statistics[term.reward.name])
-        self.scales = metadata["reward_scales"]
+        self.scales, self.base_scores = metadata["reward_scales"], metadata["base_scores"]
         self.iteration = metadata["iteration"]
         self.history, self.measured = metadata["history"], metadata["validation"]
         self.best_iteration, self.skipped_in_a_row = metadata["best_iteration"], metadata["skipped_in_a_row"]
@@ -356,12 +359,12 @@ class RFSRTrainer:
                     name="held-out",
                     on_images=self._log_images,
                 )  # fmt: skip
+                frame["reward"] = self._held_out_reward(frame)
                 row = {"iteration": self.iteration} | frame.drop(
                     columns=["model", "image", "seed", "prompt"]
                 ).mean().to_dict()
-                row["reward"] = self._held_out_reward(frame)
                 self.measured.append(row)
-                self._warn_of_hacking()
+                self._warn_of_hacking(frame)
                 best = next(r for r in self.measured if r["iteration"] == self.best_iteration)
                 kept = row["psnr"] >= self.measured[0]["psnr"] - self.config.max_psnr_drop
                 if row is self.measured[0] or (kept and row["reward"] > best["reward"]):
@@ -372,17 +375,17 @@ class RFSRTrainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def _held_out_reward(self, frame: pd.DataFrame) -> float:
-        """Σ λ · mean(min(r, cap)) over held-out images, see the class."""
-        total = 0.0
+    def _held_out_reward(self, frame: pd.DataFrame) -> pd.Series:
+        """Σ λ · min(r, cap) of every held-out image, see the class."""
+        total = pd.Series(0.0, frame.index)
         for term in self.rewards:
             name, scores = term.reward.name, frame[term.reward.name].astype(float)
             if term.normalize:
                 mean, deviation = self.scales.setdefault(name, (scores.mean(), scores.std(ddof=0) or 1.0))
-                total += term.weight * (scores.mean() - mean) / deviation
+                total += term.weight * (scores - mean) / deviation
             else:
-                total += term.weight * scores.clip(upper=term.cap).mean()
-        return float(total)
+                total += term.weight * scores.clip(upper=term.cap)
+        return total
 
     def _log_images(self, indices: range, sr: Tensor) -> None:
         """The first batch of held-out samples as rows of (LR, SR, ground truth) in TensorBoard."""
@@ -394,14 +397,18 @@ class RFSRTrainer:
         tracker = self.accelerator.get_tracker("tensorboard")
         tracker.log_images({"held-out": np.moveaxis(rows.numpy(), 1, -1)}, step=self.iteration, dataformats="NHWC")
 
-    def _warn_of_hacking(self) -> None:
-        first, now = self.measured[0], self.measured[-1]
+    def _warn_of_hacking(self, frame: pd.DataFrame) -> None:
+        """Compare with the base model image by image: what may be chance is passed over."""
+        now = {name: frame[name].astype(float).tolist() for name in ("reward", *self.judges)}
+        first = self.base_scores = self.base_scores or now
+        ratios = {name: _paired_ratio(first[name], now[name]) for name in now}
+        change = {name: f"({np.mean(first[name]):.4g} to {np.mean(now[name]):.4g})" for name in now}
         for name in self.judges:
-            if now["reward"] > first["reward"] and now[name] < first[name]:
+            if ratios["reward"] > 2 and ratios[name] < -2:
                 logger.warning(
-                    "iteration %d: the training reward has risen (%.4g to %.4g) while the held-out %s has fallen "
-                    "(%.4g to %.4g); this is what reward hacking looks like, so look at the images",
-                    self.iteration, first["reward"], now["reward"], name, first[name], now[name],
+                    "iteration %d: the training reward has risen %s while the held-out %s has fallen %s; "
+                    "this is what reward hacking looks like, so look at the images",
+                    self.iteration, change["reward"], name, change[name],
                 )  # fmt: skip
 
     def _export(self, folder: Path) -> None:
@@ -426,3 +433,10 @@ class RFSRTrainer:
         for module in self.model.trainable_groups().values():
             module.requires_grad_(False)
         return TrainingResult(self.model, self.folder, history, validation, self.best_iteration)
+
+
+def _paired_ratio(first: Sequence[float], now: Sequence[float]) -> float:
+    """Mean difference over images in units of its standard error; not a number for a single image."""
+    difference = pd.Series(now) - pd.Series(first)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return difference.mean() / difference.sem()

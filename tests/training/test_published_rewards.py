@@ -89,7 +89,7 @@ def held_out(settings, parts, tmp_path, values, **options):
         make_tiny_model(),
         **parts | {"rewards": [term]},
     )
-    return [trainer._held_out_reward(pd.DataFrame({"brightness": scores})) for scores in values]
+    return [trainer._held_out_reward(pd.DataFrame({"brightness": scores})).mean() for scores in values]
 
 
 def test_scores_beyond_their_cap_do_not_choose_the_best_weights(settings, parts, tmp_path):

@@ -161,6 +161,24 @@ def test_warns_when_the_reward_rises_and_the_judge_falls(settings, parts, caplog
     assert "held-out darkness has fallen" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("reward", "darkness", "warns"),
+    [
+        ([1.0, 1.2, 0.9, 1.1], [-1.0, -1.1, -0.9, -1.2], True),
+        ([1.0, 1.2, 0.9, 1.1], [-3.0, 1.0, -2.0, 2.0], False),  # half lower in the mean, by 0.4 standard errors
+        ([4.0, -3.0, 3.0, -2.0], [-1.0, -1.1, -0.9, -1.2], False),
+        ([1.0, 1.2, 0.9, 1.1], [1.0, 1.1, 0.9, 1.2], False),
+        ([1.0], [-1.0], False),  # one image has no standard error
+    ],
+)
+def test_warns_only_beyond_chance(settings, parts, caplog, reward, darkness, warns):
+    trainer = RFSRTrainer(RFSRConfig.from_dict(settings), make_tiny_model(), **parts)
+    base = pd.DataFrame({"reward": [5.0, -7.0, 2.0, 0.0], "darkness": [1.0, 8.0, -2.0, 3.0]})[: len(reward)]
+    trainer._warn_of_hacking(base)
+    trainer._warn_of_hacking(base + pd.DataFrame({"reward": reward, "darkness": darkness}))
+    assert ("this is what reward hacking looks like" in caplog.text) == warns
+
+
 def test_best_respects_the_psnr_bound(settings, parts):
     result = run(
         settings, parts, iterations=20, structure_loss="none", regularization="none", learning_rate=3e-3,
