@@ -15,6 +15,7 @@ from rfsr_ext.weights import registry
 from rfsr_ext.weights.registry import METRIC_FILES
 
 FREE = PRESETS["weightless"].metrics
+NEEDS_PEERS = "torchmetrics is not installed (pip install 'rfsr_ext[peers]')"
 NEEDS_PYIQA = "pyiqa is not installed (pip install 'rfsr_ext[metrics]')"
 
 
@@ -224,7 +225,7 @@ def test_gmsd_is_its_formula(gt, noisy):
 
 
 def test_ours_agree_with_torchmetrics(gt, noisy):
-    image = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics, the second opinion, is not here")
+    image = pytest.importorskip("torchmetrics.functional.image", reason=NEEDS_PEERS)
     options = {"gaussian_kernel": True, "sigma": 1.5, "data_range": 1.0, "reduction": "none"}
     for sr in noisy:
         found = Suite(Preset("test", ("psnr", "ssim")))(sr, gt)
