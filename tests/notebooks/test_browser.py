@@ -1,6 +1,7 @@
 """The notebooks in JupyterLab and Chromium, from a copied folder: one runs from top to end, keys move every slider.
 
-One kernel serves all of them, cleared in between, so that PyTorch is loaded once.
+To save time, one kernel serves all of them, cleared in between, and of the others only those cells are run that the
+slider needs.  What it shows is compared with the figure stored below it, so a cell too few is noticed.
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import symtable
 import sys
 import time
 import urllib.request
@@ -50,6 +52,29 @@ def code(path):
 def slider_cell(path):
     """Which of the code cells makes a slider; None if none does."""
     return next((number for number, cell in enumerate(code(path)) if re.search(r"\bexplore\(", cell.source)), None)
+
+
+def names(source):
+    """(bound, read): the globals that a cell binds, and those that it or its functions read from other cells."""
+    tables, read = [symtable.symtable(source, "cell", "exec")], set()
+    bound = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    for table in tables:
+        tables += table.get_children()
+        symbols = [s for s in table.get_symbols() if s.is_referenced() and (table is tables[0] or s.is_global())]
+        read |= {s.get_name() for s in symbols}
+    return bound, read - bound
+
+
+def needed(path):
+    """The code cells that the slider needs: its own, those that bind what it reads, what these read, and so on."""
+    last = slider_cell(path)
+    needed, missing = [last], names(code(path)[last].source)[1]
+    for number, cell in reversed(list(enumerate(code(path)[:last]))):
+        bound, read = names(cell.source)
+        if bound & missing:
+            needed.insert(0, number)
+            missing = missing - bound | read
+    return needed
 
 
 FIRST, *OTHERS = [path for path in sorted(ROOT.glob("*.ipynb")) if slider_cell(path) is not None]
@@ -131,8 +156,14 @@ def window(request):
         options = ["--disable-gpu", "--disable-quic", "--disable-sync"]
         browser = engines.chromium.launch(executable_path=CHROMIUM, args=options)
         page, errors = browser.new_page(viewport={"width": 1280, "height": 800}), []
+
+        def note(line):
+            url = line.location["url"]  # JupyterLab asks for a Markdown cell's picture at its root, then at its place
+            if line.type == "error" and not (lab.folder / url.removeprefix(f"{lab.url}/")).is_file():
+                errors.append(f"{line.text} {url}")
+
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("console", note)
         page.goto(f"{lab.url}/lab?token=test&reset")
         page.wait_for_function("window.jupyterapp?.restored.then(() => true)", timeout=60_000)
         yield page, errors
@@ -159,12 +190,11 @@ def select(page, number):
     page.evaluate(f"{NOTEBOOK}.activeCellIndex = {NOTEBOOK}.widgets.indexOf({CODE}[{number}])")
 
 
-def run(page, count, *commands):
-    """Run the first ``count`` code cells by JupyterLab's commands; none may end in an error."""
-    for command in commands:
-        execute(page, command)
+def wait(page, numbers):
+    """Wait until these code cells have run; none may end in an error."""
     done = "({model}) => model.executionCount !== null && model.executionState !== 'running'"
-    page.wait_for_function(f"{CODE}.slice(0, {count}).every({done})", timeout=1000 * MOST_SECONDS)
+    ready = f"{numbers}.map(number => {CODE}[number]).every({done})"
+    page.wait_for_function(ready, timeout=1000 * MOST_SECONDS, polling=500)  # ms; each frame would slow it down
     outputs = page.evaluate(f"{CODE}.flatMap(cell => cell.model.outputs.toJSON())")
     assert not [output for output in outputs if output["output_type"] == "error"]
 
@@ -176,8 +206,8 @@ def move(page, path):
     seen = {}
 
     def look():
-        assert picture.count() == 1 and picture.is_visible()
-        assert picture.evaluate("picture => picture.complete && picture.naturalWidth > 0")
+        picture.wait_for()  # to be seen; there must be one
+        picture.evaluate("picture => picture.decode()")  # fails if it is none
         alt = picture.get_attribute("alt")
         assert len(alt) >= 40 and panel.locator("[aria-live]").inner_text() == alt
         seen[readout.inner_text()] = alt, picture.get_attribute("src")
@@ -217,11 +247,13 @@ def move(page, path):
 def test_the_first_notebook_runs_whole_and_its_slider_moves(page, lab):
     lab.open(page, FIRST)
     cells = nbformat.read(FIRST, as_version=4).cells
-    run(page, len(code(FIRST)), "notebook:run-all-cells")
+    execute(page, "notebook:run-all-cells")
+    wait(page, list(range(len(code(FIRST)))))
     titles = re.findall(r"^#+ ", "\n".join(cell.source for cell in cells if cell.cell_type == "markdown"), re.M)
     assert page.locator(".jp-MarkdownOutput").locator("h1, h2, h3, h4").count() == len(titles)
-    pictures = page.locator(".jp-OutputArea-output img")
-    assert pictures.count() == 1 + sum(str(cell.get("outputs", "")).count("<img ") for cell in cells)
+    pictures = page.locator(".jp-MarkdownOutput img, .jp-OutputArea-output img")
+    stored = sum(str(cell.get("outputs", "")).count("<img ") for cell in cells)
+    assert pictures.count() == stored + 2  # the picture that opens the course, and the slider's
     assert all(pictures.evaluate_all("all => all.map(one => one.complete && one.naturalWidth > 0 && one.alt > '')"))
     move(page, FIRST)
 
@@ -229,7 +261,8 @@ def test_the_first_notebook_runs_whole_and_its_slider_moves(page, lab):
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_keys_move_the_slider(path, page, lab):
     lab.open(page, path)
-    number = slider_cell(path)
-    select(page, number)
-    run(page, number + 1, "notebook:run-all-above", "notebook:run-cell")
+    for number in needed(path):
+        select(page, number)
+        execute(page, "notebook:run-cell")
+    wait(page, needed(path))
     move(page, path)
