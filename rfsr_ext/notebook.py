@@ -199,7 +199,8 @@ def explore(draw: Callable[[object], tuple[Figure, str]], values: Sequence, labe
         if position not in drawn:
             drawn[position] = draw(position)
         figure, alt = drawn[position]
-        panel.value = f'{_html(figure, alt)}<p aria-live="polite">{html.escape(alt)}</p>'
+        text = f'<p aria-live="polite" style="margin:0">{html.escape(alt)}</p>'
+        panel.value = f'<div style="line-height:1.5">{_html(figure, alt)}{text}</div>'
 
     class Explorer(widgets.VBox):
         def __repr__(self) -> str:  # what stored notebooks show, where no kernel lives that could move it
