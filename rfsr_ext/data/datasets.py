@@ -69,6 +69,11 @@ def _random_crop(image: np.ndarray, size: int, rng: np.random.Generator, tries: 
     return crop
 
 
+def _level(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The photograph at one size of its pyramid; at its own it is not copied."""
+    return image if size == image.shape[:2] else resize(image, size, Image.Resampling.LANCZOS).clip(0, 1)
+
+
 def _is_flat(image: np.ndarray) -> bool:
     return image.mean(axis=-1).std() < _FLAT
 
@@ -108,7 +113,7 @@ class PhotographCrops(Dataset):
         for name in names:
             image = load_photograph(name)
             sizes = [(round(image.shape[0] * scale), round(image.shape[1] * scale)) for scale in _PYRAMID]
-            levels = [resize(image, s, Image.Resampling.LANCZOS).clip(0, 1) for s in sizes if min(s) >= size]
+            levels = [_level(image, s) for s in sizes if min(s) >= size]
             if not levels:
                 raise ValueError(f"size must fit into photograph {name!r} of {image.shape[:2]} pixels, got {size}")
             self.levels.append((name, levels))
@@ -251,7 +256,7 @@ def evaluation_crops(
         crops = []
         for scale in (0.4, 0.65, 1.0):
             shape = (round(image.shape[0] * scale), round(image.shape[1] * scale))
-            level = resize(image, shape, Image.Resampling.LANCZOS).clip(0, 1) if scale != 1 else image
+            level = _level(image, shape)
             tops, lefts = ((n % size // 2 + size * np.arange(n // size)) for n in shape)
             for top, left in itertools.product(tops, lefts):
                 crop = level[top : top + size, left : left + size]
