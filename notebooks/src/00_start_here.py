@@ -17,7 +17,8 @@
 #
 # ![A cup of coffee four times: low resolution, enlarged before feedback, enlarged after feedback, the truth](before_after.webp)
 #
-# *Section 1 makes this picture. Look inside the cup: 24 training steps took away most of the coloured specks.*
+# *Section 1 makes this picture. Look inside the cup: 24 training steps took away many of the coloured specks. The run was
+# chosen; section 1 says how much of it is luck.*
 #
 # A super-resolution diffusion model starts from noise and removes it in some 50 sampling steps, guided by a small
 # photograph. RFSR ([arXiv 2412.03268](https://arxiv.org/abs/2412.03268)) takes such a model, finished, and trains it a
