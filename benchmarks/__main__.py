@@ -85,6 +85,7 @@ def run_case(case: Case, device: str, rounds: int, wanted: re.Pattern, cache: in
     return finish(rows, steps, device, rounds) | {
         "title": case.title,
         "floor": case.floor(bandwidth, flops[case.dtype]),
+        "gradient_bytes": case.gradient_bytes,
     }
 
 

@@ -33,6 +33,10 @@ class Case:
         return 2 * self._elements * self.dtype.itemsize
 
     @property
+    def gradient_bytes(self) -> int:
+        return self.backward * self.entry_bytes // 2
+
+    @property
     def _elements(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 

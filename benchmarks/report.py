@@ -10,10 +10,11 @@ ABOUT = """\
 Written by `python -m benchmarks`; do not edit. All contestants of a case took turns in one run; times are medians over
 rounds, with 20 % and 80 % quantiles; inputs rotate through a pool larger than the last-level cache. The floor is the
 time to move or multiply what the loss must, at the rates below; a pass that only reads can beat it, as a copy's writes
-cost more than they count. Peak is the memory one call adds, gradients included. Error is the largest difference of loss
-and gradient from our operator in fp64, relative to the largest entry; a contestant beyond the tolerance of its dtype is
-not timed. The released RFSR form normalises its features first and so computes another loss: it is checked against ours
-on normalised features, and is never the best peer."""
+cost more than they count. Peak is the memory one call adds, gradients included; the summary has in brackets what the
+gradient alone takes, which everybody returns. Error is the largest difference of loss and gradient from our operator in
+fp64, relative to the largest entry; a contestant beyond the tolerance of its dtype is not timed. The released RFSR form
+normalises its features first and so computes another loss: it is checked against ours on normalised features, and is
+never the best peer."""
 
 
 def slug(text: str) -> str:
@@ -73,10 +74,12 @@ def summary_lines(cases: list[dict]) -> list[str]:
         winner = "" if ratio >= 1 else "**the peer wins**"
         both = (base.get("peak_bytes"), peer.get("peak_bytes"))
         memory = "n/a" if None in both else " / ".join(f"{b / 2**20:.1f}" for b in both)
+        if case.get("gradient_bytes") and None not in both:
+            memory += f" ({case['gradient_bytes'] / 2**20:.1f})"
         body.append(
             [case["title"], _time(base["median"]), peer["name"], _time(peer["median"]), f"{ratio:.2f}×", memory, winner]
         )
-    header = ["case", "ours", "best peer", "its time", "we are faster by", "peak MiB, ours / its", ""]
+    header = ["case", "ours", "best peer", "its time", "we are faster by", "peak MiB, ours / its (the gradient)", ""]
     return _table(header, body)
 
 
