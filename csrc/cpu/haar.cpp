@@ -251,6 +251,7 @@ template <class T, class Source>
 void spread(T* grad, i64 samples, i64 channels, i64 height, i64 width, HaarEdge edge, const Source& shared) {
   using Acc = acc_t<T>;
   const i64 h = haar_size(height);
+  expect_writes(grad, samples * channels * height * width * static_cast<i64>(sizeof(T)));
   torch::stable::parallel_for(0, samples * channels * h, grain(2 * width), [&](i64 begin, i64 end) {
     Source source = shared;  // each thread has its own
     Acc v[kTile], more[kTile];

@@ -2,8 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "../tensors.h"
 
@@ -26,8 +32,41 @@
 #include <immintrin.h>
 #define RFSR_F16C __attribute__((target("avx2,f16c")))
 #endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define RFSR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RFSR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})  // Index: integers as wide as the elements
+#endif
 
 namespace rfsr {
+
+// Kernels that are written for AVX-512, rather than left to the compiler's clones, ask here. As for PyTorch's own,
+// ATEN_CPU_CAPABILITY=avx2 or default stands for a smaller processor.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define RFSR_AVX512 __attribute__((target("avx512f")))
+inline bool has_avx512() {
+  static const bool yes = [] {
+    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+    return (capability == nullptr || std::strncmp(capability, "avx512", 6) == 0) && __builtin_cpu_supports("avx512f");
+  }();
+  return yes;
+}
+#else
+#define RFSR_AVX512
+inline bool has_avx512() { return false; }
+#endif
+
+// Asks for huge pages under a large result that is about to be written, as NumPy does for its arrays: new memory
+// otherwise stops the writer at every 4 KiB, which costs more than the arithmetic here. Where the system has none of
+// them to give, nothing happens.
+inline void expect_writes(void* memory, i64 bytes) {
+#ifdef __linux__
+  constexpr i64 page = 4096;
+  if (bytes < (i64(1) << 22)) return;
+  const i64 skipped = (page - reinterpret_cast<i64>(memory) % page) % page;
+  madvise(static_cast<char*>(memory) + skipped, static_cast<size_t>(bytes - skipped), MADV_HUGEPAGE);
+#endif
+}
 
 // Uninitialised memory at a cache-line boundary.
 template <class T>
