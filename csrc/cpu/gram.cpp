@@ -54,8 +54,8 @@ struct Vector {
   typedef Acc type __attribute__((vector_size(kBytes), aligned(alignof(Acc)), may_alias));
 };
 
-// out[i * kPanel + j] += sign * sum_k a[k * kPanel + i] b[k * kPanel + j], for i of a strip in pieces of kRows and for j
-// in kVectors vectors of kBytes from j0 on.
+// out[i * kPanel + j] += sign * sum_k a[k * kPanel + i] b[k * kPanel + j], for i of a strip in pieces of kRows and for
+// j in kVectors vectors of kBytes from j0 on.
 template <int kRows, int kVectors, int kBytes, class Acc>
 RFSR_INLINE void add_tile(const Acc* a, const Acc* b, i64 depth, double sign, double* out, i64 j0) {
   using Vec = typename Vector<Acc, kBytes>::type;
@@ -134,41 +134,14 @@ RFSR_AVX512 void store_wide(const Acc* a, const Acc* b, i64 ld, i64 depth, const
 RFSR_NARROW(float)
 RFSR_NARROW(double)
 
-// ---------------------------------------------------------------------------------------- packing
-
-// Pixels [k0, k0 + count) of channels [begin, end), less `shift`, as rows of ld values from out + begin * ld on.
-// Channels beyond the last and pixels up to whole vectors are zero.
-template <class T, class Acc>
-void pack(const T* x, const Strided4& v, i64 begin, i64 end, i64 k0, i64 count, Acc shift, Acc* out, i64 ld) {
-  // Where pixels are not neighbours, all channels of a few are read before the next: they may share cache lines.
-  const i64 run = v.flat() && v.sw == 1 ? count : kPanel;
-  for (i64 k = 0; k < count; k += run)
-    for (i64 c = begin; c < smaller(end, v.c); ++c) {
-      const T* p = x + c * v.sc;
-      Acc* o = out + c * ld + k;
-      const i64 some = smaller(run, count - k);
-      if (v.flat()) {
-        const Acc* row = load_row(p + (k0 + k) * v.sw, v.sw, some, o);
-        if (row != o) std::copy(row, row + some, o);
-      } else {
-        for (i64 q = 0; q < some; ++q) o[q] = static_cast<Acc>(p[v.pixel(k0 + k + q)]);
-      }
-      for (i64 q = 0; shift != 0 && q < some; ++q) o[q] -= shift;
-    }
-  for (i64 c = begin; c < end; ++c)
-    std::fill(out + c * ld + (c < v.c ? count : 0), out + c * ld + ceil_div(count, kPanel) * kPanel, Acc(0));
-}
-
-// Distance of packed rows that hold `count` pixels: rows a power of two apart would fall on the same cache lines.
-inline i64 row_length(i64 count) { return (ceil_div(count, kPanel) + 1) * kPanel; }
-
 // ---------------------------------------------------------------------------------------- forward
 
 // out[k * kPanel + i] = rows[i][k] - shift for i < 4, by 4 x 4 blocks.
 template <class Acc>
 RFSR_INLINE void transpose_four(const Acc* const* rows, i64 count, Acc shift, Acc* out) {
   using Four = typename Vector<Acc, 4 * sizeof(Acc)>::type;
-  using Index [[maybe_unused]] = typename Vector<std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>, 4 * sizeof(Acc)>::type;
+  using Integer = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  using Index [[maybe_unused]] = typename Vector<Integer, 4 * sizeof(Acc)>::type;
   i64 k = 0;
   for (; k + 4 <= count; k += 4) {
     Four row[4], pairs[4];
@@ -263,7 +236,7 @@ class Columns {
 };
 
 #ifdef RFSR_AMX
-// Panels of 32 channels in bf16, as rows and with their pixels in pairs, [k / 2][32][2]: both sides of a product by AMX.
+// Panels of 32 channels in bf16, as rows and with pixels in pairs, [k / 2][32][2]: the two sides of a product by AMX.
 class Pairs {
  public:
   static constexpr i64 kStrips = 1, kDepth = 512, kElements = 262144;
@@ -357,7 +330,8 @@ void accumulate(const T* x, const Strided4& v, acc_t<T> shift, double sign, bool
         for (i64 k = 0; k < count; k += Packed::kDepth)
           for (i64 task = first; task < last; ++task) {
             const i64 pair = task / Packed::kStrips, strip = task % Packed::kStrips;
-            packed.add_product(triangle(pair), strip, k, smaller(Packed::kDepth, count - k), sign, sums.block(slice, pair));
+            const i64 depth = smaller(Packed::kDepth, count - k);
+            packed.add_product(triangle(pair), strip, k, depth, sign, sums.block(slice, pair));
           }
       }
     }
@@ -458,6 +432,25 @@ std::tuple<Tensor, Tensor> gram_distance(const Tensor& features, const Tensor& t
 
 // --------------------------------------------------------------------------------------- backward
 
+// Distance of packed rows that hold `count` pixels: rows a power of two apart would fall on the same cache lines.
+inline i64 row_length(i64 count) { return (ceil_div(count, kPanel) + 1) * kPanel; }
+
+// Packs pixels [k0, k0 + count) of all channels as rows of ld values, zero up to whole panels.
+template <class T, class Acc>
+void pack_rows(const T* x, const Strided4& v, i64 k0, i64 count, Acc* out, i64 ld) {
+  // Where pixels are not neighbours, all channels of a few are read before the next: they may share cache lines.
+  const i64 run = v.flat() && v.sw == 1 ? count : kPanel;
+  for (i64 k = 0; k < count; k += run)
+    for (i64 c = 0; c < v.c; ++c) {
+      Acc* row = out + c * ld + k;
+      const i64 some = smaller(run, count - k);
+      const Acc* p = read_pixels(x + c * v.sc, v, k0 + k, some, row);
+      if (p != row) std::copy(p, p + some, row);
+    }
+  const i64 padded = ceil_div(count, kPanel) * kPanel;
+  for (i64 c = 0; c < v.c; ++c) std::fill(out + c * ld + count, out + c * ld + padded, Acc(0));
+}
+
 // out[n, c, k] = bias[n, c] + sum_p s[n, p, c] F[n, p, k]
 template <class T>
 void backward_kernel(const Tensor& s, const T* x, const Strided4& v, const Tensor* bias, T* out) {
@@ -489,7 +482,7 @@ void backward_kernel(const Tensor& s, const T* x, const Strided4& v, const Tenso
       };
       for (i64 b = begin; b < end; b += group) {
         const i64 k0 = b * kPanel, count = smaller(smaller(group, end - b) * kPanel, pixels - k0);
-        pack(x + n * v.sn, v, 0, v.c, k0, count, Acc(0), rows.get(), ld);
+        pack_rows(x + n * v.sn, v, k0, count, rows.get(), ld);
         for (i64 c = 0; c < v.c; c += kStrip)
           for (i64 k = 0; k < count; k += kPanel) {
             T* o = out + (n * v.c + c) * pixels + k0 + k;
