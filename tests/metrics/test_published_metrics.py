@@ -80,20 +80,6 @@ def narrow():
         yield
 
 
-class Archive(torch.nn.Module):
-    """CLIP as OpenAI's TorchScript files have it."""
-
-    def __init__(self, network):
-        super().__init__()
-        for name, module in network.named_children():
-            setattr(self, name, module)
-        for name, parameter in network.named_parameters(recurse=False):
-            setattr(self, name, parameter)
-
-    def forward(self, x):
-        return self.visual.conv1(x)
-
-
 def random_network(name, folder):
     """The metric by pyiqa itself, with random weights, and its file as the publisher has it."""
     path = folder / FILES[METRIC_FILES[name][-1]].file
@@ -112,7 +98,7 @@ def random_network(name, folder):
             return pyiqa.create_metric(name, device=CPU)
     if name == "laion_aes":
         network = tiny.clip_network("ViT-L/14")
-        torch.jit.trace(Archive(network), torch.rand(1, 3, 32, 32)).save(folder / FILES["clip-vit-l14"].file)
+        tiny.save_archive(network, folder / FILES["clip-vit-l14"].file)
         network = clip.model.build_model(dict(network.state_dict())).float()
         with mock.patch.object(clip, "load", lambda *_: (network, None)):
             metric = pyiqa.create_metric(name, pretrained=False, device=CPU)

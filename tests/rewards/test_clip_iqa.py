@@ -19,7 +19,7 @@ from rfsr_ext.weights import registry
 pytest.importorskip("pyiqa", reason="CLIP-IQA needs the package pyiqa (pip install 'rfsr_ext[rewards]')")
 
 from rfsr_ext.rewards.pyiqa_metric import import_pyiqa  # noqa: E402
-from tests.rewards.tiny import CLIP_SIZES, clip_network  # noqa: E402
+from tests.rewards.tiny import CLIP_SIZES, clip_network, save_archive  # noqa: E402
 
 architecture, clip_model = import_pyiqa("pyiqa.archs.clipiqa_arch"), import_pyiqa("pyiqa.archs.clip_model")
 
@@ -136,20 +136,7 @@ def test_other_kinds_of_files(networks, published, kind):
         path = path.with_suffix(".safetensors")
         save_file({k: v.contiguous() for k, v in networks["RN50"].state_dict().items()}, path)
     else:
-
-        class Archive(torch.nn.Module):  # OpenAI's files hold three numbers beside the weights
-            def __init__(self, clip):
-                super().__init__()
-                for name, module in clip.named_children():
-                    setattr(self, name, module)
-                for name, parameter in clip.named_parameters(recurse=False):
-                    setattr(self, name, parameter)
-                self.input_resolution = torch.nn.Buffer(torch.tensor(224))
-
-            def forward(self, x):
-                return self.visual.conv1(x)
-
-        torch.jit.trace(Archive(networks["RN50"]), torch.rand(1, 3, 32, 32)).save(path)
+        save_archive(networks["RN50"], path)
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(CLIPIQA(clip=path).score(images), create_reward("clipiqa").score(images))
 

@@ -55,6 +55,26 @@ def clip_network(name: str = "RN50", seed: int = 0) -> torch.nn.Module:
     return network
 
 
+class Archive(torch.nn.Module):
+    """CLIP as OpenAI's TorchScript files have it, which hold numbers beside the weights."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        for name, module in network.named_children():
+            setattr(self, name, module)
+        for name, parameter in network.named_parameters(recurse=False):
+            setattr(self, name, parameter)
+        self.input_resolution = torch.nn.Buffer(torch.tensor(224))
+
+    def forward(self, x):
+        return self.visual.conv1(x)
+
+
+def save_archive(network: torch.nn.Module, path: Path) -> None:
+    """Write a CLIP as such a file."""
+    torch.jit.trace(Archive(network), torch.rand(1, 3, 32, 32)).save(path)
+
+
 def clip_iqa(folder: Path) -> CLIPIQA:
     """CLIP-IQA with a tiny CLIP, by way of a file in ``folder``."""
     torch.save(clip_network().state_dict(), folder / "clip.pt")
