@@ -82,8 +82,6 @@ RFSR_AMX inline void store_row(const float* sum, float bias, void* out) {
   const __m512 high = _mm512_add_ps(_mm512_loadu_ps(sum + 16), _mm512_set1_ps(bias));
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
-#else
-inline bool has_amx() { return false; }
 #endif
 
 }  // namespace rfsr
