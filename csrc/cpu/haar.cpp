@@ -17,6 +17,10 @@
 // at least. Keeping a bit per pixel costs 1/32 (fp32) of reading the input again in backward, and the input
 // need not be kept alive.
 //
+// How: a row of pairs is computed tile by tile, in passes that a compiler turns into vector code. The loss of pixels
+// side by side is spelt for AVX-512 as well, one pass that holds everything between two images and their signs in
+// registers: the other way it is the passes, not the memory, that half types wait for.
+//
 // Deterministic: every output is written by one thread. The loss adds rows of a sample in groups whose size
 // depends on the shape alone, within a group in a fixed order of lanes, and adds groups and samples in index
 // order in fp64, so the bits do not depend on the number of threads.
@@ -28,11 +32,18 @@
 #include "../haar.h"
 #include "rows.h"
 
+// Every processor that has AVX-512 has BMI2 too.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define RFSR_AVX512_L1 __attribute__((target("avx512f,bmi2")))
+#include <immintrin.h>
+#endif
+
 namespace rfsr {
 namespace {
 
-constexpr i64 kTile = 512;  // LL coefficients at a time: its input rows (4 x 4 kB in fp32) fit the L1 cache
-constexpr int kLanes = 16;  // independent partial sums: enough to hide the latency of an addition
+constexpr i64 kTile = 512;    // LL coefficients at a time: its input rows (4 x 4 kB in fp32) fit the L1 cache
+constexpr i64 kAhead = 8192;  // bytes between a pixel that is read and one that is asked for
+constexpr int kLanes = 16;    // independent partial sums: enough to hide the latency of an addition
 
 // ------------------------------------------------------------------ rows of fp32 or fp64 numbers
 // target_clones cannot be put on templates, so each pass has a plain function per accumulation type.
@@ -104,27 +115,18 @@ RFSR_CLEAR_CLAMPED(uint64_t)
 
 // ------------------------------------------------------------------------------------- forward
 
-// Sums of row pairs, tile by tile from the left; ends the row as the mode says where the width is odd.
-template <class Acc>
-struct RowEnd {
-  i64 width;
-  HaarEdge edge;
-  Acc first = 0, before = 0;  // of the whole row: its first sum, and the last of the tile before
-
-  void finish(i64 column, i64 count, Acc* e) {
-    if (column == 0) first = before = e[0];
-    if (count % 2 == 1) {
-      const HaarTerms terms = haar_pair(haar_size(width) - 1, width, edge);
-      const Acc samples[3] = {e[count - 1], count > 1 ? e[count - 2] : before, first};
-      Acc sum = 0;
-      for (int t = 0; t < 3; ++t)
-        if (terms.has(t)) sum += static_cast<Acc>(terms.weight[t]) * samples[t];
-      e[count - 1] = sum;
-      e[count] = 0;
-    }
-    before = e[count - 1];
-  }
-};
+// Ends the sums e of columns [column, column + count) as the mode says where the width is odd; sum_at(k) is that of
+// any column k.
+template <class Acc, class SumAt>
+RFSR_INLINE void end_row(i64 width, HaarEdge edge, i64 count, Acc* e, const SumAt& sum_at) {
+  if (count % 2 == 0) return;
+  const HaarTerms terms = haar_pair(haar_size(width) - 1, width, edge);
+  Acc sum = static_cast<Acc>(terms.weight[0]) * e[count - 1];
+  for (int t = 1; t < 3; ++t)
+    if (terms.has(t)) sum += static_cast<Acc>(terms.weight[t]) * sum_at(terms.index[t]);
+  e[count - 1] = sum;
+  e[count] = 0;
+}
 
 RFSR_INLINE bool is_whole_pair(const HaarTerms& rows) { return rows.weight[1] == 1 && rows.weight[0] == 1; }
 
@@ -137,20 +139,24 @@ void ll_kernel(const T* x, const Strided4& v, HaarEdge edge, Out* out) {
     for (i64 row = begin; row < end; ++row) {
       const i64 plane = row / h, n = plane / v.c, c = plane % v.c;
       const HaarTerms rows = haar_pair(row % h, v.h, edge);
-      RowEnd<Acc> row_end{v.w, edge};
+      const auto add_up = [&](i64 column, i64 count, Acc* sums) {
+        const auto load = [&](int t, Acc* scratch) {
+          return load_row(x + v.at(n, c, rows.index[t], column), v.sw, count, scratch);
+        };
+        if (is_whole_pair(rows)) return add_rows(load(0, a), load(1, b), count, sums);
+        std::fill(sums, sums + count, Acc(0));
+        for (int t = 0; t < 3; ++t)
+          if (rows.has(t)) add_weighted(static_cast<Acc>(rows.weight[t]), load(t, a), count, sums);
+      };
+      const auto sum_at = [&](i64 column) {
+        Acc sum;
+        add_up(column, 1, &sum);
+        return sum;
+      };
       for (i64 j = 0; j < w; j += kTile) {
         const i64 pairs = smaller(kTile, w - j), count = smaller(2 * pairs, v.w - 2 * j);
-        const auto load = [&](int t, Acc* scratch) {
-          return load_row(x + v.at(n, c, rows.index[t], 2 * j), v.sw, count, scratch);
-        };
-        if (is_whole_pair(rows)) {
-          add_rows(load(0, a), load(1, b), count, e);
-        } else {
-          std::fill(e, e + count, Acc(0));
-          for (int t = 0; t < 3; ++t)
-            if (rows.has(t)) add_weighted(static_cast<Acc>(rows.weight[t]), load(t, a), count, e);
-        }
-        row_end.finish(2 * j, count, e);
+        add_up(2 * j, count, e);
+        end_row(v.w, edge, count, e, sum_at);
         if constexpr (std::is_same_v<Out, Acc>) {
           pair_up(e, Acc(0.5), pairs, out + row * w + j);
         } else {
@@ -162,6 +168,14 @@ void ll_kernel(const T* x, const Strided4& v, HaarEdge edge, Out* out) {
   });
 }
 
+// A row of an image, and where the bits of its pixels that are not clamped go; null: no bits.
+template <class T>
+struct Row {
+  const T* pixels;
+  i64 ahead;  // how far away the row lies that is to be asked for
+  uint8_t* inside;
+};
+
 // An image, its clamping, and where the bits of the pixels that are not clamped go.
 template <class T>
 struct Input {
@@ -172,6 +186,11 @@ struct Input {
   uint8_t* kept;  // null: no bits
   Kept layout;
   int mask;  // which block of bits
+  i64 ahead = ceil_div(kAhead, larger(1, 2 * v.sh * static_cast<i64>(sizeof(T)))) * 2 * v.sh;
+
+  RFSR_INLINE Row<T> row(i64 n, i64 c, i64 r) const {
+    return {x + v.at(n, c, r, 0), ahead, kept && range.active ? kept + layout.mask_row(mask, n, c, r) : nullptr};
+  }
 
   // Asks for the row two below, which is next: a row is too short for the processor to guess that itself.
   RFSR_INLINE void expect(i64 n, i64 c, i64 r, i64 column, i64 count) const {
@@ -180,15 +199,74 @@ struct Input {
     for (i64 byte = 0; byte < count * static_cast<i64>(sizeof(T)); byte += 64) RFSR_PREFETCH(next + byte);
   }
 
-  // `count` pixels of a row; `fresh` unless the row has been here before.
+  // `count` pixels of a row; `fresh` unless they have been here before.
   RFSR_INLINE const Acc* load(i64 n, i64 c, i64 r, i64 column, i64 count, bool fresh, Acc* scratch) const {
-    const Acc* row = load_row(x + v.at(n, c, r, column), v.sw, count, scratch);
-    if (!range.active) return row;
-    if (kept && fresh) pack_inside(row, range, count, kept + layout.mask_row(mask, n, c, r) + column / 8);
-    clamp_row(row, range, count, scratch);
+    const Acc* pixels = load_row(x + v.at(n, c, r, column), v.sw, count, scratch);
+    if (!range.active) return pixels;
+    if (kept && fresh) pack_inside(pixels, range, count, row(n, c, r).inside + column / 8);
+    clamp_row(pixels, range, count, scratch);
     return scratch;
   }
 };
+
+#ifdef RFSR_AVX512_L1
+RFSR_AVX512_L1 inline __m512 load_wide(const float* p) { return _mm512_loadu_ps(p); }
+RFSR_AVX512_L1 inline __m512 load_wide(const torch::headeronly::BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+RFSR_AVX512_L1 inline __m512 load_wide(const torch::headeronly::Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Pixels [k, k + 16) of a row.
+template <class T>
+RFSR_AVX512_L1 inline __m512 load_wide(const Row<T>& row, const Range<float>& range, i64 k) {
+  const __m512 x = load_wide(row.pixels + k);
+  if (!range.active) return x;
+  const __m512 low = _mm512_set1_ps(range.low), high = _mm512_set1_ps(range.high);
+  if (row.inside) {
+    const __mmask16 bits = _mm512_cmp_ps_mask(x, low, _CMP_NLE_UQ) & _mm512_cmp_ps_mask(x, high, _CMP_NGE_UQ);
+    std::memcpy(row.inside + k / 8, &bits, sizeof bits);
+  }
+  const __m512 raised = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, low, _CMP_LT_OQ), low);
+  return _mm512_mask_mov_ps(raised, _mm512_cmp_ps_mask(raised, high, _CMP_GT_OQ), high);
+}
+
+// The rows above a and b less those of p and q, as the passes above do it but without leaving the registers: 16
+// coefficients at a time, as many as there are from pair j on in `pairs`. Adds |d| to lanes, writes the sign codes
+// unless `signs` is null, and returns how many pairs are done.
+template <class T>
+RFSR_AVX512_L1 i64 add_wide(const Row<T>& a, const Row<T>& b, const Row<T>& p, const Row<T>& q,
+                            const Range<float>& range, i64 j, i64 pairs, uint8_t* signs, float* lanes) {
+  static_assert(kLanes == 16, "a lane of the sum is one of a register");
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const auto columns = [&](i64 k) __attribute__((always_inline)) RFSR_AVX512_L1 {
+    return _mm512_add_ps(_mm512_sub_ps(load_wide(a, range, k), load_wide(p, range, k)),
+                         _mm512_sub_ps(load_wide(b, range, k), load_wide(q, range, k)));
+  };
+  __m512 sum = _mm512_setzero_ps();
+  i64 done = 0;
+  for (; done + 16 <= pairs; done += 16) {
+    const i64 k = 2 * (j + done);
+    for (const Row<T>* row : {&a, &b, &p, &q})
+      for (i64 line = 0; line < 32; line += 64 / static_cast<i64>(sizeof(T)))
+        _mm_prefetch(reinterpret_cast<const char*>(row->pixels + row->ahead + k + line), _MM_HINT_T1);
+    const __m512 first = columns(k), second = columns(k + 16);
+    const __m512 d = _mm512_add_ps(_mm512_permutex2var_ps(first, even, second),
+                                   _mm512_permutex2var_ps(first, odd, second));
+    sum = _mm512_add_ps(sum, _mm512_abs_ps(d));
+    if (signs == nullptr) continue;
+    const __m512 zero = _mm512_setzero_ps();
+    const uint32_t codes = _pdep_u32(_mm512_cmp_ps_mask(d, zero, _CMP_NLE_UQ), 0x55555555) |  // plus, or NaN
+                           _pdep_u32(_mm512_cmp_ps_mask(d, zero, _CMP_NGE_UQ), 0xAAAAAAAA);   // minus, or NaN
+    std::memcpy(signs + (j + done) / kCodesPerByte, &codes, sizeof codes);
+  }
+  _mm512_storeu_ps(lanes, _mm512_add_ps(_mm512_loadu_ps(lanes), sum));
+  return done;
+}
+#endif
 
 // sums[n] = sum of |LL(pred) - LL(target)| of sample n; writes sign codes when `kept` is not null.
 template <class T>
@@ -201,6 +279,9 @@ void l1_kernel(const Input<T>& pred, const Input<T>& target, HaarEdge edge, uint
   // (some 2^14 over 16 lanes) for fp32 to keep six digits.
   const i64 group = larger(1, 16384 / w), groups = ceil_div(rows, group);
   std::vector<double> partial(static_cast<size_t>(v.n * groups));
+#ifdef RFSR_AVX512_L1
+  const bool wide = has_avx512() && v.sw == 1 && target.v.sw == 1;
+#endif
   torch::stable::parallel_for(0, v.n * groups, grain(4 * group * v.w), [&](i64 begin, i64 end) {
     Acc a[2 * kTile], b[2 * kTile], p[2 * kTile], q[2 * kTile], e[2 * kTile], d[kTile];
     for (i64 g = begin; g < end; ++g) {
@@ -209,30 +290,49 @@ void l1_kernel(const Input<T>& pred, const Input<T>& target, HaarEdge edge, uint
       for (i64 row = start; row < smaller(rows, start + group); ++row) {
         const i64 c = row / h, i = row % h;
         const HaarTerms terms = haar_pair(i, v.h, edge);
-        RowEnd<Acc> row_end{v.w, edge};
-        Acc lanes[kLanes] = {};
-        for (i64 j = 0; j < w; j += kTile) {
-          const i64 pairs = smaller(kTile, w - j), count = smaller(2 * pairs, v.w - 2 * j);
-          for (const auto* input : {&pred, &target})
-            for (int t = 0; t < 2; ++t) input->expect(n, c, terms.index[t], 2 * j, count);
-          const auto load = [&](const Input<T>& input, int t, bool fresh, Acc* scratch) {
-            return input.load(n, c, terms.index[t], 2 * j, count, fresh, scratch);
+        // Sums of columns [column, column + count) of the difference; `fresh` unless they have been here before.
+        const auto add_up = [&](i64 column, i64 count, bool fresh, Acc* out) {
+          const auto load = [&](const Input<T>& input, int t, bool first, Acc* scratch) {
+            return input.load(n, c, terms.index[t], column, count, fresh && first, scratch);
           };
-          if (is_whole_pair(terms)) {
-            add_differences(load(pred, 0, true, a), load(pred, 1, true, b), load(target, 0, true, p),
-                            load(target, 1, true, q), count, e);
-          } else {
-            std::fill(e, e + count, Acc(0));
-            for (int t = 0; t < 3; ++t) {
-              if (!terms.has(t)) continue;
-              std::fill(b, b + count, Acc(0));
-              add_differences(load(pred, t, t == 0, a), b, load(target, t, t == 0, p), b, count, q);
-              add_weighted(static_cast<Acc>(terms.weight[t]), q, count, e);
+          if (is_whole_pair(terms))
+            return add_differences(load(pred, 0, true, a), load(pred, 1, true, b), load(target, 0, true, p),
+                                   load(target, 1, true, q), count, out);
+          std::fill(out, out + count, Acc(0));
+          for (int t = 0; t < 3; ++t) {
+            if (!terms.has(t)) continue;
+            std::fill(b, b + count, Acc(0));
+            add_differences(load(pred, t, t == 0, a), b, load(target, t, t == 0, p), b, count, q);
+            add_weighted(static_cast<Acc>(terms.weight[t]), q, count, out);
+          }
+        };
+        const auto sum_at = [&](i64 column) {
+          Acc sum;
+          add_up(column, 1, false, &sum);
+          return sum;
+        };
+        uint8_t* signs = kept ? kept + layout.sign_row(n, c, i) : nullptr;
+        Acc lanes[kLanes] = {};
+        for (i64 tile = 0; tile < w; tile += kTile) {
+          const i64 stop = smaller(w, tile + kTile);
+          i64 j = tile;
+#ifdef RFSR_AVX512_L1
+          if constexpr (std::is_same_v<Acc, float>) {
+            if (wide && is_whole_pair(terms)) {
+              const auto row = [&](const Input<T>& input, int t) { return input.row(n, c, terms.index[t]); };
+              j += add_wide(row(pred, 0), row(pred, 1), row(target, 0), row(target, 1), pred.range, j,
+                            smaller(stop, v.w / 2) - j, signs, lanes);
             }
           }
-          row_end.finish(2 * j, count, e);
+#endif
+          if (j == stop) continue;
+          const i64 pairs = stop - j, count = smaller(2 * pairs, v.w - 2 * j);
+          for (const auto* input : {&pred, &target})
+            for (int t = 0; t < 2; ++t) input->expect(n, c, terms.index[t], 2 * j, count);
+          add_up(2 * j, count, true, e);
+          end_row(v.w, edge, count, e, sum_at);
           pair_up_and_add(e, pairs, d, lanes);
-          if (kept) pack_signs(d, pairs, kept + layout.sign_row(n, c, i) + j / kCodesPerByte);
+          if (signs) pack_signs(d, pairs, signs + j / kCodesPerByte);
         }
         for (Acc lane : lanes) sum += lane;
       }

@@ -1,5 +1,9 @@
 """Haar LL and its L1 loss against PyWavelets, fp64 formulas and finite differences."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import pywt
@@ -14,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Level value")  # PyWavelets', wh
 MODES = list(reference.MODES)
 SIZES = [(8, 8), (7, 8), (8, 7), (7, 9), (1, 6), (6, 1), (1, 1), (2, 3), (33, 65)]
 WIDE = [(3, 1023), (2, 1025), (3, 2050)]  # beyond one tile of a CPU row, and beyond two
+WIDTHS = st.integers(1, 19) | st.integers(32, 71)  # without and with a whole register of a CPU that has wide ones
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALF_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -58,7 +63,7 @@ def test_large_loss_keeps_six_digits(device):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    shape=st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 19), st.integers(1, 19)),
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 19), WIDTHS),
     dtype=st.sampled_from(DTYPES),
     names=st.tuples(*[st.sampled_from(["contiguous", "channels_last", "sliced", "expanded", "transposed"])] * 2),
 )
@@ -89,7 +94,7 @@ OPTIONS = {
 
 @settings(max_examples=80, deadline=None)
 @given(
-    shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 19), st.integers(1, 19)),
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 19), WIDTHS),
     dtype=st.sampled_from(DTYPES),
     names=st.tuples(*[st.sampled_from(["contiguous", "channels_last", "sliced", "expanded", "transposed"])] * 2),
     weighted=st.booleans(),
@@ -351,6 +356,34 @@ def test_bits_do_not_depend_on_threads(dtype):
     finally:
         torch.set_num_threads(before)
     assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_smaller_processors_get_the_same_numbers(tmp_path):
+    """Without AVX-512, which a larger processor leaves alone where PyTorch's own variable says so."""
+    script = """
+import torch
+from rfsr_ext.ops import haar_ll_l1_loss
+found = []
+for images in torch.load("images.pt"):
+    for options in ({}, {"input_range": (-1, 1)}, {"mode": "smooth"}, {"mode": "reflect", "input_range": (-1, 0.5)}):
+        x, y = (image.requires_grad_() for image in images)
+        loss = haar_ll_l1_loss(x, y, reduction="none", **options)
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), (x, y))))
+torch.save(found, "found.pt")
+"""
+    images = 1.5 * torch.randn(2, 2, 3, 7, 71)
+    for k, value in enumerate([torch.nan, torch.inf, -torch.inf, 1.0, -1.0, 0.0]):
+        images[0, 1, k % 3, :4, 11 * k] = value  # in one sample, of the first image
+    torch.save([images.to(dtype).unbind() for dtype in DTYPES], tmp_path / "images.pt")
+    results = []
+    for capability in ("avx512", "avx2"):
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+        subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=tmp_path)
+        results.append(torch.load(tmp_path / "found.pt", weights_only=True))
+    for (loss, *gradients), (other, *others) in zip(*results, strict=True):
+        torch.testing.assert_close(loss, other, rtol=1e-6, atol=0, equal_nan=True)
+        for gradient, same in zip(gradients, others, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1), (6, 35)], ids=str)
