@@ -93,10 +93,15 @@ def three_views(x):
 # %%
 shown = [1, 10, 20, 30, 40, 50]
 columns = [three_views(images[step - 1]) for step in shown] + [three_views(gt)]
-tiles = [column[row] for row in range(3) for column in columns]
+label = torch.ones(48, 48)  # white, to write on
+tiles = [tile for row in range(3) for tile in (label, *(column[row] for column in columns))]
+titles = ["", *(f"step {step}" for step in shown), "truth"]
+figure = pictures(tiles, titles + [""] * 16, columns=8, tile=0.9)
+for axis, text in zip(figure.axes[::8], ("estimate", "low band\n(LL)", "fine bands\n(LH, HL, HH)\n× 5"), strict=True):
+    axis.text(1, 0.5, text, transform=axis.transAxes, ha="right", va="center", size=9)
 at = {step: [value.item() for value in band_ssim(images[step - 1], gt)] for step in shown}
 show(
-    pictures(tiles, [f"step {s}" for s in shown] + ["truth"] + [""] * 14, columns=7, tile=0.9),
+    figure,
     "Rows: estimate, low band, fine bands; columns: steps 1, 10, 20, 30, 40, 50 and the truth, for a cat's face. "
     + "; ".join(f"step {s} low-band SSIM {a:.2f}, high-band {b:.2f}" for s, (a, b) in at.items()) + ".",
 )  # fmt: skip
@@ -257,6 +262,7 @@ axes.plot(range(1, 51), growth, color=COLOURS[4], linestyle="-", linewidth=0.8)
 axes.plot(range(1, 51), growth.mean(1), color=COLOURS[0], linestyle="-", linewidth=2)
 axes.axhline(1, color="0.4", linestyle=":")
 axes.text(1, 1, "the truth", va="bottom", size=9, color="0.3")
+axes.text(1, growth.mean(1)[0], "mean of the six crops", va="bottom", size=9, color=COLOURS[0])
 axes.set(xlabel="sampling step", ylabel="amount of fine detail", xticks=[1, 10, 20, 30, 40, 50], ylim=(0.2, 1.1))
 show(
     figure,
