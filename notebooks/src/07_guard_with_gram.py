@@ -28,13 +28,14 @@
 
 # %%
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils import parametrize
 
 from rfsr_ext import gram_loss, gram_matrix
-from rfsr_ext.data import evaluation_crops, load_photograph, photographs
+from rfsr_ext.data import Degradation, load_photograph
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.metrics import Judge, ssim
 from rfsr_ext.models import load_model
@@ -49,19 +50,31 @@ for library in (diffusers, transformers):
 style = VGGGramLoss(weights="random")
 shallow = VGGGramLoss({"conv1_2": 1.0, "conv2_2": 1.0, "conv3_4": 1.0}, weights="random")  # for section 6
 model, reward, judge = load_model("mini"), MiniIQA.from_pretrained(), Judge.from_pretrained()
-crops = evaluation_crops(photographs("test"), size=64, count=36)
 print(f"reward: {reward.label}")
 print(f"regulariser: {style.label}")
 
 # %% [markdown]
 # ## 1 · What is reward hacking?
 #
-# We let the mini model upscale a cat's eye, and then change the picture itself, pixel by pixel, so that the reward
-# rises. (RFSR changes the weights of the model and not the pixels, and so do we in section 8. Pixels cheat faster.)
+# We let the mini model upscale a cup of coffee that it has never seen, and then change the picture itself, pixel by
+# pixel, so that the reward rises. (RFSR changes the weights of the model and not the pixels, and so do we in section 8.
+# Pixels cheat faster.)
+
 
 # %%
-cat = crops[34]
-gt, lr, prompt = cat["gt"][None], cat["lr"][None], [cat["prompt"]]
+def photograph(name):
+    """A whole photograph, [1, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(load_photograph(name).copy()).movedim(-1, 0)[None]
+
+
+def miniature(name, top, left):
+    """A photograph at a quarter of its size, cut to [1, 3, 64, 64], and its low resolution, [1, 3, 16, 16]."""
+    gt = F.avg_pool2d(photograph(name), 4)[..., top : top + 64, left : left + 64]
+    lr = Degradation()(gt[0].movedim(0, -1).numpy(), np.random.default_rng(1))
+    return gt, torch.from_numpy(lr).movedim(-1, 0)[None]
+
+
+(gt, lr), prompt = miniature("coffee", 14, 39), ["coffee, cup, spoon, wood, table"]
 before = sample(model, lr, prompt, generators(0, [0]))  # what the pre-trained model makes
 
 hacked = before.clone().requires_grad_()
@@ -81,16 +94,17 @@ judged = {n: judge.score(x).item() for n, x in trio.items()}
 titles = [f"{n}\nreward {scores[n]:.2f} · SSIM {likeness[n]:.2f}\njudge {judged[n]:.0f}" for n in trio]
 show(
     pictures([x[0] for x in trio.values()], titles, tile=2.1),
-    "A cat's eye, 64 pixels wide: " + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
+    "A cup of coffee, 64 pixels wide: " + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
 )
 assert scores["reward climbed"] > scores["truth"] and likeness["reward climbed"] < likeness["pre-trained model"] - 0.1
 assert judged["reward climbed"] < judged["pre-trained model"] - 10
 
 # %% [markdown]
 # **What to see.** The reward now prefers our picture to the *true photograph*, and it is covered with a pattern that
-# no cat has. SSIM, which was never optimised, collapsed. So did the *judge*, a held-out network built differently from
-# the reward (about 0 for a ruined picture, 100 for an untouched one). A score that rises while the picture spoils is *reward hacking*. The paper finds that in super-resolution
-# it often shows "as strong stylization". So: watch the style.
+# no cup has. SSIM, which was never optimised, fell by half. So did the *judge*, a held-out network built differently
+# from the reward (about 0 for a ruined picture, 100 for an untouched one). A score that rises while the picture spoils
+# is *reward hacking*. The paper finds that in super-resolution it often shows "as strong stylization". So: watch the
+# style.
 #
 # ## 2 · What is style? A Gram matrix on paper
 #
@@ -175,8 +189,7 @@ check("its joint_layer_norm", gram_matrix(odd, joint_layer_norm=True), ways["lay
 
 # %%
 def patch(name, top, left, size=64):
-    whole = torch.from_numpy(load_photograph(name).copy()).movedim(-1, 0)
-    return whole[None, :, top : top + size, left : left + size]
+    return photograph(name)[..., top : top + size, left : left + size]
 
 
 names = ["grass", "gravel", "brick"]
@@ -276,7 +289,7 @@ print("the reference received no gradient")
 #
 # ## 6 · What the Gram distance alone can paint
 #
-# The classic proof that Gram matrices hold style is to paint with them. Start from the cat's eye and lower its
+# The classic proof that Gram matrices hold style is to paint with them. Start from a photograph of a cat and lower its
 # distance to a texture: style transfer, in thirty lines. We take three shallow layers, whose filters see at most 48
 # pixels, and L-BFGS, an optimiser for problems without random batches. The network is still the random stand-in;
 # nothing here has learned from pictures.
@@ -312,19 +325,21 @@ def paint(content, texture, steps=40):
     return picture.detach().clamp(0, 1)
 
 
-painted = {name: paint(gt, texture) for name, texture in textures.items()}
-left = {n: (shallow(painted[n], textures[n]) / shallow(gt, textures[n])).item() for n in textures}
-tiles = [picture[0] for picture in (gt, *textures.values(), hacked, *painted.values())]
-titles = ["the cat's eye", *textures, "section 1's hack", *(f"in {n}" for n in textures)]
+cat, _ = miniature("chelsea", 3, 21)
+painted = {name: paint(cat, texture) for name, texture in textures.items()}
+left = {n: (shallow(painted[n], textures[n]) / shallow(cat, textures[n])).item() for n in textures}
+tiles = [picture[0] for picture in (cat, *textures.values(), hacked, *painted.values())]
+titles = ["a cat", *textures, "section 1's hack", *(f"in {n}" for n in textures)]
 show(
     pictures(tiles, titles, columns=4, tile=1.28),
-    "Above, a cat's eye and three textures; below, the hacked picture of section 1 and the eye painted in each texture, "
+    "Above, a cat's face and three textures; below, the hacked picture of section 1 and the cat painted in each texture, "
     "with less than 30 percent of the style distance left.",
 )
 assert max(left.values()) < 0.3
 
 # %% [markdown]
-# **What to see.** The eye stays recognisable, because we started there, and its fur turns into strokes of the texture.
+# **What to see.** The cat stays recognisable (in stripes only just), because we started there, and its fur turns into
+# strokes of the texture.
 # Nobody said where a stripe should go: the Gram matrix knows only which features occur together and how strongly. The
 # hack of section 1, beside them, is the same kind of thing: a style painted over the picture. A *small* Gram distance
 # to the pre-trained model therefore means: same strokes, same colours and contrast, wherever they are.
@@ -417,15 +432,15 @@ check("LoRA begins at the pre-trained weights", thin(W), W, 0)
 print(f"numbers to train: {W.numel()} in W, {sum(p.numel() for p in thin.parameters())} in A and B")
 
 # %% [markdown]
-# Now a small version of the paper's Table 4, with *direct* optimisation: two crops, one noisy state each (step 9 of
+# Now a small version of the paper's Table 4, with *direct* optimisation: two pictures, one noisy state each (step 9 of
 # 10, t = 101), twenty steps of Adam on the weights for MiniIQA alone. That is not RFSR's training, it is a stress test
 # of the guards, and it shows the mechanism in seconds. The weights of KL and Gram-KL are chosen so that both arrive at
 # a similar reward; LoRA gets a ten times larger step, as is usual.
 
 # %%
-pair = [crops[34], crops[35]]  # the cat's eye and a flower
-lr2, gt2 = (torch.stack([crop[key] for crop in pair]) for key in ("lr", "gt"))
-condition = model.encode_condition(lr2, [crop["prompt"] for crop in pair])
+flower = miniature("flower", 21, 48)
+gt2, lr2 = (torch.cat(both) for both in zip((gt, lr), flower, strict=True))  # the cup and a flower
+condition = model.encode_condition(lr2, [*prompt, "flower, petals, plant"])
 state = rollout(model, condition, 9, generators(0, [0, 1]), num_inference_steps=10)
 
 
@@ -487,7 +502,7 @@ tiles = [image[row] for row in (0, 1) for image in (before2, *ends.values(), gt2
 titles = ["start", *GUARDS, "truth"]
 show(
     pictures(tiles, titles * 2, columns=6, tile=1.28),
-    "A cat's eye and a flower, before, after twenty steps with each guard, and the truth. Rewards: "
+    "A cup and a flower, before, after twenty steps with each guard, and the truth. Rewards: "
     + ", ".join(f"{name} {path[-1, 0]:.2f}" for name, path in paths.items())
     + ".",
 )
@@ -511,16 +526,17 @@ show(
 # %% [markdown]
 # **What to see.** Without a guard the reward rises fastest, and the pictures turn into posters: white rims, black
 # shadows, hard contrast. That is the stylization the paper speaks of. All three guards prevent it, and all three pay
-# with reward. They differ in what they let through: LoRA tints the cat, KL lets the flower's rim brighten, Gram-KL
-# stays closest in colour and contrast. Its style distance is the smallest by far, as it must be: it is what it
+# with reward. They differ in what they let through: LoRA tints the flower red, KL lets the rim of the cup brighten,
+# Gram-KL stays closest in colour and contrast. Its style distance is the smallest by far, as it must be: it is what it
 # minimises.
 #
-# Is the *trade* better, or do guards only stop earlier? The curves are sobering. Up to a reward of about 0.75 no guard,
-# KL and Gram-KL lie nearly on one line in SSIM, LoRA below it. The judge is least kind to Gram-KL: at its last reward it
-# stands lower than with no guard at all, and KL ends highest. So in numbers our small test does not show an advantage of
-# Gram-KL; by eye it keeps the style best. An unguarded run that is stopped in time is about as good, but somebody has to
-# know when. Two pictures, one noise level, twenty steps and a random VGG19 decide nothing about the real one. Notebook 09
-# looks at whole training runs, with Gram-KL and without.
+# Is the *trade* better, or do guards only stop earlier? The curves are sobering. At first likeness even grows with the
+# reward. At a reward of about 0.8, where the guarded runs end, SSIM is highest with no guard and with LoRA; Gram-KL is
+# below, and KL lowest. The judge says the opposite: KL ends highest and Gram-KL next, both above an unguarded run of
+# the same reward. So in numbers our small test does not show an advantage of Gram-KL; by eye it keeps the style best.
+# An unguarded run that is stopped in time is about as good, but somebody has to know when. Two pictures, one noise
+# level, twenty steps and a random VGG19 decide nothing about the real one. Notebook 09 looks at whole training runs,
+# with Gram-KL and without.
 #
 # Slide through the guards and compare the rims of the flower.
 
@@ -531,7 +547,7 @@ def draw(name):
     rows = [image[row] for row in (0, 1) for image in (before2, ends[name])]
     titles = ["start", f"guard: {name}", "start", f"guard: {name}"]
     return pictures(rows, titles, columns=4, tile=1.9), (
-        f"The cat's eye and the flower at the start and after twenty steps, guard {name}: reward {r:.2f}, SSIM {s:.2f}, "
+        f"The cup and the flower at the start and after twenty steps, guard {name}: reward {r:.2f}, SSIM {s:.2f}, "
         f"judge {j:.0f}, style distance {strokes[name]:.2g}e-4."
     )
 
