@@ -19,7 +19,7 @@
 # the late ones. So its whole method rests on three things: what a step does, what the model believes at that step, and
 # how steps are counted. Afterwards you can
 #
-# * add noise as the model expects it, and read the model's current guess of the clean picture from any of its outputs,
+# * add noise as the model expects it, and read its current guess of the clean picture from whatever it predicts,
 # * take one DDIM step, and all fifty,
 # * turn sampling steps into timesteps and back, and say why a *noise*-predicting model guesses badly at step 1.
 
@@ -65,7 +65,8 @@ show(
 # ## 2 · How is noise added?
 #
 # The model works on *latents*: its autoencoder turns the 96×96 pixels into 24×24 positions with 12 numbers each, and
-# decodes them back. Training mixes the latents with noise $\varepsilon$, more of it the larger the *timestep* $t$:
+# decodes them back. Training mixes the clean latents $z_0$ with noise $\varepsilon$, more of it the larger the *timestep*
+# $t$:
 #
 # $$z_t=\sqrt{\bar\alpha_t}\,z_0+\sqrt{1-\bar\alpha_t}\;\varepsilon,\qquad \bar\alpha_t=\prod_{s\le t}(1-\beta_s)$$
 #
@@ -108,14 +109,15 @@ show(
 # flower still stands, at $t=981$ nothing does. So a model that goes from large to small $t$ decides the outlines first and
 # the texture last. That order is what RFSR is built on.
 #
-# Even at $t=981$ the share of the picture is not 0, but 0.08. The eye sees nothing of it; a network does, above all the
-# mean colours. So it matters what a sampler starts from (section 5).
+# Even at $t=981$, where our 50 steps will begin, the share of the picture is not 0, but 0.08. The eye sees nothing of it;
+# a network does, above all the mean colours. So it matters what a sampler starts from (section 5).
 #
 # ## 3 · What does the model believe?
 #
 # The network (a U-Net, with a ControlNet beside it that reads the upscaled low-resolution photograph) sees $z_t$ and $t$
-# and must say what is noise and what is picture. It may answer in any of three ways, because $z_t$ and one answer
-# determine the rest ($\alpha=\sqrt{\bar\alpha_t}$, $\sigma=\sqrt{1-\bar\alpha_t}$):
+# and must say what is noise and what is picture. (That photograph and the encoded prompt are what the code calls
+# `condition`.) It may answer in any of three ways, because $z_t$ and one answer determine the rest
+# ($\alpha=\sqrt{\bar\alpha_t}$, $\sigma=\sqrt{1-\bar\alpha_t}$):
 #
 # | it predicts | `prediction_type` | the picture, `pred_original_sample` |
 # |---|---|---|
@@ -235,8 +237,8 @@ by_diffusers = scheduler.step(v, scheduler.timesteps[0], start, return_dict=Fals
 check("one DDIM step", ddim_step(start, v, 981), by_diffusers, 1e-6)
 
 # %% [markdown]
-# And the sampler is a loop over it. It begins where SeeSR begins: not at pure noise, but at the latents of the upscaled
-# low-resolution photograph, noised to the first timestep.
+# And the sampler is a loop over it. It begins as SeeSR does, one of the models that the paper trains: not at pure noise,
+# but at the latents of the upscaled low-resolution photograph, noised to the first timestep.
 
 
 # %%
@@ -262,12 +264,12 @@ with torch.no_grad():
     check("and the picture of section 1", model.decode(ours).clamp(0, 1), result, 1e-3)
 
 # %% [markdown]
-# Each single step agrees with diffusers to the last bits of 32-bit numbers (latents are of size 4, so `2e-6` is four
+# Each single step agrees with diffusers to the last bits of 32-bit numbers (latents take values of about 4, so `2e-6` is four
 # roundings). Over fifty steps through a network such bits grow, which is why the end is compared with `1e-3`, a quarter of
 # a grey level.
 #
-# **What does it cost?** One pass of U-Net and ControlNet per step. The text encoder (the last 0.1 million parameters) and
-# the decoder run once.
+# **What does it cost?** One pass of U-Net and ControlNet per step. The text encoder (0.1 million more) and the decoder
+# run once.
 
 # %%
 passes = len(scheduler.timesteps)
@@ -298,8 +300,9 @@ ends = TimestepWindows.from_timesteps([1000, 600, 599, 201, 200, 0])  # a window
 assert (ends.structure, ends.reward) == ((1, 2), (5, 6))
 
 # %% [markdown]
-# Steps 21 to 40 get no loss at all: the paper trains only the two ends. Watch the estimate along the way. At every position
-# the left picture is what the sampler holds, the middle one what the model believes.
+# Steps 21 to 40 get no loss at all: the paper trains only the two ends. Watch the estimate along the way: click the
+# slider's handle and use the arrow keys. At every position the left picture is what the sampler holds, the middle one what
+# the model believes.
 
 # %%
 with torch.no_grad():
@@ -333,7 +336,8 @@ show(
 #
 # ## 7 · A bug, and the check that catches it
 #
-# The classic mistake: an index off by one, here $t'=t-19$. One step is then wrong by a thousandth, which no eye would find.
+# The classic mistake: an index off by one, here $t'=t-19$. One step is then wrong by two thousandths, which no eye would
+# find.
 
 
 # %%

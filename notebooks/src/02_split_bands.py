@@ -159,9 +159,9 @@ check("odd size, package and padding by hand", haar_ll(odd), split(even)[0], 1e-
 check("odd size, package and PyWavelets", haar_ll(odd), pywt.dwt2(odd.numpy(), "haar", mode="symmetric")[0], 1e-6)
 
 # %% [markdown]
-# **Backwards.** Each pixel enters one coefficient with factor ½, so a gradient of 1 on LL puts ½ on every pixel. The pixel
-# that was mirrored enters twice and gets 1, the corner four times and gets 2. Loss functions live from their gradients, so
-# we check that too.
+# **Backwards.** Each pixel enters one coefficient with factor ½, so a gradient of 1 on LL puts ½ on every pixel. The
+# pixel that was mirrored enters twice and gets 1, the corner four times and gets 2. A loss teaches only by its gradient,
+# so we check that too.
 
 # %%
 leaf = odd.clone().requires_grad_()
@@ -250,7 +250,8 @@ show(*draw(45))
 # $$\text{SSIM}=\frac{(2\mu_x\mu_y+C_1)(2\sigma_{xy}+C_2)}{(\mu_x^2+\mu_y^2+C_1)(\sigma_x^2+\sigma_y^2+C_2)},
 # \qquad C_1=0.01^2,\ C_2=0.03^2$$
 #
-# and takes the mean over all windows. It is 1 only for equal pictures. The package clamps to [0, 1] before it measures, as
+# and takes the mean over all windows. ($C_1$ and $C_2$ keep the fraction from becoming 0/0 where both are flat and dark.)
+# It is 1 only for equal pictures. The package clamps to [0, 1] before it measures, as
 # saving the picture would; so must we.
 
 
@@ -279,8 +280,8 @@ for name, x in (("blurred", blurred), ("beyond white", beyond)):
     check(f"PSNR of {name}", psnr(x, photo)[0], -10 * mse.log10(), 1e-5)
 
 # %% [markdown]
-# PSNR is the mean squared error in decibels, $-10\log_{10}\text{MSE}$: more is closer. Does SSIM tell us more? The second
-# and third picture below have the same squared error.
+# PSNR is the mean squared error in decibels, $-10\log_{10}\text{MSE}$: more is closer. Does SSIM tell us more? The three
+# changed pictures below have the same squared error (the noisy one up to chance).
 
 # %%
 noisy = photo + error * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))

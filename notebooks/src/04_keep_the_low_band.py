@@ -89,7 +89,7 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** The start has two properties: its structure is wrong (the blotches), and its texture is fine,
+# **What to see.** The start has two properties: its structure is wrong (the blotches), and its texture is plausible,
 # although it is the texture of none of the truths. *A good structure loss should mend the first and leave the second.*
 # Two losses now move the pixels of the start; a third follows in section 4.
 
@@ -122,10 +122,11 @@ assert kept["pixel L1"] < 0.5, "the pixel loss must smooth"
 check("share of fine energy that Haar LL leaves", kept["Haar LL"], 1.0, 1e-4)
 
 # %% [markdown]
-# **What to see.** Both losses removed the blotches. The pixel loss also removed most of the fur: where eight truths
+# **What to see.** *LL error* is the mean absolute difference of the LL bands, *fine energy* the sum of squares of the
+# others. Both losses removed the blotches. The pixel loss also removed most of the fur: where eight truths
 # disagree, the value with the least mean absolute error is their median, and the median of eight furs is smooth. The
 # LL loss did not touch the fur at all. The paper reports just this "texture smoothing" when L1 takes the place of its
-# loss (section 4, Table 5). How can a loss be so exact about what it leaves alone? Its formula tells.
+# loss (its section 4 and Table 5). How can a loss be so exact about what it leaves alone? Its formula tells.
 #
 # ## 2 · The loss on paper
 #
@@ -272,7 +273,8 @@ constant = coarse(torch.ones(1, 1, 64, 64))
 check("a constant picture is doubled by every level", constant, torch.full((1, 1, 8, 8), 8.0), 1e-4)
 
 # %% [markdown]
-# Add stripes of a known width to a grey picture, at four angles, and ask each loss how much it minds.
+# Add stripes of a known width to a grey picture, at four angles, and ask each loss how much it minds them, compared with
+# very wide ones.
 
 
 # %%
