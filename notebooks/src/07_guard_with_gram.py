@@ -338,8 +338,8 @@ show(
 assert max(left.values()) < 0.3
 
 # %% [markdown]
-# **What to see.** The cat stays recognisable (in stripes only just), because we started there, and its fur turns into
-# strokes of the texture.
+# **What to see.** In dots and gravel the cat stays recognisable, because we started there; in stripes it drowns. Its fur
+# turns into strokes of the texture.
 # Nobody said where a stripe should go: the Gram matrix knows only which features occur together and how strongly. The
 # hack of section 1, beside them, is the same kind of thing: a style painted over the picture. A *small* Gram distance
 # to the pre-trained model therefore means: same strokes, same colours and contrast, wherever they are.
