@@ -332,8 +332,7 @@ tiles = [picture[0] for picture in (cat, *textures.values(), hacked, *painted.va
 titles = ["a cat", *textures, "section 1's hack", *(f"in {n}" for n in textures)]
 show(
     pictures(tiles, titles, columns=4, tile=1.28),
-    "Above, a cat's face and three textures; below, the hacked picture of section 1 and the cat painted in each texture, "
-    "with less than 30 percent of the style distance left.",
+    "A cat's face and 3 textures; below, the hack of section 1 and the cat in each: under 30 % of the distance left.",
 )
 assert max(left.values()) < 0.3
 
