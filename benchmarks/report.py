@@ -14,7 +14,7 @@ cost more than they count. Peak is the memory one call adds, gradients included;
 gradient alone takes, which everybody returns. Error is the largest difference of loss and gradient from our operator in
 fp64, relative to the largest entry; a contestant beyond the tolerance of its dtype is not timed. The released RFSR form
 normalises its features first and so computes another loss: it is checked against ours on normalised features, and is
-never the best peer."""
+never the best peer. Where the spreads of ours and the best peer overlap, the summary says level."""
 
 
 def slug(text: str) -> str:
@@ -71,7 +71,8 @@ def summary_lines(cases: list[dict]) -> list[str]:
         if base is None or peer is None:
             continue
         ratio = peer["median"] / base["median"]
-        winner = "" if ratio >= 1 else "**the peer wins**"
+        level = max(base["q20"], peer["q20"]) <= min(base["q80"], peer["q80"])
+        winner = "level" if level else "" if ratio > 1 else "**the peer wins**"
         both = (base.get("peak_bytes"), peer.get("peak_bytes"))
         memory = "n/a" if None in both else " / ".join(f"{b / 2**20:.1f}" for b in both)
         if case.get("gradient_bytes") and None not in both:
