@@ -77,7 +77,7 @@ show(
 # **What to see.** Without Gram-KL everything is contrast and speckle: this is what *reward hacking* looks like. With
 # the structure loss alone the picture is calm and soft. RFSR lies between. PSNR (closeness to the truth, in dB)
 # agrees. But look at the *judge*, a quality score that no training ever saw (about 0 for a ruined picture, 100 for an
-# untouched one): on this cat it likes the speckled picture best! One picture proves nothing, and no judge is beyond
+# untouched one): of the four cats it likes the speckled one best! One picture proves nothing, and no judge is beyond
 # fooling. We need many pictures, several runs, and doubt.
 #
 # ## 2 · What do the paper's tables say?
@@ -120,7 +120,8 @@ paper = {title: pd.DataFrame(rows, index=COLUMNS).T for title, rows in PAPER.ite
 
 # %% [markdown]
 # Two plain questions. In how many columns is the paper's own choice the best row of its table? And is a sentence of the
-# paper true of its own Table 4: "LoRA and KL achieve higher scores on perceptual metrics"?
+# paper true of its own Table 4: "LoRA and KL achieve higher scores on perceptual metrics"? (These are the other two
+# guards of notebook 07: LoRA trains few numbers, KL keeps the network's output near the untouched model's.)
 
 # %%
 best = {}
@@ -183,8 +184,8 @@ difference = {name: rows[name][MEASURES] - rows["base"][MEASURES] for name in RU
 print(pd.DataFrame({NAMES[name]: difference[name].mean() for name in RUN}).T.round(3).to_string())
 
 # %% [markdown]
-# **What to see.** Of Tables 2 and 5 nothing was re-run but the shared row, and of Tables 3 and 4 the rows that differ
-# most from it. Where it says NOT RUN, this notebook has no opinion.
+# **What to see.** Of Tables 2 and 5 nothing was re-run but the shared row, "ours"; of Tables 3 and 4 also the row that
+# leaves the part out altogether, "none". Where it says NOT RUN, this notebook has no opinion.
 #
 # The table shows mean differences to the base model. Read its first line aloud: RFSR keeps PSNR, raises both rewards,
 # and *loses 1.9 points with the judge*. That is our main finding, and it is not a flattering one. How sure is it?
@@ -307,8 +308,8 @@ by_photo = difference["rfsr"]["Judge"].groupby(rows["rfsr"]["photograph"]).mean(
 print("judge, RFSR − base:", ", ".join(f"{name} {value:+.1f}" for name, value in by_photo.items()))
 
 # %% [markdown]
-# **What to see.** With honest intervals over three runs, both rewards rise without doubt. The judge's fall only just
-# excludes zero: it may be tiny, or twice what we saw. Of PSNR we know that it changed little.
+# **What to see.** With honest intervals over three runs, both rewards rise without doubt. The interval of the judge's
+# fall only just excludes zero: the fall may be tiny, or twice what we saw. Of PSNR we know that it changed little.
 #
 # The last line is about something else. Our 48 crops are cut from three photographs, and crops of one photograph are
 # cousins. The judge's fall is large on the coffee cup and hardly there on the flower. The small error of section 4
@@ -317,9 +318,10 @@ print("judge, RFSR − base:", ", ".join(f"{name} {value:+.1f}" for name, value 
 #
 # ## 6 · What if one asks twenty-one questions?
 #
-# Three variants times seven measures are 21 differences. Each has a 5 % chance to look real by luck, so about one
-# would. How far must the *largest* of 21 ratios lie from zero before we believe it? If a variant changed nothing, every
-# crop's difference could as well have had the other sign. So flip signs at random, and look at the largest ratio.
+# Three variants times seven measures are 21 differences. Call a difference over its standard error, over crops as in
+# section 4, its *ratio*. Each ratio has a 5 % chance to pass 2 by luck, so about one would. How far must the *largest*
+# of 21 lie from zero before we believe it? If a variant changed nothing, every crop's difference could as well have had
+# the other sign. So flip signs at random, and look at the largest ratio.
 
 # %%
 D = np.concatenate([difference[name].groupby("image").mean().to_numpy() for name in RUN], axis=1)  # [48, 21]
@@ -340,13 +342,15 @@ print(f"{(everything.abs() > 2).sum()} of 21 pass 2, {(everything.abs() > thresh
 # %% [markdown]
 # **What to see.** Related measures err together, so that luck strikes less often than in 21 independent questions, but
 # it still does in a third of all cases. Most of our differences are so large that the correction does not matter. It
-# takes out exactly one: the preference score of "structure only", whose three runs did not even agree in sign. The same
-# caution is due to the paper: its four tables hold 15 rows of five columns, and the text rests on a few of them.
+# takes out exactly one: the preference score of "structure only", whose three runs did not even agree in sign. (Passing
+# speaks of other crops only. What another training run would give, section 5 has to say.) The same caution is due to
+# the paper: its four tables hold 15 rows of five columns, and the text rests on a few of them.
 #
 # ## 7 · Where do paper and re-run agree?
 #
 # Never put both on one axis: other model, other data, other measures. What can be compared is the *shape*. Upper
-# panels: closeness to the truth against the trained reward. Lower panels: an examiner that trains nobody.
+# panels: closeness to the truth against the trained reward. Lower panels: an examiner that trains nobody. (The base has
+# three dots here although nobody trained it: each seed also draws the noise that its measurement starts from.)
 
 # %%
 PLACES = {
@@ -386,8 +390,9 @@ show(
 # and loses little, and without Gram-KL much truth is paid for much reward. The lower panels are each other's opposite.
 # MANIQA *rises* with the hacked reward, our judge *falls*.
 #
-# Now as a table. A direction counts as ours only if all three runs agree, and as the paper's only if its three
-# untrained examiners agree.
+# Now as a table; in closeness, "up" means nearer to the truth. A direction counts as ours only if all three runs agree,
+# and as the paper's examiners' only if MANIQA, MUSIQ and Aesthetic agree. (Three equal signs are weak evidence, says
+# section 5. Here they only decide what is worth comparing.)
 
 # %%
 QUESTIONS = [("rfsr", "base"), ("dwt-only", "base"), ("no-regularization", "rfsr"), ("dwt-only", "rfsr")]
@@ -421,13 +426,15 @@ assert counts == [6, 3, 3]
 # %% [markdown]
 # **What to see.** We confirm half: what the structure loss does for the truth, what rewards do to rewards, what
 # missing regularisation costs. Undecided is what scatters round zero: RFSR's PSNR, for one, although its low-band SSIM
-# rises in all three runs. What we contradict is always the same role: the examiner. There are two readings.
+# rises in all three runs. What we contradict is always the same role: the examiner. There are three readings.
 #
 # * The paper's examiners were fooled along with the reward, as its own words on Table 4 suggest. Our judge is built
 #   differently, and was shown over-sharpening and invented texture as faults.
 # * Or our judge is wrong: it may count as a fault what a person would like.
+# * Or both are right, each about its own model: Stable Diffusion may invent texture that convinces, where our small
+#   model cannot.
 #
-# Our numbers cannot choose between them. Both readings say: do not trust one examiner.
+# Our numbers cannot choose between them. Until something does: do not trust one examiner.
 #
 # ## 8 · Is it hacking?
 #
@@ -456,7 +463,7 @@ show(
 # %% [markdown]
 # **What to see.** Lower right is the corner of hacking. Without Gram-KL most crops are deep in it. With RFSR most are
 # in it too, but not deep: Gram-KL shortens the way, it does not turn it round. For "structure only" neither is trained
-# on and the cloud sits near zero.
+# on: MiniIQA hardly moves, and the judge scatters a few points up and down.
 #
 # So the honest sentence about our RFSR run is: *at unchanged PSNR both rewards rise, and the independent judge falls by
 # about 1.9 of 100 points, in all three runs, on crops of three photographs.* It would be wrong to report the rewards
@@ -495,9 +502,9 @@ for measure in MEASURES:
     print(f"{measure:15s}{' '.join(f'{r:+.2f}' for r in runs)}   {verdict}")
 
 # %% [markdown]
-# **What to see.** All four measures of closeness rise again, by less, after an eighth of the training. For rewards and
-# judge the stored runs had no direction, so there is nothing to confirm. And a small run like this is a check that the
-# machinery works, not evidence: six crops, one seed.
+# **What to see.** All four measures of closeness rise again, PSNR by about a quarter as much after an eighth of the
+# training. For rewards and judge the stored runs had no direction, so there is nothing to confirm. And a small run like
+# this is a check that the machinery works, not evidence: six crops, one seed.
 #
 # ## 10 · A bug, and the check that catches it
 #
@@ -620,6 +627,6 @@ exercise(3, verify_holm)
 # * Where both have a direction, paper and re-run agree on closeness and on the trained reward, and disagree on the
 #   examiner.
 # * RFSR on the mini model: PSNR kept, rewards up, judge down by about 1.9. Gram-KL limits hacking; it does not end it.
-# * The paper's tables carry no spread; its own row is best in 0, 4, 1 and 2 of five columns.
+# * The paper's Tables 2 to 5 carry no spread; its own row is best in 0, 4, 1 and 2 of five columns.
 #
 # NAVIGATION

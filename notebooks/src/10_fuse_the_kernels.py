@@ -16,8 +16,8 @@
 #
 # NAVIGATION
 #
-# RFSR's two losses are short formulas over large arrays. How fast they run depends less on their arithmetic than on how
-# often they go to memory. Afterwards you can
+# RFSR's structure loss and its Gram distance are short formulas over large arrays. How fast they run depends on how
+# often they go to memory at least as much as on their arithmetic. Afterwards you can
 #
 # * count the bytes an operation moves, and say how fast it could be at best on a machine you only have a data sheet of,
 # * see a race between threads, and cure it so that the result has the same bits every time,
@@ -123,7 +123,8 @@ check("pooled and package, 64×64", loss_pooled(coarse[crop], cat[crop]), haar_l
 # ## 3 · How many bytes does that move?
 #
 # Each PyTorch operation reads its inputs from memory and writes its result back. The next one reads it again. First
-# on paper, for the forward pass, per pixel: one number takes $s=4$ bytes, and a band has a quarter of the pixels.
+# on paper, for the forward pass, per pixel, which here means one number of one channel. A number takes $s=4$ bytes, and
+# a band has a quarter of the pixels.
 #
 # | operation | slices | fused |
 # |---|---|---|
@@ -192,11 +193,12 @@ show(figure, f"Bytes per pixel, forward and backward: {rows}.")
 #
 # ## 4 · How fast could it be?
 #
-# A machine has two limits: how many bytes it moves per second, and how many operations it does. No program is faster
-# than either; that is the *floor*. Which one counts follows from the *arithmetic intensity*, operations per byte. We
-# take a GPU's two numbers from its data sheet: NVIDIA names 4.8 TB/s and, without tensor cores (units for products of
-# small matrices), 67 TFLOP/s for the H200 in fp32. **No GPU has run here; what follows is arithmetic, not
-# measurement.** Section 9 measures this machine.
+# A machine has two limits: how many bytes it moves per second, and how many additions and multiplications it does. No
+# program is faster than either allows; the time that remains is the *floor*. Which limit counts follows from the
+# *arithmetic intensity*, operations per byte. (From here on an *operation* is one addition or multiplication, a FLOP,
+# except where a line counts PyTorch's.) We take a GPU's two numbers from its data sheet: NVIDIA names 4.8 TB/s and,
+# without tensor cores (units for products of small matrices), 67 TFLOP/s for the H200 in fp32. **No GPU has run here;
+# what follows is arithmetic, not measurement.** Section 9 measures this machine.
 
 # %%
 H200 = {"bytes": 4.8e12, "flops": 67e12}
@@ -236,18 +238,20 @@ show(
 
 # %% [markdown]
 # **What to see.** The LL loss lives far down the slope: its arithmetic is free, only bytes count, and fusing moves it
-# to the right. The Gram loss is on the other side, limited by arithmetic. So the two need different kernels: the first
-# must touch memory once (sections 5 to 7), the second must use each loaded number often (section 8).
+# to the right. The Gram loss is on the other side, limited by arithmetic: each number meets those of $C$ channels, with
+# a multiplication and an addition each time, and symmetry saves half. So the two need different kernels: the first must
+# touch memory once (sections 5 to 7), the second must use each loaded number often (section 8).
 #
-# There is a third cost: on a GPU every operation is at least one *launch*, which takes some microseconds whatever it
-# does. A floor of ten microseconds in two launches is worth more than the same floor in twenty.
+# There is a third cost: on a GPU each of PyTorch's operations is at least one *launch*, which takes some microseconds
+# whatever it does. A floor of ten microseconds in two launches is worth more than the same floor in twenty.
 #
 # ## 5 · Threads, simulated
 #
 # A GPU runs one small function, the *kernel*, in thousands of *threads* at once. Threads come in *blocks*; a block
 # has a little memory of its own (`shared`) and can wait for all its threads (`__syncthreads()`, a *barrier*). Nothing
 # else is promised: threads advance in any order, and so do blocks. That can be simulated in fifteen lines. A kernel
-# is a Python generator here; at a `yield` any other thread may go on, and `yield "sync"` waits for the block.
+# is a Python generator here; at a `yield` any other thread of the block may go on, and `yield "sync"` waits for all of
+# them. (Whole blocks run one after another here, in any order; on a GPU they overlap as well.)
 
 
 # %%
@@ -286,8 +290,9 @@ launch(ll_kernel, 2, 32, a13, out)  # 64 threads for 63 coefficients
 check("LL by simulated threads, 13×17", out, haar_ll(x13)[0, 0], 1e-6)
 
 # %% [markdown]
-# This is the package's kernel, nearly word for word. `RFSR_GRID_LOOP` computes the `k` of a thread, `plane` is
-# sample and channel:
+# This is the package's kernel, nearly word for word. `RFSR_GRID_LOOP` computes the `k` of a thread (and gives it
+# further ones if threads are too few), `plane` is sample and channel, `v` holds the sizes of `x`, and `h` and `w` are
+# the band's. `Acc` is the number type of sums, and `haar_pair` is our `pair`, with section 6's rule `edge`:
 #
 # ```cpp
 # // csrc/cuda/haar.cu
@@ -380,7 +385,8 @@ caught(lambda: check("racing", racing[0], exact, 1e-6))
 # ```
 #
 # A block can wait for its threads, but not for another block. So each block writes its part to a cell of its own, and a
-# second launch adds the parts, again as a tree.
+# second launch adds the parts, again as a tree. The package's CPU kernel has no tree but keeps the promise: it adds
+# rows in groups that follow from the shape alone, and the groups in order, however many threads share them.
 
 
 # %%
@@ -418,7 +424,8 @@ check("the package with 1 and with 2 threads", bits[1], bits[2], 0)
 # 13×17 pixels make 7×9 blocks, and the last row and column have no partner. PyWavelets knows nine rules for what
 # stands there. All nine are three whole numbers: the missing sample is
 # $x_n=\text{last}\cdot x_{n-1}+\text{before}\cdot x_{n-2}+\text{first}\cdot x_0$. So the pairs of an axis are the rows of a
-# matrix, and LL is that matrix from both sides.
+# matrix. LL is half the picture with such a matrix on its left (it adds rows) and one, transposed, on its right (it
+# adds columns).
 #
 # Edges are where kernels are wrong. The classic slip is one index: a partner of `width - 2` where `width - 1` was meant.
 # A test on the usual 64×64 pixels is content with it, as the second cell shows.
@@ -518,7 +525,7 @@ check("bytes kept", (codes * torch.tensor([1, 4, 16, 64])).sum(2).flatten(), kep
 print(f"{kept.nbytes} bytes are kept for backward; x and y would be {x13.nbytes + y13.nbytes}")
 
 # %% [markdown]
-# In the package, `users` is `haar_users`, whose comment says the same:
+# In the package, `users` is `haar_users`, whose comment says the same. Here is its even case, one pair per sample:
 #
 # ```cpp
 # // csrc/index.h
@@ -542,11 +549,12 @@ print(f"{kept.nbytes} bytes are kept for backward; x and y would be {x13.nbytes 
 # sum[0][a][b] = sum[1][a][b] = Acc(0);
 # ```
 #
-# once every 128 pixels. The two inputs have sums of their own until then, so equal features give exactly 0.
+# once every 128 pixels, for each of the 4×4 results `[a][b]` that a thread has. The two inputs have sums of their own
+# until then, so equal features give exactly 0.
 #
 # `gram_loss` knows three distances: the squared norm of $D$ (`l2`, equation 6), the sum of its absolute values (`l1`)
 # and the norm itself (`fro`). Backward, one small matrix $S$ serves all three: $\partial L/\partial F_1=SF_1/(CHWN)$,
-# with the table of $S$ in the second cell.
+# with $N$ samples in the batch and the table of $S$ in the second cell.
 #
 # For features we take the 5×5 neighbourhood of each pixel of two places of the photograph: 75 channels, no multiple of
 # any tile.
@@ -645,12 +653,13 @@ show(*draw(64))
 # %% [markdown]
 # **What to see.** Small tiles load everything again and again and are limited by memory. From 64 on, arithmetic limits,
 # and a larger tile gains nothing but leaves fewer blocks to share out among the GPU's processors. The package's CUDA kernel
-# takes 64, its CPU kernel 8×32. (Caches help small tiles, so reality is kinder than this count.)
+# takes 64, its CPU kernel 8×32, or 32×32 for bfloat16 on a processor with a matrix unit. (Caches help small tiles, so
+# reality is kinder than this count.)
 #
 # ## 9 · Build it here
 #
-# Now a real kernel: section 1's loop in C++, compiled by your compiler into a temporary folder and called through
-# `ctypes`, which needs a second or two. (`torch.utils.cpp_extension.load_inline` does the same for functions of tensors;
+# Now a real kernel: section 1's loop in C++, compiled by your compiler into a temporary folder, in a second or two, and
+# called through `ctypes`. (`torch.utils.cpp_extension.load_inline` does the same for functions of tensors;
 # it compiles PyTorch's headers, too, and takes a minute.) First it is proved right, at odd sizes too. Then all versions are
 # measured on this machine: the numbers and the roofline below are from the computer that built this page and differ on
 # yours.
@@ -729,16 +738,21 @@ rated = ", ".join(f"{name} {rate:.1f} GFLOP/s" for name, rate in rates.items())
 show(roofline(here, at, rates), f"Roofline of this computer, measured, forward only: {rated}.")
 
 # %% [markdown]
-# **What to see.** The nearer a point is to the slope, the less its program wastes. (A program that only reads may
-# even lie above the line, because a copy also writes.) The plain C++ loop reads each number once, as it should. What
-# does the package's kernel add? Sixteen sums side by side, so that one addition need not wait for the last; threads;
-# any memory layout and four number types; the signs; and a fixed order. `python -m benchmarks` in the repository
+# **What to see.** A point far to the left moves bytes it need not move. A point below the slope moves its bytes more
+# slowly than memory could. So the slices may be nearer to the slope than our C++ loop and still take longer. And
+# fewer bytes need not take less time, as `pooled` showed when this page was built: bytes give a floor. (A program that
+# only reads may even lie above the line, because a copy also writes.)
+#
+# The plain C++ loop reads each number once, as it should. What does the package's kernel add? Sixteen sums side by
+# side, so that one addition need not wait for the last; threads; any memory layout and four number types; the signs;
+# and a fixed order. Where a processor has AVX-512, instructions for sixteen fp32 numbers at once, the sixteen sums are
+# one register, and everything between pictures and signs stays in registers. `python -m benchmarks` in the repository
 # repeats this with care, against every other implementation we know.
 #
-# Without a GPU, how does one trust a CUDA kernel? The package's tests do what section 5 does, in C++: they compile
-# the same lines of `csrc/cuda/` for the host, threads and barriers simulated, and compare every size, rule and type with the
-# PyTorch version. That proves indices and sums. It cannot prove speed, and it finds no race that its one schedule does
-# not show.
+# Without a GPU, how does one trust a CUDA kernel? The package's tests do what section 5 does, in C++: they compile the
+# same lines of `csrc/cuda/` for the host, threads and barriers simulated, and compare them with PyTorch and PyWavelets,
+# at odd and even sizes, for every rule and number type. That proves indices and sums. It cannot prove speed, and it
+# finds no race that its one schedule does not show.
 #
 # ## 10 · Exercises
 #
@@ -814,8 +828,8 @@ exercise(2, verify_largest)
 
 # %% [markdown]
 # **Exercise 3 (harder).** Write the backward kernel from the kept bytes alone (rule `symmetric`): a thread per pixel finds
-# its coefficient, takes the two bits out of its byte, and writes plus or minus `push`. `kept` has one row of bytes per row
-# of coefficients.
+# its coefficient, takes the two bits out of its byte, and writes plus or minus `push`, half of one over the number of
+# coefficients, or 0 for a tie. `kept` has one row of bytes per row of coefficients.
 # <details><summary>Hint</summary>The last pixel of an odd axis counts twice: `users` has its weight. The code of column
 # `j` is `kept[i, j // 4] >> 2 * (j % 4) & 3`.</details>
 

@@ -71,7 +71,8 @@ def batch(k, size=4):
 #
 # You have a super-resolution network and a loop. What must change to use the losses? One line. They are ordinary
 # functions of two batches of pictures. Here is a small ×4 network (the smoothly enlarged picture plus a correction), and
-# the loop. (Twelve steps are far too few to enlarge any better. Here it only matters that three loops agree.)
+# the loop. There is no frozen model, so the Gram distance is taken to the truth; the factors 0.5 and 10 are picked for
+# this toy. (Twelve steps are far too few to enlarge any better. Here it only matters that the loops agree.)
 
 
 # %%
@@ -121,7 +122,7 @@ check("the loss of the truth itself", loss_of(test_gt, test_gt), 0.0, 1e-6)
 # ## 2 · In Lightning
 #
 # Lightning takes the loop away and asks for the loss. The same line goes into `training_step`. If the package is not
-# installed, the cell says so.
+# installed, the cell says so, and the comparison is left to the other two loops.
 
 # %% tags=["nbval-ignore-output"]
 if importlib.util.find_spec("lightning") is None:
@@ -315,8 +316,10 @@ class PixelISR(PixelSampler):
 
 
 # %% [markdown]
-# An adapter can be wrong in ways that no error message tells: training runs, and learns nothing. So test it first. These
-# five facts hold for every correct model, whatever it is made of.
+# An adapter can be wrong in ways that no error message tells: training runs, and learns nothing. So test it first. Five
+# facts hold for every correct model, whatever it is made of: the protocol is complete; `decode` undoes `encode`; the
+# right answer of the network gives the latents back; the gradient goes from a picture of the right size into every part
+# to train; and the reference shares no weight with the model.
 
 
 # %%
@@ -358,7 +361,8 @@ preflight(model)
 # %% [markdown]
 # Now RFSR on the toy, with the package's objective. Of its ten steps the first four get the structure loss and the last two
 # the reward, here the stand-in `MiniIQA`, held by Gram-KL. Which weights? We try two settings: those of the preset `mini`,
-# and a greedy one: a reward thirty times heavier, a guard a hundred times lighter.
+# and a greedy one: a reward thirty times heavier, a guard a hundred times lighter. (What the code calls `judge` is this
+# reward, not the independent judge of notebook 09.)
 
 # %%
 judge = MiniIQA.from_pretrained()
@@ -409,10 +413,11 @@ assert results["greedy"][1] > results["before"][1] + 0.01, "a heavy reward must 
 assert results["greedy"][2] < results["preset"][2] - 0.5, "and must cost fidelity"
 
 # %% [markdown]
-# **What to see.** The machinery works: with no line changed it trains a model it has never heard of. But the weights do not
-# transfer. Those of the mini model hardly move the toy. The greedy ones raise the reward by exaggerating contrast and
-# colour, and lose more than a decibel: the beginning of reward hacking, in forty steps. *Each base model needs its own
-# balance*, found on a few hundred iterations with held-out fidelity in view, before the long run.
+# **What to see.** (The numbers are means of six crops, of which one is shown.) The machinery works: with no line
+# changed it trains a model it has never heard of. But the weights do not transfer. Those of the mini model hardly move
+# the toy. The greedy ones raise the reward by exaggerating contrast and colour, and lose more than a decibel: the
+# beginning of reward hacking, in forty steps. *Each base model needs its own balance*, found on a few hundred
+# iterations with held-out fidelity in view, before the long run.
 #
 # `sample`, `upscale`, and `RFSRTrainer(config, model=toy)` take the adapter as well.
 #
@@ -580,11 +585,11 @@ check("activations grow with the area", sum(kept_for_backward(256).values()) / s
 
 # %% [markdown]
 # **What to see.** The paper trains batches of 8 on two A100 with 80 GB, so four pictures on each. Counted this way they
-# fit, in plain fp32. Weights and what belongs to them take nearly half. Of what each picture adds (orange), the
-# *decoder* is by far the largest: RFSR's losses look at pixels, and the gradient passes through the decoder to reach
-# the latents. Left out are the two rewards, SeeSR's extra attentions, temporary
-# memory of kernels, and what PyTorch keeps in reserve. In practice one takes `mixed_precision=bf16`, which stores most
-# activations in half the bytes.
+# fit, in plain fp32. Weights and what belongs to them take nearly half: a trained number needs 20 bytes, for itself,
+# its gradient, two moments of Adam, and the moving average. Of what each picture adds (orange), the *decoder* is by far
+# the largest: RFSR's losses look at pixels, and the gradient passes through the decoder to reach the latents. Left out
+# are the two rewards, SeeSR's extra attentions, temporary memory of kernels, and what PyTorch keeps in reserve. In
+# practice one takes `mixed_precision=bf16`, which stores most activations in half the bytes.
 #
 # ## 6 · What does a full run need?
 #
@@ -616,6 +621,9 @@ assert set(paper["rewards"].values()) == {5e-5}, "section 4.1 of the paper"
 assert (paper["learning_rate"], paper["batch_size"], paper["iterations"]) == (5e-6, 8, 10_000)
 
 # %% [markdown]
+# Do not compare the weights λ across the two columns. A factor common to all of them hardly matters to Adam, and the
+# rewards and VGG19 of the two presets are different networks, with gradients of different size.
+#
 # Four more files make the paper's losses real. On your machine:
 
 # %% tags=["nbval-ignore-output"]
