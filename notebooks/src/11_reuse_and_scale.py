@@ -756,7 +756,7 @@ exercise(3, verify_style)
 # %% [markdown]
 # ## Summary
 #
-# * The losses are functions of two batches of pictures: one new line in any loop, and the same numbers in each.
+# * The losses are functions of two batches of pictures: one new line in any loop, and the same numbers wherever they ran here.
 # * In a diffusion script they look at the picture a step foresees; the window becomes a weight per sample.
 # * RFSR itself needs an `ISRModel`; an adapter is forty lines, and five facts test it before the first long run.
 # * A reference that shares weights switches the guard off in silence.
