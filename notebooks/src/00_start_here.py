@@ -61,9 +61,10 @@ prompts = [crop["prompt"] for crop in crops.values()]
 # %% [markdown]
 # ## 1 · Does it work here?
 #
-# Three lines enlarge three photographs four times. The model ships with the package and stands in for SeeSR or PASD: it
-# was trained for half an hour on twelve photographs ([its card](../rfsr_ext/weights/README.md)) and has never seen
-# these.
+# Three lines make three photographs four times as wide and as high. The model ships with the package and stands in for
+# SeeSR or PASD, large models that the paper trains: it was trained for half an hour on twelve photographs ([its
+# card](../rfsr_ext/weights/README.md)) and has never seen these. `noise` makes the starting noise; before and after
+# training we sample from copies of it, so the two pictures differ by the training alone.
 
 # %%
 model = load_model("mini")
@@ -71,10 +72,11 @@ noise = generators(0, range(3))
 before = sample(model, lr, prompts, [g.clone_state() for g in noise])
 
 # %% [markdown]
-# Now the method. The objective needs a structure loss, two rewards and a style guard, each with its weight; the values
-# are those of the preset `mini`. A *reward* is a network that scores a picture: `MiniIQA` stands in for CLIP-IQA (is the
-# picture sharp and clean?), `MiniPreference` for ImageReward (does it fit the prompt?). The guard compares features of a
-# VGG19; its weights are random here, because the published ones would be a download.
+# Now the method. The objective, which training makes small, needs a structure loss, two rewards and a style guard, each
+# with its weight; the values are those of the preset `mini`, a file of settings in the package. A *reward* is a network
+# that scores a picture: `MiniIQA` stands in for CLIP-IQA (is the picture sharp and clean?), `MiniPreference` for
+# ImageReward (does it fit the prompt?). The guard compares what a VGG19, a network for recognising objects, sees in two
+# pictures; its weights are random here, because the published ones would be a download.
 
 # %%
 iqa, preference, guard = create_reward("mini-iqa"), create_reward("mini-preference"), VGGGramLoss(weights="random")
@@ -91,9 +93,10 @@ objective = RFSRObjective(
 )
 
 # %% [markdown]
-# And 24 training steps of it, live, each on two crops of *other* photographs: draw a sampling step, denoise from noise up
-# to it without gradient, take it with gradient, decode, compute that step's losses, move the weights. The preset takes 120
-# smaller steps on twice as many crops; this run is short so that you can wait for it.
+# And 24 training steps of it, live, each on two crops of *other* photographs: draw a sampling step, denoise from noise
+# up to it without gradient, take it with gradient, decode (the sampler works on *latents*, a small code of the
+# picture), compute that step's losses, move the weights. The preset takes 120 smaller steps on twice as many crops;
+# this run is short so that you can wait for it.
 
 # %%
 others = PhotographCrops(["astronaut", "china", "coins", "motorcycle"], 64, dead_leaves_share=0, recolour=False)
@@ -155,9 +158,10 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** After feedback specks are gone and the dark gaps are deeper, which is what `MiniIQA` was taught to like.
-# Colours moved a little as well; nobody asked for that. It is the method's weak side in small: *a reward can be pleased by
-# a picture that is less true*. The guards limit that, they do not forbid it.
+# **What to see.** After feedback specks are gone and the dark gaps are deeper, which is what `MiniIQA` was taught to
+# like. In the cup one speck was a trace of a reflection that the truth has; it went, too. Colours moved a little as
+# well; nobody asked for that. It is the method's weak side in small: *a reward can be pleased by a picture that is less
+# true*. The guards limit that, they do not forbid it.
 #
 # *How much is luck?* The learning rate and the seed of this run (3) were chosen by hand, so that 24 steps show something.
 # With the seeds 0, 1, 2 and 4 the mean `MiniIQA` of the three pictures rose by 0.02 to 0.12 (here by 0.05), PSNR changed
@@ -170,9 +174,11 @@ show(
 #
 # ## 2 · What computes here?
 #
-# The two losses of RFSR are compiled for CPU and CUDA. Where a compiler was missing, PyTorch serves instead, slower but
-# to the same result. In the table *native* is a compiled kernel and *reference* is PyTorch. The right column says what was
-# compiled, which needs no GPU: the machine that stored this page has none. `rfsr doctor` says how to get what is missing.
+# Two of RFSR's four losses are compiled for CPU and CUDA: the structure loss and the Gram loss of the style guard. The
+# table below lists each after the transform it is built on. Where a compiler was missing, PyTorch serves instead,
+# slower but to the same result. In the table *native* is a compiled kernel and *reference* is PyTorch. The right column
+# says what was compiled, which needs no GPU: the machine that stored this page has none. `rfsr doctor` says how to get
+# what is missing.
 
 # %% tags=["nbval-ignore-output"]
 print(f"{'operator':16s} {'on the CPU':12s} on a GPU")
@@ -184,6 +190,11 @@ for name, devices in build_info()["operators"].items():
 # loss compares how channels vary together (notebook 07):
 #
 # $$L_{dwt}=\operatorname{mean}\,|LL(x)-LL(y)|\qquad L_{gram}=\Big\|\tfrac{FF^\mathsf T-GG^\mathsf T}{CHW}\Big\|_F^2$$
+#
+# $LL$ is twice the average of every 2×2 block. $F$ and $G$ hold the features of the two pictures, $C$ rows of $HW$
+# numbers; here the three colours serve as features. `check` says whether two results are equal (*exact*) and how far
+# apart they are at most, and stops the notebook if that is too far. Sums taken in another order differ in their last
+# digits.
 
 # %%
 by_hand = (2 * F.avg_pool2d(before - gt, 2)).abs().mean()
@@ -259,11 +270,11 @@ for name, (structure, quality, liking, style) in rows.items():
     print(f"{name:11s} {structure:9.3f} {quality:+10.2f} {liking:+11.2f} {style:14.1f}")
 
 # %% [markdown]
-# **What to see.** The two reward columns are changes against the untouched photograph, so minus means dislike. Both dislike
-# blur. Noise divides them: the quality reward dislikes it a little, the preference likes it. Brightness pleases both.
-# Neither has a truth to compare with. The structure loss has one, and answers the other way round: brightness is its
-# loudest alarm, and blur, which the rewards dislike most, it minds six times less. The style guard hardly sees the shift,
-# since it forgets where things are. No term alone would do.
+# **What to see.** The two reward columns are changes against the untouched photograph, so minus means dislike. Both
+# dislike blur. Noise divides them: the quality reward dislikes it a little, the preference likes it. Brightness pleases
+# both. Neither has a truth to compare with. The structure loss has one, and answers the other way round: brightness is
+# its loudest alarm, and blur, which the rewards dislike most, it minds six times less. Only the structure loss minds
+# the shift; the style guard forgets where things are. No term alone would do.
 
 # %%
 structure, quality, liking, style = ({name: row[k] for name, row in rows.items()} for k in range(4))
@@ -282,7 +293,8 @@ check("brightening by 0.1 costs 0.2 where nothing clips", haar_ll_l1_loss(0.5 * 
 # ## 6 · Paper, released code, this package
 #
 # The paper and the code published with it are not the same method. The five differences that matter most (all of them:
-# [the paper and its released code](paper_and_released_code.md)):
+# [the paper and its released code](paper_and_released_code.md)). Notebooks 01 to 07 explain most of the words; $t$ is
+# the time of a step, $r$ a reward:
 #
 # | | paper | released code | here |
 # |---|---|---|---|
@@ -292,9 +304,10 @@ check("brightening by 0.1 costs 0.2 where nothing clips", haar_ll_l1_loss(0.5 * 
 # | what the guard compares with | the pre-trained model | plain Stable Diffusion with the *trained* ControlNet | a frozen copy of the pre-trained model |
 # | reward shape | not said | relu(2 − r), flat above 2 | −r |
 #
-# The gain that the paper puts first is PASD's on DRealSR: 39 % in MANIQA, 37 % in CLIPIQA, 27 % in MUSIQ, 5 % in the
-# aesthetic score (four networks that score a picture alone, without the truth). Does its own Table 1 say so? (These are
-# the paper's numbers, measured with models two hundred times as large; ours cannot be compared with them.)
+# The gain that the paper puts first is PASD's on the photographs of DRealSR: 39 % in MANIQA, 37 % in CLIPIQA, 27 % in
+# MUSIQ, 5 % in the aesthetic score (four networks that score a picture alone, without the truth). Does its own Table 1
+# say so? (These are the paper's numbers, measured with models two hundred times as large; ours cannot be compared with
+# them.)
 
 # %%
 table = {
@@ -313,8 +326,8 @@ check("gains of Table 1, rounded", [round(g) for g in gains.values()], [39, 38, 
 #
 # ## 7 · A bug, and the check that catches it
 #
-# Someone writes `sum` for `mean` in the structure loss. Training would still run, with a loss ten thousands of times
-# too large that drowns the rewards. A comparison with the formula notices at once.
+# Someone writes `sum` for `mean` in the structure loss. Training would still run, with a loss tens of thousands of
+# times too large, which drowns the rewards. A comparison with the formula notices at once.
 
 
 # %%
@@ -415,7 +428,8 @@ print(f"LPIPS got worse in {worse(lpips)} of {len(lpips)}")
 # %% [markdown]
 # ## Summary
 #
-# * RFSR trains a finished model on scores: denoise without gradient, one step with it, decode, compute the loss, step.
+# * RFSR trains a finished model on scores: denoise without gradient, one step with it, decode, compute the loss, move
+#   the weights.
 # * Here, 24 steps raise the rewards on photographs never trained on; fidelity stays within a decibel.
 # * In the paper's Table 1 LPIPS, a distance to the truth, gets worse in eleven of twelve cases.
 # * The structure loss and the guard compare with a picture; the rewards compare with none, so they can be cheated.

@@ -20,7 +20,7 @@
 #
 # * measure the low and the high band of a denoising model step by step, by hand and with the package,
 # * say how sure such a curve is: spread over noise, error over photographs, and a comparison that pairs them,
-# * read the paper's two descriptions of that figure against numbers, and derive its windows of steps.
+# * read the paper's two descriptions of that figure against numbers, and turn its windows of steps into times and back.
 
 # %%
 import contextlib
@@ -45,8 +45,9 @@ gt, lr = portrait["gt"][None], portrait["lr"][None]  # [1, 3, 96, 96] and [1, 3,
 # ## 1 · What does the model think at each step?
 #
 # A sampler works on *latents*, 4 times smaller than the picture, which a decoder turns into pixels. It starts at noisy
-# ones, $z_T$, and removes noise in 50 steps. At every step the network also implies a *finished* picture, the estimate
-# $\hat z_0$. That estimate is what we look at (not the noisy state $z_t$). The mini model predicts *velocity* $v$; with
+# ones, $z_T$, and removes noise in 50 steps. While the step counts from 1 to 50, the *time* $t$ falls from 981 to 1. At
+# every step the network also implies a *finished* picture, the estimate $\hat z_0$. That estimate is what we look at
+# (not the noisy state $z_t$). The mini model predicts *velocity* $v$, a mix of the noise and the clean latents; with
 # the noise schedule $\bar\alpha_t$ (nearly 0 at the start, nearly 1 at the end; notebook 01) that means
 #
 # $$\hat z_0=\sqrt{\bar\alpha_t}\;z_t-\sqrt{1-\bar\alpha_t}\;v$$
@@ -73,7 +74,8 @@ check("last estimate: by hand and package", estimates[-1], model.pred_original_s
 
 # %% [markdown]
 # Now Figure 1 (a) of the paper for our cat, at six steps. The rows are the estimate, its LL band (the picture at half
-# size), and the magnitude of its three fine bands LH, HL and HH.
+# size), and the magnitude of its three fine bands LH, HL and HH. `bands` makes four numbers of every block of 2×2
+# pixels: half its sum (LL) and half the difference of its rows (LH), of its columns (HL) and of its diagonals (HH).
 
 
 # %%
@@ -113,8 +115,9 @@ show(
 #
 # ## 2 · How close is each band to the truth?
 #
-# The paper compares bands by SSIM, which is 1 for equal pictures (notebook 02). LL lies in [0, 2] and the fine bands in
-# [−1, 1], so both have a range of 2. By hand:
+# The paper measures with SSIM: it compares means, spreads and correlation in small windows, and is 1 for equal pictures
+# (notebook 02). It needs the range of the values. LL lies in [0, 2] and the fine bands in [−1, 1], so for both it is 2.
+# By hand:
 
 
 # %%
@@ -218,12 +221,13 @@ show(
 # %% [markdown]
 # **What to see.** Both bands start about as close to the truth as they will ever be, stay there for some fifteen steps,
 # and then leave it, faster and faster. The ribbon between the best and the worst seed is thin: this is no accident of
-# the noise. The early estimates are closer to the truth than bicubic interpolation (dotted), the finished pictures
-# are farther from it. (Mind the axes: each panel shows a small piece of the range from 0 to 1. Hatched and grey are the
-# steps 1 to 20 and 41 to 50, for section 6.)
+# the noise. The early estimates are closer to the truth than bicubic interpolation (dotted: enlarged without a
+# network), the finished pictures are farther from it. (Mind the axes: each panel shows a small piece of the range from
+# 0 to 1. Hatched and grey are the steps 1 to 20 and 41 to 50, for section 6.)
 #
 # But six crops are few, and crops differ from each other far more than steps do. The fair question is *paired*: by how
-# much does the SSIM of one and the same crop change between two steps?
+# much does the SSIM of one and the same crop change between two steps? The *standard error* says how far a mean over
+# six crops is usually off: their spread, divided by √6.
 
 # %%
 per_crop = frame.groupby(["image", "step"])[list(BANDS)].mean()  # an image's seeds first: they are no new evidence
@@ -287,8 +291,8 @@ assert (growth[49] > growth[0]).all(), "every crop must gain detail"
 # * **Introduction:** the SSIM values of the low band "consistently improve during the initial phases"; later "high
 #   frequency information gradually accumulates"; "after 40 steps, the SSIM score begins to decrease".
 #
-# Read literally, they do not describe one curve. Which one does *our* model follow? We turn each into a statement that
-# can be false.
+# Read literally, they do not describe one curve. Which one does *our* model follow? We turn them into four statements
+# that can be false.
 
 # %%
 low_change = mean["low_ssim"].diff()
@@ -304,9 +308,9 @@ assert list(claims.values()) == [True, False, True, False]
 
 # %% [markdown]
 # **What to see.** Ours follows the caption. *Accumulates* is seen too, when it is read as amount and not as SSIM. This
-# is a small model on six crops: it cannot tell what SeeSR does on DIV2K. [The model
-# card](../rfsr_ext/weights/README.md) has the same measurement on 64 crops. There both bands rise by 0.001 up to step 9
-# before they fall. So there is a rise, as the introduction has it, but it is tiny beside the fall.
+# is a small model on six crops: it cannot tell what SeeSR, the paper's model, does on the photographs of DIV2K. [The
+# model card](../rfsr_ext/weights/README.md) has the same measurement on 64 crops. There both bands rise by 0.001 up to
+# step 9 before they fall. So there is a rise, as the introduction has it, but it is tiny beside the fall.
 #
 # Move through the steps yourself: click the slider's handle and use the arrow keys.
 
@@ -357,9 +361,11 @@ for st in (1, 19, 20, 21, 39, 40, 41, 42, 50):
 assert by_step == by_time and by_step.steps() == [*range(1, 21), *range(41, 51)]
 
 # %% [markdown]
-# **What to see.** The edges matter: 20 is in, 21 is out, 40 is out, 41 is in. In training, RFSR first samples without
-# gradient from step 1 up to the step it trains (the *rollout*). So a step costs as many network calls as its number: on
-# average 10.5 in the structure window and 45.5 in the reward window. Late supervision is the expensive one.
+# **What to see.** Both ways to say it mean the same steps, and section 3 agrees with the choice: its curves are nearly
+# flat in the first window and steepest in the second. The edges matter: 20 is in, 21 is out, 40 is out, 41 is in. In
+# training, RFSR first samples without gradient from step 1 up to the step it trains (the *rollout*). So a step costs as
+# many network calls as its number: on average 10.5 in the structure window and 45.5 in the reward window. Late
+# supervision is the expensive one.
 
 # %% [markdown]
 # ## 7 · A bug, and the check that catches it

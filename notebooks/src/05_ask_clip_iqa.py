@@ -77,7 +77,8 @@ def gradient(score, x):
 # $\sigma(u)=1/(1+e^{-u})$.
 #
 # Published CLIP-IQA, as the package pyiqa has it, asks five pairs (good/bad, sharp/blurry image, sharp/blurry edges,
-# high/low resolution, noise-free/noisy) and takes the mean of the five answers.
+# high/low resolution, noise-free/noisy) and takes the mean of the five answers. Random numbers serve as features below;
+# they are enough to check the formula.
 
 
 # %%
@@ -215,7 +216,8 @@ show(
 # %% [markdown]
 # **What to see.** Two directions are enough to tell which version of a picture is the sharp one, even of photographs
 # that were not learned from. But across pictures the score says little: the sharp saucer gets about as much as the
-# softened flower. So *compare versions of one picture, never two different pictures.* The same holds for the rest of
+# softened flower, and sharp crops of other photographs get less on average (0.3) than softened crops of those it
+# learned from (0.4). So *compare versions of one picture, never two different pictures.* The same holds for the rest of
 # this notebook.
 #
 # ## 4 · How does a picture enter?
@@ -251,7 +253,8 @@ check("its gradient", (1 / clip_std).expand_as(square), gradient(package, square
 #
 # $$r=\sigma\!\left(\frac{q-\text{mean}}{\text{std}}\right)$$
 #
-# Compare with section 1: $q$ takes the place of the difference of cosines, $1/\text{std}$ that of the scale.
+# Mean and std are fixed: those of $q$ over the pictures it was trained on, so an average one of them gets 0.5. Compare
+# with section 1: $q$ takes the place of the difference of cosines, $1/\text{std}$ that of the scale.
 
 # %%
 iqa = MiniIQA.from_pretrained()
@@ -274,9 +277,10 @@ check("softmax of two and sigmoid", z.softmax(-1)[0, 0], torch.sigmoid(z[0, 0] -
 # ## 6 · What does the reward ask for?
 #
 # Take the softened eye, as a super-resolution model might leave it, and follow the gradient of the score uphill. Every
-# step has the same length: on average a pixel moves by 0.003, less than one grey level of 255. Beside the score we watch
-# two measures of closeness to the truth (SSIM, which is 1 for equal pictures, and PSNR in decibels) and the *judge*: a
-# second quality score, about 0 for a ruined and 100 for an untouched picture, that no model here was trained to please.
+# step has the same length: on average a pixel moves by 0.003, less than one grey level of 255. Beside the score we
+# watch two measures of closeness to the truth (SSIM, which is 1 for equal pictures, and PSNR in decibels) and the
+# *judge*: a second quality score, about 0 for a ruined and 100 for an untouched picture (nothing keeps it in that
+# range), that no model here was trained to please.
 
 
 # %%
@@ -324,10 +328,11 @@ show(
 assert (scores[:31].diff() > 0).all() and similarity[30] < similarity[0] - 0.3 and judge[30] < judge[0] - 0.3
 
 # %% [markdown]
-# **What to see.** Score up, fidelity down: slowly in the first steps, then faster. At step 10 the score is far above that
-# of the truth itself, and the judge, who was not asked, likes the picture less than the start. This is **reward
+# **What to see.** Score up, fidelity down: slowly in the first steps, then faster. At step 10 the score is far above
+# that of the truth itself, and the judge, who was not asked, likes the picture less than the start. This is **reward
 # hacking**, Figure 2 of the paper in small. The paper describes "a specific stylization" and "strange lines". Our lines
-# are not strange at all, once you measure them. We take the Fourier transform of the change.
+# are not strange at all, once you measure them. We take the Fourier transform of the change: it says how much of it
+# repeats, and after how many pixels.
 
 # %%
 change = torch.fft.fft2(path[30] - start[0]).abs().square().sum(0)
@@ -344,7 +349,7 @@ assert share > 0.6
 # such a grid. *What a hacked picture shows is the signature of the reward.*
 #
 # Here we changed pixels, which may become anything. RFSR changes the weights of a diffusion model, which cannot draw
-# any pattern as easily; hacking then comes later and looks like a style. Slide through the ascent:
+# just any pattern; hacking then comes later and looks like a style. Slide through the ascent:
 
 
 # %%
@@ -438,8 +443,8 @@ through_hand = gradient(lambda w: loss_by_hand((w * batch).clamp(0, 1)), w)
 check("gradient of what made the pictures", through_package, through_hand, 1e-6)
 
 # %% [markdown]
-# Three options of a term: the **cap** of the released code, the **steps** at which it counts, and the **views** of the
-# picture that the reward gets to see.
+# Three options of a term: the **cap** of the released code (a cap $c$ makes the loss $\text{relu}(c-r)$), the **steps**
+# at which it counts, and the **views** of the picture that the reward gets to see.
 
 # %%
 capped = WeightedReward(iqa, weight=0.5, cap=2.0)
@@ -476,7 +481,9 @@ check("random crops of 64 pixels", ours, iqa.score(torch.stack(cut)), 1e-6)
 #
 # ## 9 · What does the paper report?
 #
-# From Tables 3 and 4, SeeSR on DIV2K-val; the paper's numbers, not ours. LPIPS: lower is closer to the truth.
+# From Tables 3 and 4: SeeSR, one of the paper's diffusion models, trained with different rewards and measured on
+# DIV2K-val. These are the paper's numbers, not ours. CLIPIQA is the reward itself; LPIPS is a distance to the truth,
+# lower is closer. Gram-KL is the style guard of notebook 07.
 #
 # | rewards | regulariser | CLIPIQA ↑ | LPIPS ↓ |
 # |---|---|---|---|
@@ -486,9 +493,9 @@ check("random crops of 64 pixels", ours, iqa.score(torch.stack(cut)), 1e-6)
 # | both | Gram-KL | 0.7944 | 0.3369 |
 # | both | none | 0.8964 | 0.4062 |
 #
-# (Table 3 does not name its regulariser; its last row is Table 4's with Gram-KL.) The score that was trained on rises,
-# as it must; that alone proves nothing. The last row is section 6 at full size: the best CLIPIQA of the table with the
-# worst LPIPS.
+# (Table 3 does not name its regulariser; its last row is Table 4's with Gram-KL. In Table 1, SeeSR before any of this
+# training has 0.6989 and 0.3329.) The score that was trained on rises, as it must; that alone proves nothing. The last
+# row is section 6 at full size: the best CLIPIQA of the table with the worst LPIPS.
 #
 # Does the real CLIP-IQA fall for MiniIQA's pattern? This cell asks it if it is there, and otherwise says what is
 # missing.
@@ -592,8 +599,8 @@ exercise(2, verify_smooth)
 # **Exercise 3 (harder).** A guard like the structure loss of notebook 04: climb for 20 steps of length 0.5 as `ascend`
 # does (leave out its `clamp`), but do not touch the Haar LL band, the half-size picture of 2×2 sums, halved. Return the
 # last picture. Predict first: will it stay nearer to the truth?
-# <details><summary>Hint</summary>Take its LL part from every gradient: `haar_ll(g)`, each coefficient halved, repeated
-# over its 2×2 block.</details>
+# <details><summary>Hint</summary>Subtract the LL part of every gradient: `haar_ll(g)`, each coefficient halved,
+# repeated over its 2×2 block.</details>
 
 
 # %%

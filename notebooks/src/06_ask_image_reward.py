@@ -139,24 +139,25 @@ print(f"σ of the differences: {100 * expected[0]:.0f} % on average, before stan
 assert right > 0.75, "the stand-in must prefer most originals"
 
 # %% [markdown]
-# **What to see.** The order is mostly right. Take the differences with more care. σ of them is hardly more than a
-# half, but that is no probability any more: standardising divided the scores by 4.7 and took their unit away
-# (exercise 1). In the unit of the loss σ is larger, and still far below the share of wins: this weak network is right
-# more often than it believes.
+# **What to see.** The order is mostly right. Take the differences with more care. By section 1, σ of a difference
+# should be the chance that the original wins. It is hardly more than a half; but it is no probability any more:
+# standardising divided the scores by 4.7 and took their unit away (exercise 1). In the unit of the loss σ is larger,
+# and still far below the share of wins: this weak network is right more often than it believes.
 #
 # ## 3 · What does the prompt do?
 #
 # The text half of MiniPreference cuts the prompt into pieces with numbers (*tokens*), looks up 64 trained values for
-# each, averages and projects them. The picture half gives 64 values, too, and a quality. Together:
+# each, averages and projects them. The picture half gives 64 values, too, and a quality $q$. Together, with a trained
+# factor $a$ and the mean and std of the training pairs:
 #
 # $$r=\frac{q+a\cos(\text{picture},\text{text})-\text{mean}}{\text{std}}$$
 #
-# In SeeSR the prompt comes from a *tagger*, a network that lists what it recognises: "cat, eyes, fur". Such a list is
-# not a sentence, and a wrong tag may hide among right ones. So a term of the loss has the option `tags`: each part
-# between commas is asked by itself, and the mean or the worst answer counts.
+# In SeeSR, one of the paper's models, the prompt comes from a *tagger*, a network that lists what it recognises: "cat,
+# eyes, fur". Such a list is not a sentence, and a wrong tag may hide among right ones. So a term of the loss has the
+# option `tags`: each part between commas is asked by itself, and the mean or the worst answer counts.
 #
-# The second cell exchanges prompts between four of the photographs the network was trained on. The third does the
-# same with all of them, and with photographs it has not seen.
+# The first cell below checks all this. The second exchanges prompts between four of the photographs the network was
+# trained on. The third does the same with all of them, and with photographs it has not seen.
 
 # %%
 prompt = ", ".join(PHOTOGRAPHS["chelsea"].tags)
@@ -232,7 +233,7 @@ for split in ("train", "test"):
 # **What to see.** Read along a row: the same picture gets another score with another prompt (violet above the row's
 # mean, orange below). In all four rows the own prompt is the darkest violet. (Down a column you would compare different
 # pictures, which differ in quality as well.) But we picked four photographs whose words differ. Over all training
-# photographs the own prompt wins about three times of four. On photographs it has not seen the prompt is *no better
+# photographs the own prompt wins about three times out of four. On photographs it has not seen the prompt is *no better
 # than a coin*: twelve photographs teach a network no English. A reward is only as good as what it was trained on. The
 # real ImageReward has seen far more and has limits of the same kind.
 #
@@ -308,7 +309,8 @@ check("random network: by hand and package", head_by_hand(read[:, 0]), random_re
 # Resizing is linear: each new pixel is a weighted mean of old ones, first along rows, then along columns, that is
 # $Y=W_h\,X\,W_w^{\mathsf T}$. The weights are a *bicubic* curve, widened when the picture shrinks, so that no old pixel
 # is skipped. Pillow stores 8 bits after each of the two passes, which cuts values to [0, 1]; we cut, too, but let the
-# gradient pass as if we had not. So the gradient is $W_h^{\mathsf T}\,G\,W_w$.
+# gradient pass as if we had not. So if $G$ is the gradient with respect to $Y$, that with respect to $X$ is
+# $W_h^{\mathsf T}\,G\,W_w$.
 
 
 # %%
@@ -394,10 +396,11 @@ show(
 assert max(shares[2], shares[3]) < 0.1 < 0.9 < shares[16]
 
 # %% [markdown]
-# **What to see.** Stripes two or three pixels apart are gone before the network begins, and two thirds of those four
-# pixels apart. ImageReward judges what a picture shows and how it is composed; it can hardly ask for fine texture, nor
-# see it go wrong. CLIP-IQA looks at the picture in full size. That fits what the paper writes of its Table 3: with
-# ImageReward alone pictures are coherent but less clear, with CLIP-IQA alone sharp but with wrong textures and noise.
+# **What to see.** Stripes two or three pixels apart are gone before the network begins, and of those four pixels apart
+# two thirds of the contrast. ImageReward judges what a picture shows and how it is composed; it can hardly ask for fine
+# texture, nor see it go wrong. CLIP-IQA looks at the picture in full size. That fits what the paper writes of its Table
+# 3: with ImageReward alone pictures are coherent but less clear, with CLIP-IQA alone sharp but with wrong textures and
+# noise.
 #
 # Picture, prompt, gradient: here is the whole way once, still with random weights. The cell after it asks the published
 # weights, if they are on this machine, and otherwise says what is missing.
@@ -470,8 +473,8 @@ show(
 )
 
 # %% [markdown]
-# What that means for a picture shows the ascent of notebook 05, here with MiniPreference: steps of equal length along
-# the gradient, until 40 are done or none is left.
+# The ascent of notebook 05 shows what that means for a picture, here with MiniPreference: steps of equal length along
+# the gradient, until 40 are done or no gradient is left.
 
 
 # %%
@@ -514,10 +517,10 @@ assert results["cap 1"][1] < results["cap 2"][1] < 40, "with a cap the ascent mu
 assert preference.score(results["cap 2"][0], [prompt]) >= 2
 
 # %% [markdown]
-# **What to see.** With a cap the ascent stops by itself; without one it goes on to a score that none of
-# our photographs has, and the picture drowns in a pattern. But the cap is no guard by itself: where it lies decides, and
-# it is measured on the reward's own scale. A cap of 2 on a picture that started below 0 already costs fidelity. A
-# bounded reward such as CLIP-IQA never reaches it, so there it changes nothing.
+# **What to see.** With a cap the ascent stops by itself; without one it goes on to a score that none of our photographs
+# has, and the picture drowns in a pattern. But the cap is no guard by itself: where it lies decides, and it is measured
+# on the reward's own scale. A cap of 2 on a picture that started below 0 already costs fidelity. A reward that ends at
+# 1, such as CLIP-IQA, never reaches a cap of 2, so there the cap changes nothing.
 #
 # ## 7 · Two rewards, two scales
 #
@@ -529,8 +532,9 @@ assert preference.score(results["cap 2"][0], [prompt]) >= 2
 # $$m\leftarrow\beta m+(1-\beta)\,\overline{r},\qquad v\leftarrow\beta v+(1-\beta)\,\overline{(r-m)^2},\qquad
 # r'=\frac{r-m}{\sqrt v}$$
 #
-# with the new $m$ in the second formula, $m$ of the first batch and $v=1$ at the start. In the loss $m$ and $v$ are
-# constants: only the factor $1/\sqrt v$ reaches the gradient. In training $\beta$ is 0.99.
+# with the new $m$ in the second formula; $m$ starts as the mean of the first batch, and $v$ as 1. Only a training step
+# moves them; a loss computed without gradient leaves them as they are. In the loss $m$ and $v$ are constants: only the
+# factor $1/\sqrt v$ reaches the gradient. In training $\beta$ is 0.99.
 
 # %%
 batches = [torch.tensor([0.2, 0.4]), torch.tensor([0.9, 0.5]), torch.tensor([-0.3, 0.1])]
@@ -630,8 +634,8 @@ def chances():
 exercise(1, verify_chances)
 
 # %% [markdown]
-# **Exercise 2.** The dead zone begins with a jump. Soften it: the loss is $\frac1N\sum\log(1+e^{2-r})$. Write its gradient
-# with respect to the scores.
+# **Exercise 2.** Where the dead zone begins, the slope jumps. Soften it: the loss is $\frac1N\sum\log(1+e^{2-r})$.
+# Write its gradient with respect to the scores.
 # <details><summary>Hint</summary>The derivative of log(1 + exp(u)) is σ(u). Mind the inner derivative and 1/N.</details>
 
 
@@ -686,7 +690,8 @@ exercise(3, verify_columns)
 # * Comparisons become scores by $P(A\text{ beats }B)=\sigma(r_A-r_B)$; only differences are fixed, hence the standardisation.
 # * The same picture gets another score with another prompt, as far as the training data taught it words.
 # * ImageReward sees the middle 224×224 pixels of a reduced picture: no fine texture, and nothing outside that square.
-# * $\text{relu}(2-r)$ is $-r$ with a point of content; beyond it no gradient. For bounded rewards it is only $-r$.
+# * $\text{relu}(2-r)$ is $-r$ with a point of content; beyond it no gradient. A reward that never reaches 2 gets the
+#   gradient of $-r$.
 # * Running standardisation divides a gradient by $\sqrt v$; balancing gives all terms the same norm.
 #
 # NAVIGATION
