@@ -12,7 +12,7 @@
 # **You will turn "A is better than B" into a score, feed it pictures and prompts, and give it a point where it is
 # content.**
 #
-# Half a minute on two cores; nothing to download. Notebook 05 explains what a reward is and how it can be fooled.
+# A quarter of a minute on two cores; nothing to download. Notebook 05 explains what a reward is and how it can be fooled.
 #
 # NAVIGATION
 #

@@ -12,7 +12,7 @@
 # **You will watch a reward being cheated, build the style regulariser that is meant to stop it, and test whether it
 # does.**
 #
-# A minute on two cores; nothing to download. Needs no other notebook.
+# Three quarters of a minute on two cores; nothing to download. Needs no other notebook.
 #
 # NAVIGATION
 #
