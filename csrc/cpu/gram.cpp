@@ -298,13 +298,14 @@ struct Sums {
         blocks(slices * pairs * kPanel * kPanel),
         rows(slices * panels * kPanel) {}
   void clear() {
-    std::fill(blocks.begin(), blocks.end(), 0.0);
+    std::fill(block(0, 0), block(slices, 0), 0.0);
     std::fill(rows.begin(), rows.end(), 0.0);
   }
-  double* block(i64 index, i64 pair) { return blocks.data() + (index * pairs + pair) * kPanel * kPanel; }
+  double* block(i64 index, i64 pair) const { return blocks.get() + (index * pairs + pair) * kPanel * kPanel; }
 
   i64 panels, pairs, slices, slice;  // slice: its pixels
-  std::vector<double> blocks, rows;  // of the first slice, then of the second ...
+  Buffer<double> blocks;             // of the first slice, then of the second ...; nothing until it is cleared
+  std::vector<double> rows;
 };
 
 // sums += sign * (F - shift) (F - shift)^T over all pixels, and the sums of F - shift if they are wanted.
