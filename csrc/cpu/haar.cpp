@@ -115,8 +115,8 @@ RFSR_CLEAR_CLAMPED(uint64_t)
 
 // ------------------------------------------------------------------------------------- forward
 
-// Ends the sums e of columns [column, column + count) as the mode says where the width is odd; sum_at(k) is that of
-// any column k.
+// Ends the sums e of `count` columns of a row as the mode says, if the last of them has no neighbour: only the end of
+// an odd width has none. sum_at(k) is the sum of any column k.
 template <class Acc, class SumAt>
 RFSR_INLINE void end_row(i64 width, HaarEdge edge, i64 count, Acc* e, const SumAt& sum_at) {
   if (count % 2 == 0) return;
