@@ -177,7 +177,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     dtypes = [str(d).removeprefix("torch.") for d in DTYPES]
-    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help="default: those the device has units for")
     parser.add_argument("--match", default="", help="regular expression that a case's title must contain")
     parser.add_argument("--peers", default="", help="regular expression that a peer's name must contain")
     parser.add_argument("--rounds", type=int, default=15)
@@ -194,7 +194,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     match, wanted = re.compile(args.match), re.compile(args.peers)
-    dtypes = [getattr(torch, name) for name in args.dtypes]
+    dtypes = [getattr(torch, name) for name in args.dtypes or []] or measure.fast_dtypes(args.device, DTYPES)
+    if left_out := [str(d).removeprefix("torch.") for d in DTYPES if not args.dtypes and d not in dtypes]:
+        print(
+            f"left out, as this processor has no units for them: {', '.join(left_out)}; --dtypes runs them", flush=True
+        )
     cache = args.cache_mib << 20 if args.cache_mib else measure.last_level_cache(args.device)
     bandwidth, flops, source = measure.floors(args.device, dtypes, cache)
     machine = describe(args.device) | {

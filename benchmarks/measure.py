@@ -44,8 +44,30 @@ def best_rate(step: Callable[[], object], work: float) -> float:
     return work / min(timer.timeit(1).mean for _ in range(7))
 
 
+def product_rate(dtype: torch.dtype, device: str, seconds: float = 0.2, clock: Callable[[], float] = time.perf_counter):
+    """FLOP/s of a product of square matrices, as large as ``seconds`` allow and of 2048 rows at most.
+
+    A product of 256 rows tells how large: processors without units for a half type take a thousand times as long.
+    """
+
+    def timed(side: int) -> float:
+        a = torch.rand(side, side, device=device).to(dtype)
+        step = (lambda: a @ a) if device == "cpu" else (lambda: (a @ a, torch.cuda.synchronize()))
+        step()
+        started = clock()
+        step()
+        return 2 * side**3 / (clock() - started)
+
+    affordable = int((timed(256) * seconds / 2) ** (1 / 3)) // 64 * 64
+    side = max(256, min(2048, affordable))
+    return max(timed(side) for _ in range(5))
+
+
 def floors(device: str, dtypes: list[torch.dtype], cache: int) -> tuple[float, dict[torch.dtype, float], str]:
-    """Bandwidth, FLOP/s by dtype, and their source: a data sheet, else a copy and a matrix product timed here."""
+    """Bandwidth, FLOP/s by dtype, and their source: a data sheet, else a copy and matrix products timed here.
+
+    A half type that multiplies slower than fp32 has no units of its own; the least time is then that of a product in fp32.
+    """
     if device == "cuda":
         name = torch.cuda.get_device_name()
         for model, (bandwidth, rates) in DATASHEETS.items():
@@ -54,11 +76,20 @@ def floors(device: str, dtypes: list[torch.dtype], cache: int) -> tuple[float, d
     source = torch.ones(max(cache, 1 << 22) // 4, device=device)  # read and written: twice the cache
     copy = torch.empty_like(source)
     bandwidth = best_rate(lambda: copy.copy_(source), 2 * source.nbytes)
-    rates, side = {}, 2048
-    for dtype in dtypes:
-        a = torch.rand(side, side, device=device).to(dtype)
-        rates[dtype] = best_rate(lambda a=a: a @ a, 2 * side**3)
-    return bandwidth, rates, "a copy and a 2048³ matrix product, measured in this run"
+    single = product_rate(torch.float32, device)
+    rates = {torch.float32: single} | {d: product_rate(d, device) for d in dtypes if d != torch.float32}
+    slow = [str(d).removeprefix("torch.") for d in dtypes if rates[d] < single]
+    note = f"; no units for {' and '.join(slow)}, whose floor is that of float32" if slow else ""
+    rates = {d: max(rates[d], single) for d in dtypes}
+    return bandwidth, rates, f"a copy and matrix products of up to 2048 rows, measured in this run{note}"
+
+
+def fast_dtypes(device: str, dtypes: tuple[torch.dtype, ...]) -> list[torch.dtype]:
+    """Those in which a full run ends: without units, one product of a Gram loss in a half type takes a minute."""
+    if device == "cuda":
+        return list(dtypes)
+    single = product_rate(torch.float32, device)
+    return [d for d in dtypes if d == torch.float32 or product_rate(d, device) > single / 8]
 
 
 # ------------------------------------------------------------------------------------------ checking

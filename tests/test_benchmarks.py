@@ -69,6 +69,32 @@ def test_floors_count_what_must_be_moved_and_multiplied():
     assert gram.floor(bandwidth=1e30, flops=4 * 64 * 100) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("rate", "side"), [(1e15, 2048), (40e9, 1536), (0.65e9, 384), (1e6, 256)])
+def test_a_floors_product_is_as_large_as_time_allows(monkeypatch, rate, side):
+    """On a machine of each speed, told by a clock that counts multiplications."""
+    sides, now = [], [0.0]
+
+    def product(a, b):
+        sides.append(len(a))
+        now[0] += 2 * len(a) ** 3 / rate
+        return a
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    assert measure.product_rate(torch.float32, "cpu", clock=lambda: now[0]) == pytest.approx(rate)
+    assert sides[:2] == [256, 256] and set(sides[2:]) == {side}
+    assert now[0] < 2.5 or side == 256  # ten products of at most a fifth of a second, and the first
+
+
+@pytest.mark.parametrize(("half", "runs"), [(1e9, False), (50e9, True), (400e9, True)])
+def test_a_half_type_without_units(monkeypatch, half, runs):
+    rates = {torch.float32: 100e9, torch.bfloat16: half}
+    monkeypatch.setattr(measure, "product_rate", lambda dtype, device: rates[dtype])
+    assert (torch.bfloat16 in measure.fast_dtypes("cpu", tuple(rates))) == runs
+    _, flops, source = measure.floors("cpu", list(rates), 1 << 12)
+    assert flops == {torch.float32: 100e9, torch.bfloat16: max(half, 100e9)}
+    assert ("no units for bfloat16" in source) == (half < 100e9)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak resident memory needs Linux")
 def test_peak_memory_sees_memory_that_is_freed_again():
     def step():
