@@ -1,10 +1,13 @@
 """Writing to disk so that nothing is ever half written: aside first, then one rename."""
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_tensors", "replace_file", "replace_folder", "save_tensors"]
+__all__ = ["load_tensors", "lock_folder", "replace_file", "replace_folder", "save_tensors"]
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".rfsr.lock"  # in a folder that a run writes into; the operating system's lock on it counts, not its being there
+_locks: set[int] = set()  # descriptors of the locks this process holds
+
+
+def _close_locks() -> None:
+    """A forked loader process must not keep the lock of a run that was killed."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def _sync(path: Path) -> None:
@@ -84,6 +102,42 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock_folder(path: str | Path) -> Iterator[None]:
+    """Hold a folder, made if need be, for as long as the block lasts: nobody else who asks can have it meanwhile.
+
+    The operating system holds the lock, so that it ends with the process, however that ends.  Of several processes that
+    train together only the main one asks.  The small file that carries the lock stays.
+
+    Raises:
+        RuntimeError: if another run holds the folder; its process and host are named.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise RuntimeError(
+            f"folder {str(path)!r} is in use by another run ({holder or 'just started'}); "
+            "wait until that has ended, or give another folder"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("folder %s cannot be locked (%s); start no second run into it", path, error.strerror)
+    _locks.add(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        if descriptor in _locks:  # not in a forked child, which has closed it
+            _locks.remove(descriptor)
+            os.ftruncate(descriptor, 0)
+            os.close(descriptor)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:

@@ -1,7 +1,12 @@
 """Files and folders are replaced whole or not at all."""
 
 import errno
+import multiprocessing
 import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +136,105 @@ def test_a_disk_that_refuses_leaves_the_old_tensors(tmp_path):
     tensors, metadata = files.load_tensors(path)
     assert torch.equal(tensors["x"], torch.ones(3)) and metadata == {"step": 1}
     assert names(tmp_path) == {"state.safetensors"}
+
+
+HOLD = """
+import multiprocessing, os, sys, time
+from rfsr_ext.files import lock_folder
+
+with lock_folder(sys.argv[1]):
+    if "fork" in sys.argv:  # as a loader process is
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=False)
+        child.start()
+        print(child.pid, flush=True)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Start another process that holds a folder; it says so before the test goes on."""
+    started = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path / "run"), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        children = []
+        for line in process.stdout:
+            if line.strip() == "held":
+                break
+            children.append(int(line))
+        assert process.poll() is None and process.pid != os.getpid()
+        return process, children
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_process_cannot_have_a_locked_folder(tmp_path, holder):
+    process, _ = holder()
+    with pytest.raises(RuntimeError) as error, files.lock_folder(tmp_path / "run"):
+        pytest.fail("two processes hold one folder")
+    assert f"process {process.pid} on {socket.gethostname()}" in str(error.value) and "run'" in str(error.value)
+    process.communicate()  # it ends in peace
+    with files.lock_folder(tmp_path / "run"):
+        assert names(tmp_path) == {"run", "run/.rfsr.lock"}
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lock_ends_with_its_process(tmp_path, holder, signal_):
+    process, children = holder("fork")
+    try:
+        os.kill(process.pid, signal_)
+        process.wait(10)
+        assert children and all(Path(f"/proc/{child}").exists() for child in children)
+        with files.lock_folder(tmp_path / "run"):
+            pass
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_is_also_against_the_same_process_and_lets_go_after_an_exception(tmp_path):
+    with pytest.raises(KeyError), files.lock_folder(tmp_path):
+        with pytest.raises(RuntimeError, match=f"process {os.getpid()}"), files.lock_folder(tmp_path):
+            pytest.fail("held twice")
+        raise KeyError
+    with files.lock_folder(tmp_path):
+        pass
+
+
+def _lock(folder, answers):
+    try:
+        with files.lock_folder(folder):
+            answers.put("held")
+    except RuntimeError:
+        answers.put("refused")
+
+
+def test_a_forked_child_neither_has_nor_ends_the_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    with files.lock_folder(tmp_path):
+        for _ in range(2):
+            child = context.Process(target=_lock, args=(tmp_path, answers))
+            child.start()
+            assert answers.get(timeout=20) == "refused"
+            child.join(20)
+            assert child.exitcode == 0
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def unsupported(descriptor, operation):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with files.lock_folder(tmp_path):
+        pass
+    assert "cannot be locked (Operation not supported)" in caplog.text
