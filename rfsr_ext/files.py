@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_tensors", "lock_folder", "replace_file", "replace_folder", "save_tensors"]
+__all__ = ["load_tensors", "lock_folder", "make_folder", "replace_file", "replace_folder", "save_tensors"]
 
 logger = logging.getLogger(__name__)
 
+MANIFEST = ".rfsr.json"  # in a folder that `replace_folder` wrote: the names of those of its files that are ours
 LOCK = ".rfsr.lock"  # in a folder that a run writes into; the operating system's lock on it counts, not its being there
-_locks: set[int] = set()  # descriptors of the locks this process holds
+_STAGE = ".rfsr.partial."
+
+_locks: set[int] = set()  # descriptors that hold a lock
+
+
+@contextlib.contextmanager
+def _open(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor to lock; forked processes close it, or a loader process would keep the lock of a killed run."""
+    descriptor = os.open(path, flags, 0o644)
+    _locks.add(descriptor)
+    try:
+        yield descriptor
+    finally:
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)
 
 
 def _close_locks() -> None:
-    """A forked loader process must not keep the lock of a run that was killed."""
-    for descriptor in _locks:
-        os.close(descriptor)
-    _locks.clear()
+    while _locks:
+        os.close(_locks.pop())
 
 
 os.register_at_fork(after_in_child=_close_locks)
@@ -56,11 +70,19 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
+def _mkdir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir())
+        raise NotADirectoryError(f"{str(path)!r} must be a folder, but {str(file)!r} is a file; give another") from None
+
+
 @contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; when the block ends well it takes the place of ``path``, else nothing has changed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _mkdir(path.parent)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(descriptor)
     aside = Path(name)
@@ -74,70 +96,162 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well it takes the place of ``path``, else nothing has changed.
+def make_folder(path: str | Path) -> Path:
+    """Make a folder if need be and try to write there, so that it is known before the work whether results can be kept.
 
-    A folder cannot be swapped in one system call; the old one is moved aside first and comes back if the swap fails.
+    Raises:
+        NotADirectoryError: if there is a file of that name, or of the name of a folder it would be in.
+        OSError: if nothing can be written there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
-    old = aside.with_suffix(".old")
+    _mkdir(path)
     try:
-        with _disk_errors(path):
-            yield aside
-        for file in (p for p in aside.rglob("*") if p.is_file()):
-            _sync(file)
-        aside.chmod(0o755)
-        if path.exists():
-            path.rename(old)
-        try:
-            aside.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+    return path
 
 
 @contextlib.contextmanager
-def lock_folder(path: str | Path) -> Iterator[None]:
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well its files are in ``path``, else nothing has changed.
+
+    The folder keeps a list of the files that came this way, ``.rfsr.json``.  Files that an earlier call wrote make room
+    for the new ones; every other file in the folder stays, and if a new file would take its place, nothing is written.
+
+    Several files cannot be replaced in one system call.  All old ones are moved aside before the first new one comes,
+    so that they are never mixed; they come back if that fails, after a process that was killed with the next call.
+
+    Raises:
+        FileExistsError: if a new file would replace one that did not come this way.
+        NotADirectoryError: if ``path`` is a file.
+    """
+    is_new = not os.path.lexists(path)
+    path = make_folder(path)
+    with _open(path, os.O_RDONLY) as descriptor:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # whoever else replaces files of this folder waits
+        for stage in path.glob(f"{_STAGE}*"):  # of a process that was killed
+            _undo(stage, path)
+            _discard(stage)
+        stage = Path(tempfile.mkdtemp(dir=path, prefix=_STAGE))  # on the same file system, or files could not be moved
+        new = stage / "new"
+        try:
+            new.mkdir()
+            with _disk_errors(path):
+                yield new
+            names = sorted(file.relative_to(new).as_posix() for file in new.rglob("*") if not file.is_dir())
+            (new / MANIFEST).write_text(json.dumps({"files": names}, indent=2) + "\n", encoding="utf-8")
+            names.append(MANIFEST)
+            for name in names:
+                _sync(new / name)
+            _swap(stage, path, names)
+        finally:
+            _undo(stage, path)  # should this fail, what was moved aside stays there, and the next call tries again
+            _discard(stage)
+            if is_new:
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # it is empty if nothing came of it
+
+
+def _ours(path: Path) -> set[str]:
+    """Files in a folder that `replace_folder` wrote; what its list says of files outside the folder does not count."""
+    try:
+        names = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = {name: path / name for name in (*names, MANIFEST)}
+    except (OSError, ValueError, TypeError, KeyError):  # there is no list, or it is not one of ours
+        return set()
+    inside = path.resolve()
+    return {
+        name for name, file in files.items()
+        if (file.is_file() or file.is_symlink()) and file.parent.resolve().is_relative_to(inside)
+    }  # fmt: skip
+
+
+def _not_ours(path: Path, name: str) -> FileExistsError:
+    return FileExistsError(
+        f"folder {str(path)!r} holds a {name!r} that rfsr did not write; move it away or give another folder"
+    )
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+
+
+def _swap(stage: Path, path: Path, names: list[str]) -> None:
+    """Move our old files out and the new ones in; the list of them goes first and comes last."""
+    ours = _ours(path)
+    for name in names:
+        for place in (name, *map(str, Path(name).parents)):
+            is_folder = place != name and (path / place).is_dir()
+            if os.path.lexists(path / place) and not is_folder and place not in ours:
+                raise _not_ours(path, place)
+    for name in sorted(ours, key=lambda name: name != MANIFEST):
+        _move(path / name, stage / "old" / name)
+    for folder in sorted({path / parent for name in ours for parent in list(Path(name).parents)[:-1]}, reverse=True):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # unless it holds something else
+    for name in names[:-1]:
+        _move(stage / "new" / name, path / name)
+    for folder in {(path / name).parent for name in names}:
+        _sync(folder)
+    _move(stage / "new" / MANIFEST, path / MANIFEST)
+
+
+def _undo(stage: Path, path: Path) -> None:
+    """Put back what was before a swap that did not come to its end; else there is nothing to do."""
+    new, old = stage / "new", stage / "old"
+    try:
+        names = json.loads((new / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError):  # the list is the first to be complete and the last to be moved
+        return
+    for name in names:
+        if not os.path.lexists(new / name):
+            _move(path / name, new / name)
+    for file in [file for file in old.rglob("*") if file.is_symlink() or not file.is_dir()]:
+        _move(file, path / file.relative_to(old))
+
+
+def _discard(stage: Path) -> None:
+    (stage / "new" / MANIFEST).unlink(missing_ok=True)  # from here on there is nothing to undo
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
     """Hold a folder, made if need be, for as long as the block lasts: nobody else who asks can have it meanwhile.
 
     The operating system holds the lock, so that it ends with the process, however that ends.  Of several processes that
-    train together only the main one asks.  The small file that carries the lock stays.
+    train together only the main one asks.  The file that carries the lock, ``.rfsr.lock``, stays and tells a folder
+    that a run has held before from any other.
+
+    Args:
+        path: the folder.
+        names: what the run will write in it; a folder that no run has held before must have none of them.
 
     Raises:
+        FileExistsError: if the folder has one of ``names`` and no run has held it before.
         RuntimeError: if another run holds the folder; its process and host are named.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise RuntimeError(
-            f"folder {str(path)!r} is in use by another run ({holder or 'just started'}); "
-            "wait until that has ended, or give another folder"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        logger.warning("folder %s cannot be locked (%s); start no second run into it", path, error.strerror)
-    _locks.add(descriptor)
-    try:
+    path = make_folder(path)
+    foreign = [] if (path / LOCK).exists() else [name for name in names if os.path.lexists(path / name)]
+    if foreign:
+        raise _not_ours(path, foreign[0])
+    with _open(path / LOCK, os.O_RDWR | os.O_CREAT) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            raise RuntimeError(
+                f"folder {str(path)!r} is in use by another run ({holder or 'just started'}); "
+                "wait until that has ended, or give another folder"
+            ) from None
+        except OSError as error:
+            logger.warning("folder %s cannot be locked (%s); start no second run into it", path, error.strerror)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
-    finally:
-        if descriptor in _locks:  # not in a forked child, which has closed it
-            _locks.remove(descriptor)
-            os.ftruncate(descriptor, 0)
-            os.close(descriptor)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Files and folders are replaced whole or not at all."""
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -49,34 +50,114 @@ def test_file_survives_an_exception_in_the_block(tmp_path, error):
     assert names(tmp_path) == {"b.txt"}
 
 
+def write(folder: Path, contents: dict[str, str]) -> None:
+    for name, text in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def save(path: Path, contents: dict[str, str]) -> None:
+    with files.replace_folder(path) as aside:
+        write(aside, contents)
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*") if path.is_file() and path.name != files.MANIFEST
+    }  # fmt: skip
+
+
 def test_new_folder(tmp_path):
-    with files.replace_folder(tmp_path / "model") as aside:
-        (aside / "sub").mkdir()
-        (aside / "sub" / "weights").write_bytes(b"new")
-    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
-    assert names(tmp_path) == {"model", "model/sub", "model/sub/weights"}
+    save(tmp_path / "a" / "model", {"sub/weights": "new"})
+    model = tmp_path / "a" / "model"
+    assert model.stat().st_mode & 0o777 == 0o755
+    assert names(model) == {"sub", "sub/weights", ".rfsr.json"}
+    assert json.loads((model / ".rfsr.json").read_text()) == {"files": ["sub/weights"]}
 
 
-def test_folder_replaces_the_old_one_whole(tmp_path):
+def test_folder_replaces_the_files_it_wrote(tmp_path):
     model = tmp_path / "model"
-    model.mkdir()
-    (model / "stale").write_text("old")
+    save(model, {"stale": "old", "gone/stale": "old", "sub/weights": "old"})
     with files.replace_folder(model) as aside:
         (aside / "weights").write_text("new")
-        assert (model / "stale").read_text() == "old"
-    assert names(tmp_path) == {"model", "model/weights"}
+        assert texts(model).keys() >= {"stale", "gone/stale", "sub/weights"}
+    assert names(model) == {"weights", ".rfsr.json"}
+
+
+def test_folder_leaves_other_files_alone(tmp_path):
+    model = tmp_path / "model"
+    theirs = {"notes.md": "mine", "runs/1.txt": "mine", "sub/notes.md": "mine"}
+    write(model, theirs)
+    (model / "empty").mkdir()
+    (model / "link").symlink_to("/nowhere")
+    before = {name: (model / name).stat().st_ino for name in theirs}
+    save(model, {"sub/weights": "first", "gone/stale": "first"})
+    write(model, {"gone/later.md": "mine"})
+    save(model, {"sub/weights": "second", "config": "second"})
+    assert texts(model) == theirs | {"gone/later.md": "mine", "sub/weights": "second", "config": "second"}
+    assert before == {name: (model / name).stat().st_ino for name in theirs}
+    assert (model / "empty").is_dir() and (model / "link").is_symlink()
+
+
+@pytest.mark.parametrize("theirs", ["sub/weights", "sub", "config", ".rfsr.json"])
+def test_folder_refuses_to_replace_a_file_of_somebody_else(tmp_path, theirs):
+    model = tmp_path / "model"
+    write(model, {theirs: "mine"})
+    with pytest.raises(FileExistsError, match=f"model' holds a {theirs!r} that rfsr did not write; move it away or"):
+        save(model, {"a": "new", "config": "new", "sub/weights": "new"})
+    assert (model / theirs).read_text() == "mine"
+    assert names(model) == {theirs, str(Path(theirs).parent)} - {"."}
+
+
+def test_a_list_cannot_lead_out_of_its_folder(tmp_path):
+    """The list may come from somewhere else, with a model that was downloaded."""
+    write(tmp_path, {"mine": "mine", "other/mine": "mine", "model/ours": "old"})
+    (tmp_path / "model" / "link").symlink_to(tmp_path / "other")
+    listed = ["../mine", str(tmp_path / "mine"), "link/mine", "ours", "absent"]
+    (tmp_path / "model" / files.MANIFEST).write_text(json.dumps({"files": listed}))
+    save(tmp_path / "model", {"weights": "new"})
+    assert texts(tmp_path) == {"mine": "mine", "other/mine": "mine", "model/weights": "new"}
+
+
+@pytest.mark.parametrize("name", ["file", "file/model", "dangling"])
+def test_a_file_is_not_a_folder(tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for use in (files.replace_folder, files.lock_folder):
+        sentence = "must be a folder, but .* is a file; give another"
+        with pytest.raises(NotADirectoryError, match=sentence) as error, use(tmp_path / name):
+            pytest.fail("began")
+        assert str(tmp_path / name.split("/")[0]) in str(error.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_current_folder_and_a_link_to_one(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    save(tmp_path / "link", {"weights": "first"})
+    monkeypatch.chdir(tmp_path / "real")
+    save(Path("."), {"weights": "second"})
+    assert (tmp_path / "link").is_symlink() and texts(tmp_path / "real") == {"weights": "second"}
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_folder_survives_an_exception_in_the_block(tmp_path, error):
     model = tmp_path / "model"
-    model.mkdir()
-    (model / "weights").write_text("old")
+    save(model, {"weights": "old"})
+    before = names(tmp_path)
     with pytest.raises(type(error)), files.replace_folder(model) as aside:
         (aside / "weights").write_text("half")
         raise error
     assert (model / "weights").read_text() == "old"
-    assert names(tmp_path) == {"model", "model/weights"}
+    assert names(tmp_path) == before
+
+
+def test_nothing_is_left_of_a_new_folder_after_an_exception(tmp_path):
+    with pytest.raises(KeyError), files.replace_folder(tmp_path / "model") as aside:
+        (aside / "weights").write_text("half")
+        raise KeyError
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("replace", [files.replace_file, files.replace_folder])
@@ -86,8 +167,7 @@ def test_full_disk_while_syncing(tmp_path, monkeypatch, replace):
     if replace is files.replace_file:
         path.write_text("old")
     else:
-        path.mkdir()
-        (path / "weights").write_text("old")
+        save(path, {"weights": "old"})
     before = names(tmp_path)
 
     def full(descriptor):
@@ -100,22 +180,85 @@ def test_full_disk_while_syncing(tmp_path, monkeypatch, replace):
     assert names(tmp_path) == before
 
 
-def test_folder_comes_back_when_the_swap_fails(tmp_path, monkeypatch):
+OLD = {"weights": "old", "sub/stale": "old", "sub/config": "old"}
+NEW = {"weights": "new", "sub/config": "new", "more/tokens": "new"}
+MINE = {"notes.md": "mine", "sub/notes.md": "mine"}
+MOVES = len(OLD) + len(NEW) + 2  # each list of files moves as well
+
+
+@pytest.mark.parametrize("failing", range(MOVES))
+def test_folder_comes_back_when_a_move_fails(tmp_path, monkeypatch, failing):
     model = tmp_path / "model"
-    model.mkdir()
-    (model / "weights").write_text("old")
-    rename = Path.rename
+    write(model, MINE)
+    save(model, OLD)
+    before, moves, rename = names(tmp_path), [], Path.rename
 
     def fail(self, target):
-        if self.suffix == ".partial":
+        moves.append(target)
+        if len(moves) == failing + 1:
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="Input/output error"), files.replace_folder(model) as aside:
-        (aside / "weights").write_text("new")
-    assert (model / "weights").read_text() == "old"
-    assert names(tmp_path) == {"model", "model/weights"}
+    with pytest.raises(OSError, match="Input/output error"):
+        save(model, NEW)
+    assert texts(model) == OLD | MINE
+    assert names(tmp_path) - before <= {"model/more"}  # an empty folder at most
+
+
+def _save_and_die(path: Path, at: int) -> None:
+    """The process kills itself before a move."""
+    rename, moves = Path.rename, []
+
+    def die(self, target):
+        if len(moves) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moves.append(target)
+        return rename(self, target)
+
+    Path.rename = die
+    save(path, NEW)
+
+
+def test_folder_after_a_process_that_was_killed_in_the_swap(tmp_path):
+    """Files of others never move, old and new are never mixed, and the next call finds everything in order."""
+    for at in range(MOVES):
+        model = tmp_path / f"{at}"
+        write(model, MINE)
+        save(model, OLD)
+        killed = multiprocessing.get_context("fork").Process(target=_save_and_die, args=(model, at))
+        killed.start()
+        killed.join(20)
+        assert killed.exitcode == -signal.SIGKILL
+        left = {name: text for name, text in texts(model).items() if not name.startswith(".rfsr.partial.")}
+        assert MINE.items() <= left.items()
+        assert left.items() <= (OLD | MINE).items() or left.items() <= (NEW | MINE).items()
+        with pytest.raises(KeyError), files.replace_folder(model):
+            raise KeyError
+        assert texts(model) == OLD | MINE  # whatever the call itself comes to
+        save(model, NEW)
+        assert texts(model) == NEW | MINE
+        assert names(model) == NEW.keys() | MINE.keys() | {"sub", "more", files.MANIFEST}
+
+
+def test_a_process_waits_for_another_that_replaces_the_same_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+
+    def other():
+        started.set()
+        save(tmp_path, {"a": "second", "b": "second"})
+
+    child = context.Process(target=other, daemon=True)
+    with files.replace_folder(tmp_path) as aside:
+        child.start()
+        assert started.wait(20)
+        child.join(1)
+        assert child.is_alive() and child.pid != os.getpid()
+        write(aside, {"a": "first", "b": "first", "c": "first"})
+    child.join(20)
+    assert child.exitcode == 0
+    assert texts(tmp_path) == {"a": "second", "b": "second"}
 
 
 def test_a_disk_that_refuses_leaves_the_old_tensors(tmp_path):
@@ -207,6 +350,18 @@ def test_a_lock_is_also_against_the_same_process_and_lets_go_after_an_exception(
             pytest.fail("held twice")
         raise KeyError
     with files.lock_folder(tmp_path):
+        pass
+
+
+def test_a_run_does_not_begin_where_it_would_replace_what_others_wrote(tmp_path):
+    write(tmp_path, {"model/net.py": "mine", "notes.md": "mine"})
+    sentence = "holds a 'model' that rfsr did not write; move it away or give another"
+    with pytest.raises(FileExistsError, match=sentence), files.lock_folder(tmp_path, names=["config.json", "model"]):
+        pytest.fail("began")
+    assert names(tmp_path) == {"model", "model/net.py", "notes.md"}
+    with files.lock_folder(tmp_path, names=["config.json", "best"]):
+        (tmp_path / "best").mkdir()
+    with files.lock_folder(tmp_path, names=["config.json", "best"]):  # ours now
         pass
 
 

@@ -1,11 +1,14 @@
 """What the shipped weights must be able to do; the measured figures stand in their card."""
 
+import json
+
 import pytest
 import torch
 
 from rfsr_ext.data import DistortedCrops, PhotographCrops, evaluation_crops, photographs
 from rfsr_ext.data.distortions import DISTORTIONS, INPUT_FAULTS
 from rfsr_ext.evaluation import evaluate
+from rfsr_ext.files import MANIFEST
 from rfsr_ext.metrics import Judge
 from rfsr_ext.mini.scores import similarity
 from rfsr_ext.models import ControlNetISRModel, ISRModel, load_model
@@ -20,6 +23,14 @@ def test_they_are_small_and_have_a_card():
     card = (WEIGHTS / "README.md").read_text()
     for name in ("rfsr mini build", "chelsea", "PSNR", "licence"):
         assert name in card
+
+
+def test_a_build_may_replace_them():
+    """Each folder lists its files as ours, or the next `rfsr mini build` would refuse to write there."""
+    for folder in (WEIGHTS / name for name in ("model", "rewards", "judge")):
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        assert sorted([*listed, MANIFEST]) == sorted(there)
 
 
 def test_the_mini_model_is_an_isr_model():

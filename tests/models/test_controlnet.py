@@ -236,12 +236,12 @@ def test_stock_pipeline_gives_our_images(make_model, tmp_path, lr, prediction_ty
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_saving_over_an_old_folder_leaves_nothing_of_it(make_model, tmp_path):
+def test_saving_over_an_old_folder_leaves_files_of_others(make_model, tmp_path):
     make_model(0).save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "stale.txt").touch()
+    (tmp_path / "model" / "unet" / "notes.md").write_text("mine")
     new = make_model(1)
     new.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model" / "stale.txt").exists()
+    assert (tmp_path / "model" / "unet" / "notes.md").read_text() == "mine"
     again = ControlNetISRModel.from_pretrained(tmp_path / "model")
     assert torch.equal(again.unet.conv_in.weight, new.unet.conv_in.weight)
 
