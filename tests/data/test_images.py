@@ -1,0 +1,176 @@
+"""What a file's numbers mean: color profiles and transparency, against closed forms that share no code with Pillow."""
+
+import logging
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rfsr_ext.data import load_photograph
+from rfsr_ext.data.images import from_uint8, read_image, read_image_and_alpha, to_image, to_tensor, to_uint8
+
+D50 = np.array([0.9642, 1.0, 0.8249])  # ICC's own white
+
+
+def white(x, y):
+    return np.array([x / y, 1, (1 - x - y) / y])
+
+
+def to_d50(primaries, xy):
+    """Linear RGB to XYZ under D50: primaries scaled to the white, then Bradford's adaptation (ICC.1:2022, annex E)."""
+    matrix = np.array([white(x, y) for x, y in primaries]).T
+    matrix = matrix * np.linalg.solve(matrix, white(*xy))
+    bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    gain = (bradford @ D50) / (bradford @ white(*xy))
+    return np.linalg.inv(bradford) @ (gain[:, None] * bradford) @ matrix
+
+
+def srgb_decode(x):
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+
+
+def srgb_encode(x):
+    x = x.clip(0)
+    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
+
+
+SRGB = to_d50([(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)], (0.3127, 0.3290))
+SPACES = {  # linear RGB to XYZ under D50, decoding, encoding
+    "Display P3": (
+        to_d50([(0.680, 0.320), (0.265, 0.690), (0.150, 0.060)], (0.3127, 0.3290)), srgb_decode, srgb_encode,
+    ),
+    "Adobe RGB": (
+        to_d50([(0.64, 0.33), (0.21, 0.71), (0.15, 0.06)], (0.3127, 0.3290)),
+        lambda x: x ** (563 / 256), lambda x: x.clip(0) ** (256 / 563),
+    ),
+    "ProPhoto": (
+        to_d50([(0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001)], (0.3457, 0.3585)),
+        lambda x: x**1.8, lambda x: x.clip(0) ** (1 / 1.8),
+    ),
+}  # fmt: skip
+
+
+def profile(decode, matrix=None):
+    """An ICC profile of version 2 (ICC.1:2001-04): three primaries and a curve, or only a curve for gray."""
+
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in values))
+
+    table = np.round(decode(np.linspace(0, 1, 4096)) * 65535).astype(">u2").tobytes()
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 4096) + table
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78),
+        b"cprt": b"text\0\0\0\0none\0",
+        b"wtpt": xyz(D50),
+    }
+    if matrix is None:
+        tags[b"kTRC"] = curve
+    else:
+        tags |= {f"{c}XYZ".encode(): xyz(matrix[:, i]) for i, c in enumerate("rgb")}
+        tags |= {f"{c}TRC".encode(): curve for c in "rgb"}
+    offset, index, data = 128 + 4 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        index += name + struct.pack(">2I", offset + len(data), len(content))
+        data += content
+    space = b"GRAY" if matrix is None else b"RGB "
+    head = struct.pack(">I4sI4s4s4s", offset + len(data), b"\0\0\0\0", 0x02100000, b"mntr", space, b"XYZ ")
+    head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + xyz(D50)[8:]
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + index + data
+
+
+def psnr(a, b):
+    return -10 * np.log10(np.mean((a - b) ** 2))
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    return from_uint8(to_uint8(load_photograph("coffee")))
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
+def test_a_picture_with_a_profile_reads_as_its_srgb_twin(tmp_path, photograph, space, suffix):
+    matrix, decode, encode = SPACES[space]
+    other = encode(srgb_decode(photograph) @ SRGB.T @ np.linalg.inv(matrix).T)
+    options = {"lossless": True} if suffix == "webp" else {}
+    icc = profile(decode, matrix)
+    Image.fromarray(to_uint8(other)).save(tmp_path / f"photo.{suffix}", icc_profile=icc, **options)
+    image = read_image(tmp_path / f"photo.{suffix}")
+    assert image.dtype == np.float32 and image.shape == photograph.shape
+    assert psnr(image, photograph) > 48 > 35 > psnr(to_uint8(other) / 255, photograph)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB"])
+def test_gray_profiles(tmp_path, mode):
+    """A profile for gray, on whatever mode the file has."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    icc = profile(lambda x: x**1.8)
+    Image.fromarray(values).convert(mode).save(tmp_path / "gray.png", icc_profile=icc)
+    expected = srgb_encode((values / 255) ** 1.8)
+    np.testing.assert_allclose(read_image(tmp_path / "gray.png"), np.stack([expected] * 3, -1), atol=1.6 / 255)
+
+
+def test_a_profile_survives_the_rotation(tmp_path, photograph):
+    matrix, decode, encode = SPACES["Display P3"]
+    other = encode(srgb_decode(photograph) @ SRGB.T @ np.linalg.inv(matrix).T)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(to_uint8(other)).save(tmp_path / "turned.png", icc_profile=profile(decode, matrix), exif=exif)
+    assert psnr(read_image(tmp_path / "turned.png"), np.rot90(photograph, -1)) > 48
+
+
+@pytest.mark.parametrize("icc", [b"no profile", b"", profile(srgb_decode, SRGB)[:300]])
+def test_a_broken_profile_is_said_and_passed_over(tmp_path, photograph, icc, caplog):
+    Image.fromarray(to_uint8(photograph)).save(tmp_path / "photo.png", icc_profile=icc)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(read_image(tmp_path / "photo.png"), photograph)
+    assert [record.message.startswith(f"{tmp_path / 'photo.png'}: its color profile") for record in caplog.records] == (
+        [True] if icc else []
+    )
+
+
+def test_transparency_lies_on_white(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1, 256, (7, 9, 4), np.uint8)
+    pixels[:3, :4, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "logo.png")
+    alpha = pixels[..., 3:] / 255
+    np.testing.assert_allclose(read_image(tmp_path / "logo.png"), pixels[..., :3] / 255 * alpha + 1 - alpha, atol=1e-6)
+    image, opacity = read_image_and_alpha(tmp_path / "logo.png")
+    np.testing.assert_allclose(opacity, alpha, atol=1e-6)
+    shows = pixels[..., 3] > 0
+    np.testing.assert_allclose(image[shows], pixels[shows][:, :3] / 255, atol=1e-6)
+    np.testing.assert_array_equal(image[0, [0, 3]], image[[3, 0], [0, 4]])  # of the nearest that shows
+    pixels[..., 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "opaque.png")
+    assert read_image_and_alpha(tmp_path / "opaque.png")[1] is None
+    pixels[..., 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "nothing.png")
+    assert (read_image(tmp_path / "nothing.png") == 1).all() and read_image_and_alpha(tmp_path / "nothing.png")[
+        1
+    ].max() == 0
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "RGB", "1", "L"])
+def test_every_way_to_say_transparent(tmp_path, mode):
+    """A palette entry, a color or a channel."""
+    image = Image.new("L", (8, 8), 0)
+    image.paste(255, (0, 0, 4, 8))
+    image = image.convert(mode)
+    if mode == "LA":
+        image.putalpha(Image.fromarray(np.repeat(np.uint8([[255] * 4 + [0] * 4]), 8, 0)))
+        image.save(tmp_path / "x.png")
+    else:
+        black = {"RGB": (0, 0, 0), "P": image.getpixel((7, 0))}.get(mode, 0)
+        image.save(tmp_path / "x.png", transparency=black)
+    colors, alpha = read_image_and_alpha(tmp_path / "x.png")
+    np.testing.assert_array_equal(alpha[..., 0], np.repeat([[1.0] * 4 + [0.0] * 4], 8, 0))
+    assert (colors == 1).all() and (read_image(tmp_path / "x.png") == 1).all()
+
+
+def test_to_image_is_the_inverse_of_to_tensor(photograph):
+    np.testing.assert_array_equal(to_image(to_tensor(photograph)), to_uint8(photograph))
+    assert to_image(torch.tensor([-1.0, 0.5, 2.0]).reshape(3, 1, 1).half()).tolist() == [[[0, 128, 255]]]
