@@ -60,9 +60,13 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Safetensors reports a full disk in an exception of its own; callers should see the `OSError` it is."""
+    """Give errors of writing the name of what was to be written, and those of safetensors their type, `OSError`."""
     try:
         yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
@@ -89,7 +93,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     try:
         with _disk_errors(path):
             yield aside
-        _sync(aside)
+            _sync(aside)
         aside.chmod(0o644)
         aside.replace(path)
     finally:

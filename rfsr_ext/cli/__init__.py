@@ -1,6 +1,5 @@
 """The command line ``rfsr``.  Heavy imports happen inside the commands, so that ``rfsr --help`` answers at once."""
 
-import errno
 import logging
 import os
 import sys
@@ -31,15 +30,23 @@ def app() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         _typer()
-    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         if os.environ.get("RFSR_DEBUG"):
             raise
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            place = error.filename or os.getcwd()
-            error = f"no space left on disk ({place}); nothing is half written, free some and resume"
-        sys.exit(f"rfsr: {error}")
-    except KeyboardInterrupt:
-        sys.exit("rfsr: interrupted; the same command goes on from the last checkpoint")
+        from rfsr_ext.cli.errors import sentence
+
+        sys.exit(f"rfsr: {sentence(error)}")
+    except SystemExit as stopped:
+        if stopped.code == 130:  # what typer makes of KeyboardInterrupt
+            command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+            print(f"rfsr: {_INTERRUPTED.get(command, 'interrupted; nothing is half written')}", file=sys.stderr)
+        raise
+
+
+_INTERRUPTED = dict.fromkeys(
+    ("demo", "train", "ablate", "mini"),
+    "interrupted; the same command goes on from the last checkpoint, if there is one yet",
+)
 
 
 @_typer.command()
@@ -79,7 +86,7 @@ def train(
 
 @_typer.command()
 def upscale(
-    images: Annotated[list[Path], typer.Argument(help="Images of any size.")],
+    images: Annotated[list[Path], typer.Argument(help="Images of any size, or folders of them.")],
     model: Annotated[str, typer.Option(help='"mini", or a folder such as runs/demo/model.')] = "mini",
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("upscaled"),
     prompt: Annotated[str, typer.Option(help="What the image shows, a few words.")] = "",
@@ -87,11 +94,12 @@ def upscale(
     tile: Annotated[int, typer.Option(help="Side of the tiles, in output pixels.")] = 128,
     color_fix: Annotated[str, typer.Option(help="wavelet, adain or none.")] = "wavelet",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
 ) -> None:
     """Upscale images with the base model or a fine-tuned one."""
     from rfsr_ext.cli.upscale import upscale_files
 
-    upscale_files(images, model, output, prompt, steps, tile, None if color_fix == "none" else color_fix, seed)
+    upscale_files(images, model, output, prompt, steps, tile, color_fix, seed, overwrite)
 
 
 @_typer.command()

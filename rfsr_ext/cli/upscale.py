@@ -1,5 +1,8 @@
 """``rfsr upscale``: files in, files out."""
 
+import logging
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,46 +10,112 @@ import numpy as np
 import typer
 from PIL import Image
 
-from rfsr_ext.data.images import read_image, to_tensor, to_uint8
-from rfsr_ext.files import replace_file
+from rfsr_ext.cli.errors import disk_is_full, sentence
+from rfsr_ext.data.images import SUFFIXES, read_image_and_alpha, resize, to_image, to_tensor, to_uint8
+from rfsr_ext.files import make_folder, replace_file
 from rfsr_ext.models import load_model
 from rfsr_ext.sampling import upscale
 
 __all__ = ["upscale_files"]
+
+logger = logging.getLogger(__name__)
+
+COLOR_FIXES = ("wavelet", "adain", "none")
+OVERLAP = 32  # of tiles at least, in output pixels
+
+
+def _images(paths: Sequence[Path]) -> list[Path]:
+    """Folders are replaced by the pictures in them; a file given twice is upscaled once."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise ValueError(f"folder {str(path)!r} has no picture ({', '.join(sorted(SUFFIXES))})")
+        for image in inside:
+            found.setdefault(image.resolve(), image)
+    return list(found.values())
+
+
+def _targets(images: Sequence[Path], output: Path, scale: int, overwrite: bool) -> dict[Path, Path]:
+    """Each image's result ``output/<name>_x<scale>.png``; two never share one, and none replaces a file unasked."""
+    targets: dict[Path, Path] = {}
+    sources: dict[str, Path] = {}
+    inputs = {image.resolve() for image in images}
+    for image in images:
+        target = output / f"{image.stem}_x{scale}.png"
+        other = sources.setdefault(target.name.casefold(), image)
+        if other != image:
+            raise ValueError(
+                f"{str(other)!r} and {str(image)!r} would both become {str(target)!r}; "
+                "upscale them one after the other into different folders (--output)"
+            )
+        if target.resolve() in inputs:
+            raise ValueError(
+                f"the result of {str(image)!r} would replace {str(target)!r}, which is to be upscaled too; "
+                "give another folder (--output)"
+            )
+        if os.path.lexists(target) and not overwrite:
+            raise FileExistsError(f"{str(target)!r} exists already; give another folder (--output) or --overwrite")
+        targets[image] = target
+    return targets
 
 
 def upscale_files(
     paths: Sequence[Path],
     model: str,
     output: Path,
-    prompt: str,
-    steps: int | None,
-    tile: int,
-    color_fix: str | None,
-    seed: int,
+    prompt: str = "",
+    steps: int | None = None,
+    tile: int = 128,
+    color_fix: str = "wavelet",
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> None:
-    """Upscale each file to ``output/<name>_x<scale>.png``; files that cannot be read are named and left out.
+    """Upscale files and the pictures in folders to ``output/<name>_x<scale>.png``.
+
+    Colors are sRGB.  Opacity is upscaled by itself, bicubically, and put back.  A file that cannot be upscaled, for
+    whatever reason, is named and left out.
 
     Raises:
-        ValueError: at the end, if a file could not be read.
+        ValueError: before any work if an option is wrong or two results would have one name; at the end if a file was
+            left out.
+        FileExistsError: before any work if a result exists and may not be overwritten.
     """
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {steps}")
+    if tile < 1:
+        raise ValueError(f"--tile must be at least 1, got {tile}")
+    if color_fix not in COLOR_FIXES:
+        raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
+    images = _images(paths)
     isr = load_model(model)
-    unreadable = []
-    for path in paths:
+    overlap = math.ceil(OVERLAP / isr.multiple) * isr.multiple
+    if tile <= overlap:
+        raise ValueError(f"--tile must be more than the {overlap} pixels by which tiles overlap, got {tile}")
+    targets = _targets(images, output, isr.scale, overwrite)
+    make_folder(output)
+    left_out = []
+    for path, target in targets.items():
         try:
-            image = read_image(path)
-        except OSError as error:
-            typer.echo(f"skipped {path}: {error}", err=True)
-            unreadable.append(str(path))
+            image, alpha = read_image_and_alpha(path)
+            sr = upscale(
+                isr, to_tensor(image), prompt, seed=seed, tile=tile, overlap=OVERLAP, num_inference_steps=steps,
+                color_fix=None if color_fix == "none" else color_fix,
+            )  # fmt: skip
+            result = to_image(sr)
+            if alpha is not None:
+                result = np.concatenate([result, to_uint8(resize(alpha, result.shape[:2]))], axis=-1)
+            with replace_file(target) as aside:
+                Image.fromarray(result).save(aside, format="PNG")
+        except Exception as error:
+            if disk_is_full(error):
+                raise
+            logger.debug("%s", path, exc_info=True)
+            typer.echo(f"skipped {path}: {sentence(error)}", err=True)
+            left_out.append(str(path))
             continue
-        result = upscale(
-            isr, to_tensor(image), prompt, seed=seed, tile=tile, num_inference_steps=steps, color_fix=color_fix
-        )
-        target = output / f"{path.stem}_x{isr.scale}.png"
-        with replace_file(target) as aside:
-            Image.fromarray(to_uint8(np.moveaxis(result.cpu().numpy(), 0, -1))).save(aside, format="PNG")
-        typer.echo(f"{path} {image.shape[1]}x{image.shape[0]} → {target} {result.shape[2]}x{result.shape[1]}")
-    if unreadable:
-        raise ValueError(
-            f"{len(unreadable)} of {len(paths)} files could not be read as images: {', '.join(unreadable)}"
-        )
+        typer.echo(f"{path} {image.shape[1]}x{image.shape[0]} → {target} {result.shape[1]}x{result.shape[0]}")
+    if left_out:
+        raise ValueError(f"{len(left_out)} of {len(targets)} files could not be upscaled: {', '.join(left_out)}")

@@ -1,7 +1,10 @@
 """The command line as a user types it: what works, and the one sentence when something does not."""
 
+import errno
+import importlib
 import importlib.util
 import json
+import os
 import re
 import sys
 
@@ -53,7 +56,13 @@ def test_doctor_says_what_serves_each_operator(rfsr):
         (["evaluate", ".", "--output", "table.xlsx"], "output must end in .csv or .parquet, got 'table.xlsx'"),
         (["weights", "fetch", "magic"], "name must be one of vgg19, "),
         (["ablate", "--variants", "magic"], "variants must be among rfsr, "),
-        (["upscale", "x.png", "--color-fix", "sepia"], "color_fix must be"),
+        (["upscale", "x.png", "--color-fix", "sepia"], "--color-fix must be one of wavelet, adain, none, got 'sepia'"),
+        (["upscale", "x.png", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["upscale", "x.png", "--steps", "-1"], "--steps must be at least 1, got -1"),
+        (["upscale", "x.png", "--tile", "8"], "--tile must be more than the 32 pixels by which tiles overlap, got 8"),
+        (["upscale", "x.png", "--tile", "-8"], "--tile must be at least 1, got -8"),
+        (["upscale", "x.png", "--output", "x.png"], "'x.png' must be a folder, but 'x.png' is a file; give another"),
+        (["upscale", "x.png", "--output", "x.png/out"], "'x.png/out' must be a folder, but 'x.png' is a file"),
     ],
 )
 def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
@@ -73,13 +82,129 @@ def test_upscale_writes_what_it_can_and_names_the_rest(rfsr, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     files = [tmp_path / name for name in ("grey.png", "text.png", "alpha.png")]
     code, printed = rfsr("upscale", *files, "--output", tmp_path / "out", "--steps", 2)
-    assert "1 of 3 files could not be read as images" in str(code)
-    assert "skipped" in printed.err
+    assert str(code) == f"rfsr: 1 of 3 files could not be upscaled: {tmp_path / 'text.png'}"
+    assert f"skipped {tmp_path / 'text.png'}: cannot identify image file" in printed.err
     with Image.open(tmp_path / "out" / "grey_x4.png") as image:
         assert image.size == (40, 52)
     with Image.open(tmp_path / "out" / "alpha_x4.png") as image:
-        assert image.size == (160, 36)
+        assert image.size == (160, 36) and image.mode == "RGBA"
+        with Image.open(tmp_path / "alpha.png") as small:
+            opacity = small.getchannel("A").convert("F").resize((160, 36), Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(np.asarray(image.getchannel("A")), np.asarray(opacity).clip(0, 255), atol=0.51)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["alpha_x4.png", "grey_x4.png"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """What it is asked to upscale; it does so without the networks."""
+    seen = []
+
+    def upscale(model, image, prompt, **options):
+        seen.append(image)
+        if image.shape[-1] == 13:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 9216000000 bytes. Error code 12 (Cannot allocate memory)"
+            )
+        if image.shape[-1] == 14:
+            raise ZeroDivisionError("anything")
+        return image.repeat_interleave(4, 1).repeat_interleave(4, 2)
+
+    monkeypatch.setattr(importlib.import_module("rfsr_ext.cli.upscale"), "upscale", upscale)
+    return seen
+
+
+def test_two_results_never_have_one_name(rfsr, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/IMG_0001.png", "b/IMG_0001.jpg", "b/img_0001.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(name)
+    for first, second in (("a/IMG_0001.png", "b/IMG_0001.jpg"), ("a/IMG_0001.png", "b/img_0001.webp")):
+        code, _ = rfsr("upscale", first, second)
+        assert str(code).startswith(f"rfsr: {first!r} and {second!r} would both become 'upscaled/")
+        assert not quick and not (tmp_path / "upscaled").exists()
+    code, _ = rfsr("upscale", "a/IMG_0001.png", tmp_path / "a" / "IMG_0001.png")  # one file, given twice
+    assert code == 0 and len(quick) == 1
+
+
+def test_results_and_inputs_are_not_overwritten(rfsr, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("cat.png")
+    (tmp_path / "upscaled").mkdir()
+    (tmp_path / "upscaled" / "cat_x4.png").write_text("mine")
+    code, _ = rfsr("upscale", "cat.png")
+    assert code == "rfsr: 'upscaled/cat_x4.png' exists already; give another folder (--output) or --overwrite"
+    assert (tmp_path / "upscaled" / "cat_x4.png").read_text() == "mine" and not quick
+    assert rfsr("upscale", "cat.png", "--overwrite")[0] == 0
+    Image.new("RGB", (8, 8)).save("cat_x4.png")
+    code, _ = rfsr("upscale", "cat.png", "cat_x4.png", "--output", ".", "--overwrite")
+    assert "the result of 'cat.png' would replace 'cat_x4.png', which is to be upscaled too" in code
+
+
+def test_a_folder_is_its_pictures(rfsr, quick, tmp_path):
+    (tmp_path / "in" / "deeper").mkdir(parents=True)
+    for name in ("b.JPG", "a.png", "deeper/c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").touch()
+    assert rfsr("upscale", tmp_path / "in", "--output", tmp_path / "out")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_x4.png", "b_x4.png"]
+    code, _ = rfsr("upscale", tmp_path, "--output", tmp_path / "none")
+    assert f"folder {str(tmp_path)!r} has no picture" in code
+
+
+def test_any_error_of_one_file_leaves_the_others(rfsr, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, width in {"big": 13, "odd": 14, "last": 8}.items():
+        Image.new("RGB", (width, 8)).save(f"{name}.png")
+    code, printed = rfsr("upscale", "big.png", "absent.png", "odd.png", "last.png")
+    assert code == "rfsr: 3 of 4 files could not be upscaled: big.png, absent.png, odd.png"
+    assert "skipped big.png: not enough memory (9.2 GB at once); give smaller or fewer images\n" in printed.err
+    assert "skipped absent.png: 'absent.png' does not exist\n" in printed.err
+    assert [path.name for path in (tmp_path / "upscaled").iterdir()] == ["last_x4.png"]
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "no space left on disk"), (errno.EROFS, "read-only")])
+def test_a_disk_that_takes_nothing_ends_the_batch_and_is_named(rfsr, quick, tmp_path, monkeypatch, number, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(name)
+    files, fsync = [], os.fsync
+
+    def full(descriptor):
+        files.append(descriptor)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _ = rfsr("upscale", "a.png", "b.png", "--output", "elsewhere")
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert words in code and "'elsewhere/a_x4.png'" in code and len(files) == 1
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["upscale", "x.png"], "rfsr: interrupted; nothing is half written\n"),
+        (["demo"], "rfsr: interrupted; the same command goes on from the last checkpoint, if there is one yet\n"),
+    ],
+)
+def test_an_interruption_is_said(rfsr, tmp_path, monkeypatch, arguments, sentence):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.import_module("rfsr_ext.cli.upscale"), "load_model", interrupt)
+    monkeypatch.setattr(importlib.import_module("rfsr_ext.cli.demo"), "run_demo", interrupt)
+    code, printed = rfsr(*arguments)
+    assert code == 130 and printed.err.endswith(sentence)
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(rfsr, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("mine")
+    code, _ = rfsr("train", "mini", "--set", "output_dir=afile", "--set", "iterations=1")
+    assert str(code).startswith("rfsr: 'afile' ") and "Errno" not in code and "\n" not in code
+    assert (tmp_path / "afile").read_text() == "mine"
 
 
 @pytest.fixture

@@ -1,0 +1,36 @@
+"""What went wrong in one sentence that names the place and the remedy."""
+
+import errno
+import re
+
+__all__ = ["disk_is_full", "sentence"]
+
+_SYSTEM = {
+    errno.ENOSPC: "no space left on disk ({}); nothing is half written, free some and run the same command again",
+    errno.EDQUOT: "disk quota exceeded ({}); nothing is half written, free some and run the same command again",
+    errno.EACCES: "no permission for {}; change its permissions or give another",
+    errno.EPERM: "no permission for {}; change its permissions or give another",
+    errno.EROFS: "{} is on a read-only file system; give another",
+    errno.EEXIST: "{} exists already; move it away or give another",
+    errno.ENOTDIR: "{} has a file where there must be a folder; give another",
+    errno.EISDIR: "{} is a folder, a file is wanted",
+    errno.ENOENT: "{} does not exist",
+}
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the next file would fail like this one."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an exception; system errors and failed allocations are put into plain words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        place = "a file that the system does not name" if error.filename is None else repr(str(error.filename))
+        return _SYSTEM.get(error.errno, f"{error.strerror} ({{}})").format(place)
+    text = str(error)
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text):
+        size = re.search(r"allocate (\d+) bytes", text)
+        asked = f"{int(size[1]) / 1e9:.1f} GB at once" if size else text.split(". ")[0] or "no size given"
+        return f"not enough memory ({asked}); give smaller or fewer images"
+    return text
