@@ -4,9 +4,11 @@ Because sample ``i`` is always the same crop with the same degradation, a run th
 processes, sees exactly the data an uninterrupted single process would have seen; no random state has to be saved.
 """
 
+import codecs
 import hashlib
 import itertools
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import TypedDict
 
@@ -26,6 +28,7 @@ __all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "evalua
 logger = logging.getLogger(__name__)
 
 _PYRAMID = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3)  # photographs are cropped at these scales, each computed once
+_NOT_READ = {".avif", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga"}  # pictures, too
 _FLAT = 0.04  # crops whose brightness varies less than this show a background; they teach and measure nothing
 
 
@@ -72,6 +75,25 @@ def _random_crop(image: np.ndarray, size: int, rng: np.random.Generator, tries: 
 def _level(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The photograph at one size of its pyramid; at its own it is not copied."""
     return image if size == image.shape[:2] else resize(image, size, Image.Resampling.LANCZOS).clip(0, 1)
+
+
+def _read_text(path: Path) -> str:
+    """A text in UTF-8, in UTF-16 with its mark, or else in the Windows code page 1252.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = data.decode("utf-16")
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("cp1252")
+    if "\0" in text:
+        raise ValueError("it has zeros in it")
+    return text.strip()
 
 
 def _is_flat(image: np.ndarray) -> bool:
@@ -163,7 +185,9 @@ class ImageFolder(Dataset):
     """Random crops of a folder of sharp images; ``name.txt`` beside ``name.png`` holds the prompt, if there is one.
 
     Files that are no images, are truncated or smaller than the crop are skipped and counted in ``skipped``, whichever
-    loader process meets them; the next image of the folder stands in, so that training goes on.
+    loader process meets them; the next image of the folder stands in, so that training goes on.  A prompt that is no
+    text is skipped and counted there as well; its image stays, with an empty prompt.  What is not looked into, pictures
+    of other endings and links to folders, is counted by kind in ``passed_over``.  Transparent pixels are white.
 
     Args:
         root: folder, searched recursively.
@@ -183,13 +207,24 @@ class ImageFolder(Dataset):
             raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
         if not self.root.is_dir():
             raise FileNotFoundError(f"data folder {str(root)!r} does not exist; give a folder of images")
-        candidates = sorted(p for p in self.root.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+        everything = sorted(self.root.rglob("*"))
+        candidates = [p for p in everything if p.suffix.lower() in SUFFIXES and p.is_file()]
+        self.passed_over = Counter(
+            "links to folders" if path.is_dir() else path.suffix.lower()
+            for path in everything
+            if path.suffix.lower() in _NOT_READ or (path.is_symlink() and path.is_dir())
+        )
+        passed_over = ", ".join(f"{count} {kind}" for kind, count in sorted(self.passed_over.items()))
+        if passed_over:
+            logger.warning("not looked into in %s: %s", root, passed_over)
         self.paths = [path for path in candidates if self._header_fits(path)]
         if not self.paths:
             raise FileNotFoundError(
                 f"data folder {str(root)!r} has no usable image: {len(candidates)} image files found, "
-                f"{len(self._unusable)} skipped; wanted {', '.join(sorted(SUFFIXES))} of at least {size}x{size} pixels"
+                f"{len(self._unusable)} skipped, {passed_over or 'nothing'} not looked into; wanted "
+                f"{', '.join(sorted(SUFFIXES))} of at least {size}x{size} pixels"
             )
+        self.prompts = [self._prompt(path.with_suffix(".txt")) for path in self.paths]
         # that a file cannot be decoded shows late, in some loader process: all of them share these flags
         self._broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
 
@@ -212,13 +247,24 @@ class ImageFolder(Dataset):
         logger.warning("skipped %s: %s (%d skipped so far)", path, self._unusable[path], len(self._unusable))
         return False
 
-    def _load(self, index: int) -> tuple[Path, np.ndarray]:
+    def _prompt(self, path: Path) -> str:
+        try:
+            return _read_text(path)
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError) as error:
+            self._unusable[path] = f"cannot be read as text ({error})"
+        logger.warning("skipped %s: %s (%d skipped so far)", path, self._unusable[path], len(self._unusable))
+        return ""
+
+    def _load(self, index: int) -> tuple[str, np.ndarray]:
+        """Prompt and picture."""
         for step in range(len(self.paths)):
             k = (index + step) % len(self.paths)
             if self._broken[k]:
                 continue
             try:
-                return self.paths[k], read_image(self.paths[k])
+                return self.prompts[k], read_image(self.paths[k])
             except OSError as error:
                 self._broken[k] = True
                 reason = f"cannot be decoded ({error})"
@@ -230,10 +276,8 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, index))
-        path, image = self._load(int(rng.integers(len(self.paths))))
+        prompt, image = self._load(int(rng.integers(len(self.paths))))
         gt = _dihedral(_random_crop(image, self.size, rng), rng, rotate=False)
-        sidecar = path.with_suffix(".txt")
-        prompt = sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""
         lr = self.degradation(np.ascontiguousarray(gt), rng)
         return Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=prompt)
 

@@ -134,6 +134,50 @@ def test_folder_of_images(folder):
     assert not same(samples[0], ImageFolder(folder, 32, seed=2)[0])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+def test_prompts_of_any_encoding(tmp_path, encoding):
+    picture().save(tmp_path / "cat.png")
+    text = "the cat\u2019s caf\u00e9"
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    (tmp_path / "cat.txt").write_bytes(mark + (text + "\r\n").encode(encoding))
+    dataset = ImageFolder(tmp_path, 32)
+    (batch,) = DataLoader(dataset, batch_size=1, sampler=[0], num_workers=1)
+    assert batch["prompt"] == [text] and not dataset.skipped
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", bytes(range(256)), b"a\0b\0"])
+def test_a_prompt_that_is_no_text_is_skipped_counted_and_named(tmp_path, content, caplog):
+    picture().save(tmp_path / "cat.png")
+    (tmp_path / "cat.txt").write_bytes(content)
+    dataset = ImageFolder(tmp_path, 32)
+    assert dataset[0]["prompt"] == ""
+    assert [path.name for path in dataset.skipped] == ["cat.txt"]
+    assert "cat.txt: cannot be read as text" in caplog.text
+
+
+def test_a_folder_in_the_place_of_a_prompt(tmp_path):
+    picture().save(tmp_path / "cat.png")
+    (tmp_path / "cat.txt").mkdir()
+    dataset = ImageFolder(tmp_path, 32)
+    assert dataset[0]["prompt"] == "" and len(dataset.skipped) == 1
+
+
+def test_what_is_not_looked_into_is_said(tmp_path, caplog):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "more").mkdir()
+    picture().save(tmp_path / "more" / "a.png")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "more")
+    for name in ("a.heic", "b.HEIC", "c.gif", "notes.md"):
+        (tmp_path / "data" / name).touch()
+    with pytest.raises(FileNotFoundError, match="0 image files found, 0 skipped, 1 .gif, 2 .heic, 1 links to folders"):
+        ImageFolder(tmp_path / "data", 32)
+    picture().save(tmp_path / "data" / "good.png")
+    caplog.clear()
+    dataset = ImageFolder(tmp_path / "data", 32)
+    assert dataset.passed_over == {".heic": 2, ".gif": 1, "links to folders": 1}
+    assert "1 .gif, 2 .heic, 1 links to folders" in caplog.text
+
+
 def test_bad_files_are_skipped_counted_and_named(folder, caplog):
     (folder / "text.png").write_text("this is no image")
     (folder / "empty.jpg").touch()
@@ -214,7 +258,9 @@ def test_no_damage_stops_training(tmp_path_factory, suffix, share, flip):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="data folder .*absent' does not exist; give a folder of images"):
         ImageFolder(tmp_path / "absent", 32)
-    with pytest.raises(FileNotFoundError, match="no usable image: 0 image files found, 0 skipped; wanted .bmp.*32x32"):
+    with pytest.raises(
+        FileNotFoundError, match="0 image files found, 0 skipped, nothing not.*wanted .bmp.*32x32"
+    ):
         ImageFolder(tmp_path, 32)
     picture(8, 8).save(tmp_path / "small.png")
     with pytest.raises(FileNotFoundError, match="1 image files found, 1 skipped"):
