@@ -1,7 +1,10 @@
 """The paper's ablations (Tables 2 to 5) as named variants of one configuration, run over several seeds."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -9,6 +12,7 @@ from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.files import replace_file
 from rfsr_ext.models import load_model
+from rfsr_ext.training.checkpoint import fingerprint
 from rfsr_ext.training.config import RFSRConfig
 from rfsr_ext.training.trainer import RFSRTrainer
 
@@ -22,17 +26,47 @@ VARIANTS: dict[str, dict] = {
     "reward-21-50": {"reward_window": [21, 50]},
     "everywhere": {"structure_window": [1, 50], "reward_window": [1, 50], "allow_overlap": True},
     # Table 3: rewards
-    "dwt-only": {"reward_window": None},
+    "structure-only": {"reward_window": None},
     "first-reward-only": {"rewards": 0},
     "second-reward-only": {"rewards": 1},
-    # Table 4: regularisers
-    "no-regularization": {"regularization": "none"},
+    # Table 4: style losses
+    "no-style": {"regularization": "none"},
     "lora": {"regularization": "none", "lora_rank": 8},
     "kl": {"regularization": "kl"},
     # Table 5: low-frequency constraint
     "no-structure": {"structure_loss": "none"},
     "l1": {"structure_loss": "l1"},
 }
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample["prompt"], list(sample["gt"].shape), list(sample["lr"].shape))).encode())
+        for key in ("gt", "lr"):
+            digest.update(sample[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _finished(result: Path, settings: dict[str, Any]) -> bool:
+    """Whether this measurement is there, made with the same settings.
+
+    Raises:
+        ValueError: if it was made with others, or nobody knows with which.
+    """
+    if not result.is_file():
+        return False
+    try:
+        made = json.loads(result.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{str(result)!r} does not say what it was measured with; give another folder") from None
+    for key in sorted(settings.keys() | made.keys()):
+        if settings.get(key) != made.get(key):
+            raise ValueError(
+                f"{str(result)!r} was made with other settings ({key} {made.get(key)!r}, now {settings.get(key)!r}); "
+                "give another folder, or delete that of this run to make it anew"
+            )
+    return True
 
 
 def ablate(
@@ -46,6 +80,7 @@ def ablate(
     """Train every variant with every seed and measure it on held-out samples.
 
     Finished runs are found again by their result file and unfinished ones resumed, so the whole can be interrupted.
+    The settings are kept beside each result: one that was made with others is never taken for this one.
 
     Args:
         config: what the variants start from.
@@ -59,28 +94,38 @@ def ablate(
         Rows of `evaluate`, with the base model as variant "base".
 
     Raises:
-        ValueError: for a variant nobody knows.
+        ValueError: for a variant nobody knows, or if the folder holds a result that was made with other settings.
     """
     unknown = [name for name in variants if name not in VARIANTS]
     if unknown:
         raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
+    base = load_model(config.model)
+    common = {
+        "samples": _digest(samples),
+        "scorers": sorted(scorers),
+        "base model": fingerprint(base.trainable_groups()),
+    }
     parts = []
     for seed in seeds:
         for variant in ("base", *variants):
             run = Path(folder) / f"{variant}-{seed}"
             result = run / "evaluation.csv"
-            if result.is_file():
-                parts.append(pd.read_csv(result, keep_default_na=False))
-                continue
-            if variant == "base":
-                model = load_model(config.model)
-            else:
+            settings = common | {"seed": seed}
+            if variant != "base":
                 changes = dict(VARIANTS[variant])
                 if isinstance(changes.get("rewards"), int):
                     name, weight = list(config.rewards.items())[changes["rewards"]]
                     changes["rewards"] = {name: weight}
-                model = RFSRTrainer(config.replace(**changes, seed=seed, output_dir=str(run))).train().model
+                changed = config.replace(**changes, seed=seed, output_dir=str(run))
+                settings |= {key: value for key, value in changed.to_dict().items() if key != "output_dir"}
+            settings = json.loads(json.dumps(settings, default=str))  # as they will be read
+            if _finished(result, settings):
+                parts.append(pd.read_csv(result, keep_default_na=False))
+                continue
+            model = base if variant == "base" else RFSRTrainer(changed).train().model
             frame = evaluate(model, samples, scorers, seeds=(seed,), name=variant)
+            with replace_file(result.with_suffix(".json")) as path:
+                path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             with replace_file(result) as path:
                 frame.to_csv(path, index=False)
             parts.append(frame)
