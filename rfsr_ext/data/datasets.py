@@ -23,7 +23,7 @@ from rfsr_ext.data.distortions import distort
 from rfsr_ext.data.images import SUFFIXES, read_image, resize, to_tensor
 from rfsr_ext.data.photographs import PHOTOGRAPHS, load_photograph
 
-__all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "evaluation_crops"]
+__all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "check_sample", "evaluation_crops"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,23 +40,41 @@ class Sample(TypedDict):
     prompt: str
 
 
+def check_sample(sample: Sample, scale: int) -> None:
+    """Refuse a sample of one's own data set that no loss could be right for.
+
+    Raises:
+        ValueError: naming the key and what it should hold.
+    """
+    for key in ("gt", "lr"):
+        image = sample[key]
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise ValueError(f"{key} must be floating point [3, H, W], got {image.dtype} {list(image.shape)}")
+        low, high = image.min().item(), image.max().item()
+        if not (low >= 0 and high <= 1):  # also catches NaN
+            raise ValueError(f"{key} must be in [0, 1], got values from {low:g} to {high:g}")
+    wanted = [scale * n for n in sample["lr"].shape[1:]]
+    if list(sample["gt"].shape[1:]) != wanted:
+        raise ValueError(f"gt must be {scale} times the size of lr, {wanted}, got {list(sample['gt'].shape[1:])}")
+
+
 def _dihedral(image: np.ndarray, rng: np.random.Generator, rotate: bool) -> np.ndarray:
     if rng.random() < 0.5:
         image = image[:, ::-1]
     return np.rot90(image, rng.integers(4)) if rotate else image
 
 
-def _recolour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _recolor(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Turn the hue by any angle, change saturation, tint and gamma.
 
-    A dozen photographs hold too few colours: a model that sees no others learns them by heart instead of reading them
-    off its low-resolution input (tried: held-out photographs came out in the colours of the training set).
+    A dozen photographs hold too few colors: a model that sees no others learns them by heart instead of reading them
+    off its low-resolution input (tried: held-out photographs came out in the colors of the training set).
     """
     axis = np.full(3, 1 / np.sqrt(3))
     cross = np.cross(np.eye(3), axis)
     angle, saturation = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2)
-    grey = np.outer(axis, axis)
-    turn = grey + saturation * (np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross)
+    gray = np.outer(axis, axis)
+    turn = gray + saturation * (np.cos(angle) * (np.eye(3) - gray) + np.sin(angle) * cross)
     tint = rng.uniform(0.6, 1.15) * rng.uniform(0.5, 1.0, 3) ** rng.uniform(0, 1)
     return (np.clip(image @ turn.T * tint, 0, 1) ** rng.uniform(0.8, 1.25)).astype(np.float32)
 
@@ -110,7 +128,7 @@ class PhotographCrops(Dataset):
         dead_leaves_share: share of samples that are dead-leaves images, with an empty prompt.
         empty_prompt_share: share of photographs whose prompt is left empty.
         degradation: makes the low-resolution image.
-        recolour: shuffle and change colours.
+        recolor: shuffle and change colors.
         length: what ``len`` says; any non-negative index is valid.
     """
 
@@ -122,13 +140,13 @@ class PhotographCrops(Dataset):
         dead_leaves_share: float = 0.2,
         empty_prompt_share: float = 0.1,
         degradation: Degradation | None = None,
-        recolour: bool = True,
+        recolor: bool = True,
         length: int = 1_000_000,
     ):
         self.size, self.seed, self.length = size, seed, length
         self.dead_leaves_share, self.empty_prompt_share = dead_leaves_share, empty_prompt_share
         self.degradation = degradation or Degradation()
-        self.recolour = recolour
+        self.recolor = recolor
         if size % self.degradation.scale:
             raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
         self.levels = []
@@ -150,7 +168,7 @@ class PhotographCrops(Dataset):
         else:
             name, levels = self.levels[rng.integers(len(self.levels))]
             gt = _dihedral(_random_crop(levels[rng.integers(len(levels))], self.size, rng, tries=4), rng, rotate=True)
-            gt = _recolour(gt, rng) if self.recolour else gt
+            gt = _recolor(gt, rng) if self.recolor else gt
             tags = PHOTOGRAPHS[name].tags
             kept = sorted(rng.choice(len(tags), rng.integers(1, len(tags) + 1), replace=False))
             prompt = "" if rng.random() < self.empty_prompt_share else ", ".join(tags[i] for i in kept)

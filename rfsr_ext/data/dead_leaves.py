@@ -27,14 +27,14 @@ def dead_leaves(size: int, rng: np.random.Generator, shapes: int = 64) -> np.nda
         is_ellipse = rng.random() < 0.6
         distance = np.hypot(across, along) if is_ellipse else np.maximum(np.abs(across), np.abs(along))
         coverage = np.clip(radius - distance + 0.5, 0, 1)[..., None]  # one pixel of anti-aliasing at the rim
-        colour = rng.random() + rng.uniform(-0.25, 0.25, 3)  # natural colours are mostly near grey
+        color = rng.random() + rng.uniform(-0.25, 0.25, 3)  # natural colors are mostly near gray
         kind = rng.random()
         if kind < 0.4:
-            leaf = colour
+            leaf = color
         elif kind < 0.7:
-            leaf = colour * (1 + 0.4 * np.clip(across / radius, -1, 1))[..., None]
+            leaf = color * (1 + 0.4 * np.clip(across / radius, -1, 1))[..., None]
         else:
             wave = np.sin(across * 2 * np.pi / rng.uniform(2.5, 10) + rng.uniform(0, 2 * np.pi))
-            leaf = colour + rng.uniform(0.05, 0.3) * wave[..., None]
+            leaf = color + rng.uniform(0.05, 0.3) * wave[..., None]
         image += coverage * (leaf - image)
     return np.clip(image, 0, 1).astype(np.float32)

@@ -24,7 +24,7 @@ class Degradation:
     Attributes:
         scale: how many times smaller the result is.
         blur: standard deviation of the Gaussian blur, in pixels of the sharp image.
-        noise: standard deviation of the Gaussian noise, in grey levels of 255, added after downsampling.
+        noise: standard deviation of the Gaussian noise, in gray levels of 255, added after downsampling.
         jpeg_quality: libjpeg quality, both ends included.
     """
 

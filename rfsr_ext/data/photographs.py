@@ -72,7 +72,7 @@ def photographs(split: str) -> list[str]:
 
 @cache
 def load_photograph(name: str) -> np.ndarray:
-    """One photograph as float32 RGB in [0, 1], shape ``[H, W, 3]`` (grey photographs repeat their channel).
+    """One photograph as float32 RGB in [0, 1], shape ``[H, W, 3]`` (gray photographs repeat their channel).
 
     Raises:
         ValueError: if there is no photograph of that name.

@@ -28,7 +28,7 @@ __all__ = [
 def build_dataset(config: RFSRConfig) -> Dataset:
     """The training crops."""
     if config.data == "photographs":
-        return PhotographCrops(photographs("train"), config.crop_size, seed=config.seed, recolour=False)
+        return PhotographCrops(photographs("train"), config.crop_size, seed=config.seed, recolor=False)
     return ImageFolder(config.data, config.crop_size, seed=config.seed)
 
 

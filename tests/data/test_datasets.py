@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rfsr_ext.data import PHOTOGRAPHS, Degradation, ImageFolder, PhotographCrops, evaluation_crops, photographs
+from rfsr_ext.data.datasets import check_sample
 from rfsr_ext.data.images import from_uint8, read_image
 
 
@@ -45,8 +46,8 @@ def test_photograph_crops_of_any_index(crops, index):
 
 
 def test_photograph_crops_show_the_photographs_they_name():
-    """Without recolouring, every training crop is found in a training photograph and carries only its tags."""
-    coffee = PhotographCrops(["coffee"], 64, dead_leaves_share=0, empty_prompt_share=0, recolour=False)
+    """Without recoloring, every training crop is found in a training photograph and carries only its tags."""
+    coffee = PhotographCrops(["coffee"], 64, dead_leaves_share=0, empty_prompt_share=0, recolor=False)
     tags = set(PHOTOGRAPHS["coffee"].tags)
     for i in range(10):
         assert set(coffee[i]["prompt"].split(", ")) <= tags
@@ -92,6 +93,24 @@ def test_evaluation_crops_seed_changes_the_degradation_alone():
 def test_evaluation_crops_do_not_overlap():
     crops = [sample["gt"].numpy().tobytes() for sample in evaluation_crops(["coffee"], 128, 10)]
     assert len(set(crops)) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"gt": torch.full((3, 8, 8), 255.0)}, r"gt must be in \[0, 1\], got values from 255 to 255"),
+        ({"gt": torch.full((3, 8, 8), -1.0)}, r"gt must be in \[0, 1\], got values from -1 to -1"),
+        ({"gt": torch.full((3, 8, 8), torch.nan)}, r"gt must be in \[0, 1\], got values from nan"),
+        ({"lr": torch.ones(3, 2, 2, dtype=torch.uint8)}, r"lr must be floating point \[3, H, W\], got torch.uint8"),
+        ({"gt": torch.ones(8, 8, 3)}, r"gt must be floating point \[3, H, W\], got torch.float32 \[8, 8, 3\]"),
+        ({"gt": torch.ones(3, 8, 4)}, r"gt must be 4 times the size of lr, \[8, 8\], got \[8, 4\]"),
+    ],
+)
+def test_samples_are_checked(changes, sentence):
+    sample = {"gt": torch.ones(3, 8, 8), "lr": torch.zeros(3, 2, 2), "prompt": ""}
+    check_sample(sample, 4)
+    with pytest.raises(ValueError, match=sentence):
+        check_sample(sample | changes, 4)
 
 
 def test_too_many_evaluation_crops():
@@ -258,9 +277,7 @@ def test_no_damage_stops_training(tmp_path_factory, suffix, share, flip):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="data folder .*absent' does not exist; give a folder of images"):
         ImageFolder(tmp_path / "absent", 32)
-    with pytest.raises(
-        FileNotFoundError, match="0 image files found, 0 skipped, nothing not.*wanted .bmp.*32x32"
-    ):
+    with pytest.raises(FileNotFoundError, match="0 image files found, 0 skipped, nothing not.*wanted .bmp.*32x32"):
         ImageFolder(tmp_path, 32)
     picture(8, 8).save(tmp_path / "small.png")
     with pytest.raises(FileNotFoundError, match="1 image files found, 1 skipped"):

@@ -42,7 +42,7 @@ def test_the_mini_model_is_an_isr_model():
 
 
 def held_out_versions(kinds, count=40):
-    crops = PhotographCrops(photographs("test"), 64, seed=11, dead_leaves_share=0, recolour=False)
+    crops = PhotographCrops(photographs("test"), 64, seed=11, dead_leaves_share=0, recolor=False)
     versions = DistortedCrops(crops, kinds)
     return [versions[i] for i in range(count)]
 
