@@ -49,7 +49,7 @@ def rfsr_step(sampling_step: int, device: str) -> Step:
         lambda_structure=config.lambda_structure,
         rewards=rewards,
         style_loss=setup.style_loss(config).to(device),
-        lambda_regularization=config.lambda_regularization,
+        lambda_regularization=config.lambda_style,
         reference=reference,
     )
     crops = setup.build_dataset(config)

@@ -19,6 +19,8 @@ _typer = typer.Typer(
 )
 _mini = typer.Typer(help="The mini model that ships with the package.", no_args_is_help=True)
 _typer.add_typer(_mini, name="mini")
+_config = typer.Typer(help="Settings of a training run.", no_args_is_help=True)
+_typer.add_typer(_config, name="config")
 _weights = typer.Typer(invoke_without_command=True)
 _typer.add_typer(_weights, name="weights")
 
@@ -28,6 +30,8 @@ def app() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "matplotlib", "PIL", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if os.getcwd() not in sys.path:  # settings may name package.module:Name of the folder one works in
+        sys.path.append(os.getcwd())
     try:
         _typer()
     except (ValueError, TypeError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
@@ -69,17 +73,10 @@ def train(
     fresh: Annotated[bool, typer.Option(help="Refuse to resume: the output folder must hold no checkpoint.")] = False,
 ) -> None:
     """Fine-tune a model as CONFIG says; the same command resumes an interrupted run."""
-    import yaml
-
+    from rfsr_ext.cli.config import parse_overrides
     from rfsr_ext.training import RFSRConfig, RFSRTrainer
 
-    overrides = {}
-    for pair in set_ or []:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
-        overrides[key.strip()] = yaml.safe_load(value)
-    result = RFSRTrainer(RFSRConfig.load(config, overrides)).train(resume=not fresh)
+    result = RFSRTrainer(RFSRConfig.load(config, parse_overrides(set_))).train(resume=not fresh)
     typer.echo(f"fine-tuned model: {result.folder / 'model'}")
     typer.echo(f"best held-out (iteration {result.best_iteration}): {result.folder / 'best'}")
 
@@ -183,6 +180,17 @@ def doctor() -> None:
     from rfsr_ext.cli.doctor import examine
 
     examine()
+
+
+@_config.command("show")
+def config_show(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: mini, paper.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
+) -> None:
+    """Print every setting with its meaning, as YAML that `rfsr train` reads."""
+    from rfsr_ext.cli.config import parse_overrides, show_config
+
+    show_config(config, parse_overrides(set_))
 
 
 @_mini.command("build")

@@ -30,9 +30,9 @@ VARIANTS: dict[str, dict] = {
     "first-reward-only": {"rewards": 0},
     "second-reward-only": {"rewards": 1},
     # Table 4: style losses
-    "no-style": {"regularization": "none"},
-    "lora": {"regularization": "none", "lora_rank": 8},
-    "kl": {"regularization": "kl"},
+    "no-style": {"style_loss": "none"},
+    "lora": {"style_loss": "none", "lora_rank": 8},
+    "kl": {"style_loss": "kl"},
     # Table 5: low-frequency constraint
     "no-structure": {"structure_loss": "none"},
     "l1": {"structure_loss": "l1"},

@@ -1,133 +1,164 @@
-"""Settings of an RFSR run: one flat dataclass, read from YAML, checked before anything is loaded."""
+"""Settings of a training run: read from YAML, checked before anything is loaded.
 
-import dataclasses
+`RunConfig` is what every method of training shares; a method adds its own keys in a subclass, as `RFSRConfig` does.
+The description of a key stands in its field, and `rfsr config show` prints it.
+"""
+
+import contextlib
 import difflib
-from dataclasses import dataclass, field
+import numbers
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from rfsr_ext.rewards import WeightedReward
 
-__all__ = ["PRESETS", "RFSRConfig"]
+__all__ = ["PRESETS", "RFSRConfig", "RunConfig"]
 
 PRESETS = ("mini", "paper")
-_CHOICES = {
-    "structure_loss": ("dwt-ll", "l1", "none"),
-    "regularization": ("gram-kl", "kl", "none"),
-    "vgg_weights": ("imagenet", "random"),
-    "mixed_precision": ("no", "bf16"),
+# What version 0.1 called things, and what to write now.
+_OLD_KEYS = {
+    "regularization": "write style_loss: gram, kl or none",
+    "lambda_regularization": "write lambda_style",
+    "structure_timesteps": "write structure_window with window_unit: timesteps",
+    "reward_timesteps": "write reward_window with window_unit: timesteps",
 }
-# what may differ between the runs before and after an interruption without changing the result
-_FREE_ON_RESUME = {"iterations", "output_dir", "checkpoint_every", "keep_checkpoints", "validate_every", "num_workers"}
+_OLD_VALUES = {"dwt-ll": "haar-ll", "gram-kl": "gram"}
+
+Text = Annotated[str, Field(pattern=r"\S")]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Pixels = Annotated[int, Field(ge=8, le=2**14, multiple_of=4)]  # Degradation makes the LR images 4 times smaller
+Weight = Annotated[float, Field(ge=0, le=1e12)]  # far below the largest number of single precision
+Edge = Annotated[float, AfterValidator(lambda value: int(value) if value.is_integer() else value)]
+Window = tuple[Edge, Edge]
+View = Annotated[str, BeforeValidator(lambda view: str(view) if isinstance(view, (int, float)) else view)]
 
 
-@dataclass(frozen=True)
-class RFSRConfig:
-    """Every setting of `RFSRTrainer`; the defaults are the paper's (section 4.1).
+class _Settings(BaseModel):
+    """Takes values as YAML 1.1 reads them, and takes only keys it knows and finite numbers."""
 
-    Attributes:
-        model: "mini", or a folder written by `ControlNetISRModel.save_pretrained`.
-        data: "photographs" (those that ship with scikit-image and scikit-learn), or a folder of sharp images.
-        crop_size: side of the training crops in pixels.
-        batch_size: images per iteration, over all processes.
-        num_inference_steps: sampling steps of the rollout; None takes the model's own.
-        structure_window, reward_window: inclusive sampling steps ``[first, last]``, or None for none.
-        structure_timesteps, reward_timesteps: the same as ranges of timesteps (0 … 1000); given instead of the steps.
-        allow_overlap: let both windows cover a step, which then gets both losses (Table 2, third row).
-        structure_loss: "dwt-ll" (eq. 2), "l1" or "none" (Table 5).
-        lambda_structure: λ_dwt.
-        rewards: by reward name a weight (λ_clipiqa, λ_iw of eq. 5), or a mapping of ``weight`` and any other field of
-            `rfsr_ext.rewards.WeightedReward`: ``{image-reward: {weight: 5.0e-6, cap: 2, steps: [45, 50]}}``.
-        balance_rewards: bring the rewards' image gradients to one norm before they are weighed.
-        regularization: "gram-kl" (eq. 6), "kl" (mean squared change of the predicted noise) or "none" (Table 4).
-        lambda_regularization: λ_r.
-        vgg_weights: "imagenet", or "random" for a stand-in where the file is not on disk.
-        lora_rank: 0 trains all of U-Net and ControlNet; otherwise adapters of this rank, whose base is the reference.
-        lora_targets: names of the modules that get adapters.
-        iterations, learning_rate, adam_betas, ema_decay, max_grad_norm: of Adam and of the moving average.
-        mixed_precision: "no" or "bf16".
-        max_skipped: stop after this many iterations in a row without a finite loss and gradient.
-        validate_every, validation_crops, validation_size: how often and on what held-out crops to measure.
-        max_psnr_drop: a checkpoint is only "best" if its held-out PSNR is at most this many dB below the base model's.
-        checkpoint_every, keep_checkpoints: how often to save what a resumed run needs, and how many to keep.
-        seed: of data, noise and drawn steps.
-        num_workers: data-loading processes.
-        output_dir: everything the run writes.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any, info) -> Any:
+        return _as_meant(value, _leaves(cls.model_fields[info.field_name].annotation))
+
+
+class RewardTerm(_Settings):
+    """One reward of a configuration; see `rfsr_ext.rewards.WeightedReward`, whose fields these are."""
+
+    weight: Weight
+    cap: Annotated[float, Field(ge=-1e12, le=1e12)] | None = None
+    steps: tuple[Count, Count] | None = None
+    views: tuple[View, ...] = ("1",)
+    tags: Literal["mean", "worst"] | None = None
+    normalize: bool = False
+    offload: bool = False
+
+
+class RunConfig(_Settings):
+    """The settings that every method of training shares; a method subclasses it with keys of its own.
+
+    Raises:
+        ValueError: for the first key that is not known (the nearest valid one is named) or whose value is no use, in
+            one sentence.
     """
 
-    model: str = "mini"
-    data: str = "photographs"
-    crop_size: int = 512
-    batch_size: int = 8
-    num_inference_steps: int | None = None
-    structure_window: tuple[int, int] | None = (1, 20)
-    reward_window: tuple[int, int] | None = (41, 50)
-    structure_timesteps: tuple[int, int] | None = None
-    reward_timesteps: tuple[int, int] | None = None
-    allow_overlap: bool = False
-    structure_loss: str = "dwt-ll"
-    lambda_structure: float = 5e-4
-    rewards: dict[str, float | dict[str, Any]] = field(default_factory=lambda: {"clipiqa": 5e-5, "image-reward": 5e-5})
-    balance_rewards: bool = False
-    regularization: str = "gram-kl"
-    lambda_regularization: float = 5e-5
-    vgg_weights: str = "imagenet"
-    lora_rank: int = 0
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
-    iterations: int = 10_000
-    learning_rate: float = 5e-6
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    ema_decay: float = 0.999
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "no"
-    max_skipped: int = 10
-    validate_every: int = 500
-    validation_crops: int = 8
-    validation_size: int = 512
-    max_psnr_drop: float = 1.0
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    seed: int = 0
-    num_workers: int = 0
-    output_dir: str = "runs/rfsr"
+    # What may differ between the runs before and after an interruption.
+    free_on_resume: ClassVar[frozenset[str]] = frozenset(
+        {"iterations", "learning_rate", "max_skipped", "output_dir", "checkpoint_every", "keep_checkpoints",
+         "validate_every", "num_workers"}
+    )  # fmt: skip
 
-    def __post_init__(self):
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {value!r}{_nearest(str(value), choices)}"
-                )
-        for name in ("crop_size", "batch_size", "iterations", "max_skipped", "checkpoint_every", "validate_every",
-                     "keep_checkpoints", "validation_crops"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "lambda_structure", "lambda_regularization", "lora_rank", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+    model: Text = Field(
+        "mini",
+        description='"mini", a folder of a saved model, or package.module:Name of a function without arguments that '
+        "returns an ISRModel",
+    )
+    data: Text = Field(
+        "photographs",
+        description='"photographs" (those of scikit-image and scikit-learn), a folder of sharp images, or '
+        "package.module:Name of a function that takes this configuration and returns a dataset of Sample",
+    )
+    crop_size: Pixels = Field(512, description="side of the training crops in pixels")
+    batch_size: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        8, description="images per optimizer step, over all processes and accumulation steps"
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        1, description="parts into which a batch is cut, one after the other, to save memory"
+    )
+    iterations: Annotated[int, Field(ge=1, le=10**7)] = Field(10_000, description="optimizer steps of the whole run")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(5e-6, description="of Adam")
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="β1 and β2 of Adam"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="of the moving average of the weights")
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] | None = Field(
+        1.0, description="gradients longer than this are clipped to it; null for no clipping"
+    )
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="no or bf16")
+    max_skipped: Count = Field(
+        10, description="stop after this many iterations in a row without a finite loss and gradient"
+    )
+    validate_every: Count = Field(500, description="iterations between two measurements on the held-out crops")
+    validation_crops: Count = Field(8, description="number of held-out crops")
+    validation_size: Pixels = Field(512, description="side of the held-out crops in pixels")
+    checkpoint_every: Count = Field(500, description="iterations between two checkpoints, from which a run resumes")
+    keep_checkpoints: Count = Field(2, description="number of checkpoints kept, the newest")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of data, noise and drawn steps")
+    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="data-loading processes")
+    output_dir: Text = Field("runs/rfsr", description="folder for everything the run writes")
+    lora_rank: Annotated[int, Field(ge=0, le=4096)] = Field(
+        0, description="0 trains all weights; otherwise adapters of this rank, whose base model is the reference"
+    )
+    lora_targets: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"), description="names of the modules that get adapters"
+    )
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_sentence(type(self), error, values)) from None
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size must be a multiple of gradient_accumulation_steps ({self.gradient_accumulation_steps}), "
+                f"got {self.batch_size}"
+            )
+        return self
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "config") -> Self:
-        """Check names and types of ``values`` and fill in the defaults.
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Self:
+        """Check names and values and fill in the defaults; ``source`` begins the sentence of an error.
 
         Raises:
-            ValueError: for an unknown key (the nearest valid one is named) or a value of the wrong type.
+            ValueError: see the class.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        checked = {}
-        for key, value in values.items():
-            if key not in known:
-                raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
-            checked[key] = _coerce(key, value, cls.__annotations__[key], source)
-        return cls(**checked)
+        try:
+            return cls(**{str(key): value for key, value in values.items()})
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     @classmethod
-    def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> Self:
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Read a YAML file, or one of the presets ("mini", "paper"); ``overrides`` win over what it says.
 
         Raises:
@@ -135,88 +166,252 @@ class RFSRConfig:
             ValueError: if the file is no YAML mapping, or a key or value is wrong.
         """
         if str(path) in PRESETS:
-            text, source = resources.files("rfsr_ext.presets").joinpath(f"{path}.yaml").read_text(), f"preset {path}"
+            source = f"preset {path}"
+            data = resources.files("rfsr_ext.presets").joinpath(f"{path}.yaml").read_bytes()
         elif Path(path).is_file():
-            text, source = Path(path).read_text(encoding="utf-8"), str(path)
+            source, data = str(path), Path(path).read_bytes()
         else:
             raise FileNotFoundError(
                 f"config {str(path)!r} is neither a file nor one of the presets {', '.join(PRESETS)}"
             )
         try:
-            values = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+            values = yaml.safe_load(data.decode())
+        except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and impossible dates
+            raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = {} if values is None else values
         if not isinstance(values, dict):
             raise ValueError(f"{source} must hold 'key: value' lines, got a {type(values).__name__}")
-        return cls.from_dict(values | (overrides or {}), source)
+        return cls.from_dict(values | dict(overrides or {}), source)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they may stand in YAML or JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self.model_dump().items()}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked again."""
-        return type(self).from_dict(self.to_dict() | changes)
+        return type(self)(**self.to_dict() | changes)
 
-    def differs(self, other: dict[str, Any]) -> list[str]:
+    def differs(self, other: Mapping[str, Any]) -> list[str]:
         """Keys in which a run with ``other`` would give another result, for deciding whether it can be resumed."""
         mine = self.to_dict()
-        return sorted(key for key in mine if key not in _FREE_ON_RESUME and mine[key] != other.get(key))
+        return sorted(key for key in mine if key not in self.free_on_resume and mine[key] != other.get(key))
 
 
-def _nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(known)}"
+class RFSRConfig(RunConfig):
+    """Every setting of `RFSRTrainer`; the defaults are the paper's (section 4.1).
+
+    Raises:
+        ValueError: see `RunConfig`.
+    """
+
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="sampling steps of the rollout; null takes the model's own"
+    )
+    guidance_scale: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="of classifier-free guidance in the rollout; null for none"
+    )
+    negative_prompt: str = Field("", description="of classifier-free guidance")
+    structure_window: Window | None = Field(
+        (1, 20), description="where the structure loss acts, [first, last] in window_unit, ends included; null: nowhere"
+    )
+    reward_window: Window | None = Field(
+        (41, 50), description="where rewards and style loss act, [first, last] in window_unit; null: nowhere"
+    )
+    window_unit: Literal["steps", "timesteps", "noise"] = Field(
+        "steps",
+        description="of both windows: steps (from 1), timesteps (0 to 1000) or noise (the share σ² / (α² + σ²))",
+    )
+    allow_overlap: bool = Field(
+        False, description="let both windows cover a step, which then gets all losses (Table 2, third row)"
+    )
+    structure_loss: Literal["haar-ll", "l1", "none"] = Field(
+        "haar-ll", description="haar-ll (eq. 2), l1 or none (Table 5)"
+    )
+    lambda_structure: Weight = Field(5e-4, description="weight of the structure loss, λ_dwt")
+    rewards: dict[str, Any] = Field(
+        {"clipiqa": 5e-5, "image-reward": 5e-5},
+        description="by reward name or package.module:Name of a function that returns a Reward: its weight (λ_clipiqa, "
+        "λ_iw of eq. 5), or a mapping such as {weight: 5.0e-6, cap: 2, steps: [45, 50]} (see WeightedReward)",
+    )
+    balance_rewards: bool = Field(
+        False, description="bring the rewards' image gradients to one norm before they are weighed"
+    )
+    style_loss: Literal["gram", "kl", "none"] = Field(
+        "gram", description="gram (eq. 6), kl (mean squared change of the predicted noise) or none (Table 4)"
+    )
+    lambda_style: Weight = Field(5e-5, description="weight of the style loss, λ_r")
+    vgg_weights: Literal["imagenet", "random"] = Field(
+        "imagenet", description="of VGG19 in the Gram loss: imagenet, or random, a stand-in that needs no file"
+    )
+    max_psnr_drop: Annotated[float, Field(ge=-100, le=100)] = Field(
+        1.0, description='a checkpoint is "best" only if its held-out PSNR is at most this many dB below the base model'
+    )
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _check_rewards(cls, rewards: Any) -> dict[str, float | dict[str, Any]]:
+        if not isinstance(rewards, Mapping) or not all(str(name).strip() for name in rewards):
+            raise PydanticCustomError("wanted", "")
+        return {str(name): _check_reward(f"rewards.{name}", term) for name, term in rewards.items()}
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        for name in ("structure_window", "reward_window"):
+            window = getattr(self, name)
+            low, high, wanted = {
+                "steps": (1, self.num_inference_steps or 1000, "whole sampling steps"),
+                "timesteps": (0, 1000, "timesteps"),
+                "noise": (0, 1, "noise shares"),
+            }[self.window_unit]
+            if window is None:
+                continue
+            whole = self.window_unit != "steps" or all(isinstance(edge, int) for edge in window)
+            if not (whole and low <= window[0] <= window[1] <= high):
+                raise ValueError(
+                    f"{name} must be [first, last], {wanted} from {low} to {high} in order, got {list(window)} "
+                    f"(window_unit: {self.window_unit})"
+                )
+        structure = self.structure_window if self.structure_loss != "none" else None
+        if structure is None and self.reward_window is None:
+            raise ValueError(
+                "structure_window with a structure_loss, or reward_window, must be given, because without both nothing "
+                "is trained, got neither"
+            )
+        if structure and self.reward_window and not self.allow_overlap:
+            # Sampling steps rise in time, timesteps and noise fall, so the structure window is the upper one there.
+            # Whether two ranges that only touch share a step, the sampler's own timesteps say.
+            if self.window_unit == "steps":
+                apart = structure[1] < self.reward_window[0]
+            else:
+                apart = self.reward_window[1] <= structure[0]
+            if not apart:
+                raise ValueError(
+                    f"structure_window must end before reward_window begins in sampling, got {list(structure)} and "
+                    f"{list(self.reward_window)} (window_unit: {self.window_unit}); set allow_overlap to give steps "
+                    "both losses"
+                )
+        return self
 
 
-def _coerce_reward(key: str, value: Any, source: str) -> float | dict[str, Any]:
-    """A weight, or a mapping whose keys and values are those of `WeightedReward`."""
-    if not isinstance(value, dict):
-        return _coerce(key, value, "float", source)
-    known = {f.name: f.type for f in dataclasses.fields(WeightedReward) if f.init and f.name != "reward"}
-    for name in value:
-        if name not in known:
-            raise ValueError(f"{source}: unknown key {f'{key}.{name}'!r}{_nearest(str(name), known)}")
-    if "weight" not in value:
-        raise ValueError(f"{source}: {key} must have a weight, got {value!r}")
-    checked = {name: _coerce(f"{key}.{name}", term, known[name], source) for name, term in value.items()}
+def _check_reward(key: str, term: Any) -> float | dict[str, Any]:
+    """A weight, or those of `RewardTerm`'s keys that are given."""
+    if not isinstance(term, Mapping):
+        return _valid_reward({"weight": term}, lambda _: key)["weight"]
+    if "weight" not in term and RewardTerm.model_fields.keys() >= term.keys():
+        raise ValueError(f"{key} must have a weight, got {_shown(dict(term))}")
+    options = _valid_reward({str(name): value for name, value in term.items()}, lambda name: f"{key}.{name}")
     try:
-        WeightedReward(None, **checked)  # for its checks alone; the reward is loaded later
+        WeightedReward(None, **options)  # for its checks alone; the reward is loaded later
     except ValueError as error:
-        raise ValueError(f"{source}: {key}.{error}") from None
-    return {name: list(term) if isinstance(term, tuple) else term for name, term in checked.items()}
+        raise ValueError(f"{key}.{error}") from None
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
-def _coerce(key: str, value: Any, annotation: Any, source: str) -> Any:
-    """A YAML value to the type of the field, or one sentence."""
-    wanted = str(annotation).replace("<class '", "").replace("'>", "")
-    optional = "None" in wanted
-    if value is None and optional:
-        return None
-    if "dict" in wanted and isinstance(value, dict):
-        return {str(name): _coerce_reward(f"{key}.{name}", term, source) for name, term in value.items()}
+def _valid_reward(options: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
     try:
-        if "tuple" in wanted:
-            if isinstance(value, str) or not hasattr(value, "__len__"):
-                raise TypeError
-            if "..." not in wanted and len(value) != 2:
-                raise TypeError
-            kind = int if "int" in wanted else float if "float" in wanted else str
-            return tuple(kind(item) for item in value)
-        if "dict" in wanted:
-            raise TypeError
-        if wanted.startswith("bool"):
-            if not isinstance(value, bool):
-                raise TypeError
+        return RewardTerm.model_validate(options).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise ValueError(_sentence(RewardTerm, error, options, rename)) from None
+
+
+# -- reading values ---------------------------------------------------------------------------------------------------
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """The types and words inside an annotation such as ``tuple[float, float] | None``."""
+    parts = get_args(annotation)
+    if not parts or isinstance(annotation, str):
+        return {annotation}
+    return set().union(*(_leaves(part) for part in parts))
+
+
+def _as_meant(value: Any, leaves: set[Any]) -> Any:
+    """What YAML 1.1 read, as it was meant: ``no`` and ``off`` are words where words stand, 5e-6 and 1e4 are numbers."""
+    if isinstance(value, (list, tuple)):
+        return [_as_meant(item, leaves) for item in value]
+    if isinstance(value, bool):
+        if Any in leaves or bool in leaves:
             return value
-        if wanted.startswith("int"):
-            if isinstance(value, bool) or float(value) != int(float(value)):
-                raise TypeError
-            return int(float(value))
-        if wanted.startswith("float"):
-            return float(value)  # also "5e-6", which YAML 1.1 reads as a string
-        if not isinstance(value, str):
-            raise TypeError
-        return value
-    except (TypeError, ValueError, AttributeError):
-        raise ValueError(f"{source}: {key} must be of type {wanted}, got {value!r}") from None
+        for word in ("no", "none"):
+            if value is False and word in leaves:
+                return word
+        raise PydanticCustomError("wanted", "")
+    if leaves & {int, float} and not leaves & {str, Any}:
+        return _number(value)
+    if bool in leaves and Any not in leaves:
+        raise PydanticCustomError("wanted", "")
+    return value
+
+
+def _number(value: Any) -> Any:
+    """Text or another library's number as Python's; anything else as it is, for pydantic to judge."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    return value
+
+
+# -- one sentence for what is wrong -----------------------------------------------------------------------------------
+
+
+def _sentence(
+    model: type[BaseModel], error: ValidationError, values: Mapping[str, Any], rename: Callable[[str], str] = str
+) -> str:
+    """The first error of pydantic's: which key (as ``rename`` gives its path), what was wanted, what was given."""
+    errors = error.errors(include_url=False)
+    unknown = [entry["loc"][0] for entry in errors if entry["type"] == "extra_forbidden"]
+    if unknown:
+        return f"unknown key {rename(unknown[0])!r}{_instead(unknown[0], _OLD_KEYS, list(model.model_fields))}"
+    first = errors[0]
+    if first["type"] == "value_error":  # one of ours, which is a sentence
+        return str(first["ctx"]["error"])
+    key = first["loc"][0]
+    given = values[key]
+    schema = model.model_json_schema()["properties"][key]
+    sentence = f"{rename(key)} must be {_wanted(schema)}, got {_shown(given)}"
+    words = [word for part in (schema, *schema.get("anyOf", ())) for word in part.get("enum", ())]
+    return sentence + _instead(given, _OLD_VALUES, words) if words and isinstance(given, str) else sentence
+
+
+def _instead(word: str, old: Mapping[str, str], known: list[str]) -> str:
+    """What to write instead of a word that is not known."""
+    if word in old and (old is _OLD_KEYS or old[word] in known):
+        return f"; {old[word]}" if old is _OLD_KEYS else f"; write {old[word]}"
+    if close := difflib.get_close_matches(word, known, n=1):
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid are {', '.join(known)}" if old is _OLD_KEYS else ""
+
+
+def _wanted(schema: Mapping[str, Any]) -> str:
+    """A field's JSON schema in words."""
+    if "anyOf" in schema:
+        return " or ".join(_wanted(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        *others, last = schema["enum"]
+        return f"{', '.join(others)} or {last}"
+    kind = schema.get("type")
+    if kind == "array":
+        pair = schema.get("prefixItems")
+        return f"[a, b], each {_wanted(pair[0])}" if pair else f"a list of {_wanted(schema['items'])}"
+    if kind == "string" and "pattern" in schema:
+        return "text that is not empty"
+    words = {"integer": "a whole number", "number": "a finite number", "boolean": "true or false", "null": "null",
+             "string": "text", "object": "a mapping of names to weights or options"}[kind]  # fmt: skip
+    bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
+              "multipleOf": "a multiple of"}  # fmt: skip
+    limits = ", ".join(f"{word} {schema[bound]:.10g}" for bound, word in bounds.items() if bound in schema)
+    return f"{words} ({limits})" if limits else words
+
+
+def _shown(value: Any) -> str:
+    """A value in one short line."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -121,7 +121,7 @@ class RFSRTrainer:
         self.rewards = setup.build_rewards(config.rewards) if rewards is None else list(rewards)
         if self.windows.reward and not self.rewards:
             raise ValueError("rewards must name at least one reward for a reward window, got none")
-        regularized = config.regularization != "none" and self.windows.reward is not None
+        regularized = config.style_loss != "none" and self.windows.reward is not None
         if not regularized:
             style_loss = None
         elif style_loss is None:
@@ -162,8 +162,8 @@ class RFSRTrainer:
             rewards=self.rewards,
             balance_rewards=config.balance_rewards,
             style_loss=style_loss.to(self.accelerator.device) if style_loss else None,
-            kl=regularized and config.regularization == "kl",
-            lambda_regularization=config.lambda_regularization,
+            kl=regularized and config.style_loss == "kl",
+            lambda_regularization=config.lambda_style,
             reference=reference,
             disable_adapters=self._disable_adapters if config.lora_rank else None,
             num_inference_steps=config.num_inference_steps,

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from rfsr_ext.cli import app
@@ -36,12 +37,30 @@ def test_doctor_says_what_serves_each_operator(rfsr):
     assert "MISSING" not in printed.out
 
 
+def test_config_show_prints_every_setting(rfsr):
+    code, printed = rfsr("config", "show", "mini", "--set", "mixed_precision=no", "--set", "learning_rate=5e-6")
+    assert code == 0
+    values = yaml.safe_load(printed.out)
+    assert (values["learning_rate"], values["mixed_precision"], values["iterations"]) == (5e-6, "no", 120)
+    assert "# of Adam\nlearning_rate: 5.0e-06\n" in printed.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["train", "absent.yaml"], "config 'absent.yaml' is neither a file nor one of the presets mini, paper"),
         (["train", "mini", "--set", "lerning_rate=1"], "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
         (["train", "mini", "--set", "seed"], "--set must be KEY=VALUE, got 'seed'"),
+        (["train", "mini", "--set", "rewards={a"], "--set rewards must have a YAML value, got '{a'"),
+        (["train", "mini", "--set", "seed=.nan"], "preset mini: seed must be a whole number (at least 0, below 42949"),
+        (
+            ["train", "mini", "--set", "model=my_absent_objects:Name"],
+            "model 'my_absent_objects:Name' must name a module",
+        ),
+        (
+            ["config", "show", "absent.yaml"],
+            "config 'absent.yaml' is neither a file nor one of the presets mini, paper",
+        ),
         (["train", "mini", "--set", "model=nowhere"], "model folder 'nowhere' has no isr_config.json"),
         (
             ["train", "mini", "--set", "rewards={magic: 1}"],

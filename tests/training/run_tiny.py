@@ -12,7 +12,7 @@ RFSRTrainer(
     RFSRConfig.from_dict(
         {
             "crop_size": 32, "structure_window": [1, 2], "reward_window": [4, 5], "lambda_structure": 1.0,
-            "regularization": "kl", "learning_rate": 1e-3, "ema_decay": 0.5, "validate_every": 7, "checkpoint_every": 1,
+            "style_loss": "kl", "learning_rate": 1e-3, "ema_decay": 0.5, "validate_every": 7, "checkpoint_every": 1,
             "iterations": int(iterations), "batch_size": int(batch_size), "output_dir": folder,
         }
     ),

@@ -1,60 +1,206 @@
-import pytest
+import dataclasses
+import json
+import math
+import sys
 
+import pytest
+import yaml
+from pydantic import Field
+
+from rfsr_ext.importing import import_object
+from rfsr_ext.models import load_model
+from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.training import RFSRConfig, setup
+from rfsr_ext.training.config import PRESETS, RewardTerm, RunConfig
 
 
 def test_paper_preset_holds_the_papers_numbers():
     config = RFSRConfig.load("paper")
     assert (config.crop_size, config.batch_size, config.iterations) == (512, 8, 10_000)
     assert (config.structure_window, config.reward_window) == ((1, 20), (41, 50))
-    assert (config.lambda_structure, config.lambda_regularization) == (5e-4, 5e-5)
+    assert (config.lambda_structure, config.lambda_style) == (5e-4, 5e-5)
     assert config.rewards == {"clipiqa": 5e-5, "image-reward": 5e-5}
-    assert (config.learning_rate, config.ema_decay, config.regularization) == (5e-6, 0.999, "gram-kl")
-    assert config == RFSRConfig()  # the defaults are the paper's too
+    assert (config.learning_rate, config.ema_decay, config.style_loss) == (5e-6, 0.999, "gram")
+    assert config.replace(output_dir=RFSRConfig().output_dir) == RFSRConfig()  # the defaults are the paper's too
 
 
 def test_mini_preset_loads():
     assert RFSRConfig.load("mini", {"seed": 3}).seed == 3
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_say_only_what_differs_from_the_defaults(name):
+    chosen, defaults = RFSRConfig.load(name), RFSRConfig()
+    assert all(getattr(chosen, key) != getattr(defaults, key) for key in chosen.model_fields_set)
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
         ({"lerning_rate": 1e-4}, "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
-        ({"regularization": "gramkl"}, "must be one of gram-kl, kl, none, got 'gramkl'; did you mean 'gram-kl'?"),
-        ({"iterations": "many"}, "iterations must be of type int, got 'many'"),
-        ({"iterations": 1.5}, "iterations must be of type int, got 1.5"),
-        ({"iterations": True}, "iterations must be of type int, got True"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"ema_decay": 1.0}, "ema_decay must be in [0, 1), got 1.0"),
-        ({"structure_window": [1, 2, 3]}, "structure_window must be of type tuple[int, int] | None, got [1, 2, 3]"),
-        ({"structure_window": "1-20"}, "structure_window must be of type"),
-        ({"rewards": ["clipiqa"]}, "rewards must be of type dict[str, float | dict"),
-        ({"rewards": {"clipiqa": "much"}}, "rewards.clipiqa must be of type float, got 'much'"),
+        ({5: 1e-4}, "unknown key '5'; valid are model, data, "),
+        ({"style_loss": "grma"}, "style_loss must be gram, kl or none, got 'grma'; did you mean 'gram'?"),
+        ({"style_loss": None}, "style_loss must be gram, kl or none, got None"),
+        ({"iterations": "many"}, "iterations must be a whole number (at least 1, at most 10000000), got 'many'"),
+        ({"iterations": 1.5}, "iterations must be a whole number (at least 1, at most 10000000), got 1.5"),
+        ({"iterations": True}, "iterations must be a whole number (at least 1, at most 10000000), got True"),
+        ({"batch_size": 0}, "batch_size must be a whole number (at least 1, at most 65536), got 0"),
+        ({"crop_size": 63}, "crop_size must be a whole number (at least 8, at most 16384, a multiple of 4), got 63"),
+        ({"ema_decay": 1.0}, "ema_decay must be a finite number (at least 0, below 1), got 1.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number (above 0, at most 1), got nan"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be a finite number (above 0, at most 1e+12) or null, got 0"),
+        ({"seed": 2**32}, "seed must be a whole number (at least 0, below 4294967296), got 4294967296"),
+        ({"seed": 10**5000}, "seed must be a whole number (at least 0, below 4294967296), got a number of thousands"),
+        ({"adam_betas": [False, 0.9]}, "adam_betas must be [a, b], each a finite number (at least 0, below 1), got"),
+        (
+            {"structure_window": [1, 2, 3]},
+            "structure_window must be [a, b], each a finite number or null, got [1, 2, 3",
+        ),
+        ({"structure_window": "1-20"}, "structure_window must be [a, b], each a finite number or null, got '1-20'"),
+        ({"structure_window": [1, 1.5]}, "whole sampling steps from 1 to 1000 in order, got [1, 1.5]"),
+        ({"structure_window": [9, 2]}, "structure_window must be [first, last], whole sampling steps from 1 to 1000"),
+        (
+            {"num_inference_steps": 20},
+            "reward_window must be [first, last], whole sampling steps from 1 to 20 in order",
+        ),
+        (
+            {"structure_window": [1, 45]},
+            "structure_window must end before reward_window begins in sampling, got [1, 45]",
+        ),
+        (
+            {"window_unit": "noise"},
+            "must be [first, last], noise shares from 0 to 1 in order, got [1, 20] (window_unit:",
+        ),
+        (
+            {"window_unit": "noise", "structure_window": [0.4, 1], "reward_window": [0, 0.5]},
+            "structure_window must end before reward_window begins in sampling, got [0.4, 1] and [0, 0.5]",
+        ),
+        (
+            {"window_unit": "timesteps", "structure_window": [600, 1001], "reward_window": None},
+            "structure_window must be [first, last], timesteps from 0 to 1000 in order, got [600, 1001]",
+        ),
+        ({"reward_window": None, "structure_loss": "none"}, "because without both nothing is trained, got neither"),
+        (
+            {"batch_size": 6, "gradient_accumulation_steps": 4},
+            "batch_size must be a multiple of gradient_accumulation_steps (4), got 6",
+        ),
+        ({"rewards": ["clipiqa"]}, "rewards must be a mapping of names to weights or options, got ['clipiqa']"),
+        (
+            {"rewards": {"clipiqa": "much"}},
+            "rewards.clipiqa must be a finite number (at least 0, at most 1e+12), got 'mu",
+        ),
         ({"rewards": {"clipiqa": {"cap": 2}}}, "rewards.clipiqa must have a weight, got {'cap': 2}"),
+        ({"rewards": {"x": {"weigth": 1}}}, "unknown key 'rewards.x.weigth'; did you mean 'weight'?"),
         ({"rewards": {"x": {"weight": 1, "capp": 2}}}, "unknown key 'rewards.x.capp'; did you mean 'cap'?"),
         (
             {"rewards": {"x": {"weight": 1, "steps": 4}}},
-            "rewards.x.steps must be of type tuple[int, int] | None, got 4",
+            "rewards.x.steps must be [a, b], each a whole number (at least",
         ),
+        ({"rewards": {"x": {"weight": 1, "steps": [4, 2]}}}, "rewards.x.steps must be [first, last] with 1 <= first"),
         ({"rewards": {"x": {"weight": 1, "views": [2]}}}, "rewards.x.views must be factors up to 1, such as 0.5, or"),
-        ({"allow_overlap": "yes"}, "allow_overlap must be of type bool"),
-        ({"model": 5}, "model must be of type str, got 5"),
+        ({"rewards": {"x": {"weight": 1, "views": [True]}}}, "rewards.x.views must be a list of text, got [True]"),
+        ({"allow_overlap": "yes"}, "allow_overlap must be true or false, got 'yes'"),
+        ({"model": 5}, "model must be text that is not empty, got 5"),
+        ({"lora_targets": "to_q"}, "lora_targets must be a list of text that is not empty, got 'to_q'"),
+        # names of version 0.1
+        ({"regularization": "kl"}, "unknown key 'regularization'; write style_loss: gram, kl or none"),
+        ({"lambda_regularization": 1}, "unknown key 'lambda_regularization'; write lambda_style"),
+        ({"structure_timesteps": [600, 1000]}, "; write structure_window with window_unit: timesteps"),
+        ({"reward_timesteps": [0, 200]}, "; write reward_window with window_unit: timesteps"),
+        ({"structure_loss": "dwt-ll"}, "structure_loss must be haar-ll, l1 or none, got 'dwt-ll'; write haar-ll"),
+        ({"style_loss": "gram-kl"}, "style_loss must be gram, kl or none, got 'gram-kl'; write gram"),
     ],
 )
 def test_one_sentence_for_bad_values(values, sentence):
     with pytest.raises(ValueError) as error:
         RFSRConfig.from_dict(values)
+    assert str(error.value).startswith("config: ")
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_exponents_without_a_dot_are_numbers(tmp_path):
+ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "zero": 0, "minus": -1, "half": 1.5, "empty": "",
+       "null": None, "huge": 10**400, "huge float": 1e300, "text": "abc", "list": [1], "mapping": {"a": 1},
+       "true": True, "false": False}  # fmt: skip
+# What of these is of use, by key; everything else must be refused.
+ACCEPTED = {
+    "model": {"text"}, "data": {"text"}, "output_dir": {"text"}, "negative_prompt": {"empty", "text"},
+    "max_grad_norm": {"half", "null"}, "guidance_scale": {"half", "null"}, "num_inference_steps": {"null"},
+    "structure_window": {"null"}, "reward_window": {"null"}, "mixed_precision": {"false"},
+    "structure_loss": {"false"}, "style_loss": {"false"}, "allow_overlap": {"true", "false"},
+    "balance_rewards": {"true", "false"}, "ema_decay": {"zero"}, "lambda_structure": {"zero", "half"},
+    "lambda_style": {"zero", "half"}, "seed": {"zero"}, "num_workers": {"zero"}, "lora_rank": {"zero"},
+    "max_psnr_drop": {"zero", "minus", "half"}, "rewards": {"mapping"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", RFSRConfig.model_fields)
+def test_odd_values_are_of_use_or_refused_in_one_sentence(key):
+    accepted = set()
+    for name, value in ODD.items():
+        try:
+            config = RFSRConfig.from_dict({key: value})
+        except ValueError as error:
+            assert str(error).startswith(f"config: {key}{'.a' if '.a must' in str(error) else ''} must be ")
+            assert ", got " in str(error) and "\n" not in str(error) and len(str(error)) < 320
+        else:
+            accepted.add(name)
+            assert RFSRConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+    assert accepted == ACCEPTED.get(key, set())
+
+
+@pytest.mark.parametrize("key", RewardTerm.model_fields)
+def test_odd_values_of_a_reward_are_of_use_or_refused_in_one_sentence(key):
+    wanted = {"weight": {"zero", "half"}, "cap": {"zero", "minus", "half", "null"}, "steps": {"null"}, "tags": {"null"},
+              "views": {"list"}, "normalize": {"true", "false"}, "offload": {"true", "false"}}  # fmt: skip
+    accepted = set()
+    for name, value in ODD.items():
+        try:
+            RFSRConfig.from_dict({"rewards": {"x": {"weight": 1.0, key: value}}})
+        except ValueError as error:
+            assert str(error).startswith(f"config: rewards.x.{key} must be ")
+            assert ", got " in str(error) and "\n" not in str(error)
+        else:
+            accepted.add(name)
+    assert accepted == wanted[key]
+
+
+def test_the_options_of_a_reward_are_the_fields_of_weighted_reward():
+    fields = {f.name: f.default for f in dataclasses.fields(WeightedReward) if f.init and f.name != "reward"}
+    assert list(RewardTerm.model_fields) == list(fields)
+    assert RewardTerm(weight=1).model_dump() == fields | {"weight": 1.0}
+
+
+def test_the_constructor_speaks_in_one_sentence_too():
+    with pytest.raises(
+        ValueError, match=r"^learning_rate must be a finite number \(above 0, at most 1\), got 5000000.0$"
+    ):
+        RFSRConfig(learning_rate=5e6)
+    with pytest.raises(ValueError, match="^unknown key 'sede'; did you mean 'seed'"):
+        RFSRConfig().replace(sede=1)
+
+
+def test_yaml_as_it_was_meant(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("learning_rate: 5e-6\nreward_window: null\n")  # YAML 1.1 reads 5e-6 as a string
+    file.write_text(  # YAML 1.1 reads 5e-6 and 1e4 as text, no and off as false
+        "learning_rate: 5e-6\niterations: 1e4\nadam_betas: [5e-1, 0.9]\nreward_window: null\n"
+        "mixed_precision: no\nstyle_loss: off\nbalance_rewards: off\n"
+    )
     config = RFSRConfig.load(file)
-    assert config.learning_rate == 5e-6
-    assert config.reward_window is None
+    assert (config.learning_rate, config.iterations, config.adam_betas) == (5e-6, 10_000, (0.5, 0.9))
+    assert (config.reward_window, config.balance_rewards) == (None, False)
+    assert (config.mixed_precision, config.style_loss) == ("no", "none")
+    assert RFSRConfig.from_dict({"structure_loss": False}).structure_loss == "none"
+
+
+def test_windows_in_each_unit():
+    steps = RFSRConfig(num_inference_steps=20, structure_window=[1, 8.0], reward_window=(18, 20))
+    assert json.dumps(steps.to_dict()["structure_window"]) == "[1, 8]"  # steps stay whole numbers
+    timesteps = RFSRConfig(window_unit="timesteps", structure_window=[600, 1000], reward_window=[0, 200])
+    noise = RFSRConfig(window_unit="noise", structure_window=[0.5, 1], reward_window=[0, 0.5])
+    assert (timesteps.reward_window, noise.reward_window) == ((0, 200), (0, 0.5))
+    overlapping = RFSRConfig(structure_window=[1, 50], reward_window=[1, 50], allow_overlap=True)
+    assert overlapping.structure_window == overlapping.reward_window
 
 
 def test_rewards_are_numbers_or_mappings(tmp_path):
@@ -80,16 +226,146 @@ def test_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a file nor one of the presets mini, paper"):
         RFSRConfig.load(tmp_path / "absent.yaml")
     broken = tmp_path / "broken.yaml"
-    broken.write_text("a: [1, 2")
-    with pytest.raises(ValueError, match="is not valid YAML"):
-        RFSRConfig.load(broken)
+    for text in (b"a: [1, 2", b"\xff\xfe\xfa", b"model: 2024-13-45", b"seed: " + b"9" * 5000):
+        broken.write_bytes(text)
+        with pytest.raises(ValueError, match="^[^\n]*is not valid YAML: [^\n]*$"):
+            RFSRConfig.load(broken)
     broken.write_text("- 1\n- 2")
     with pytest.raises(ValueError, match="must hold 'key: value' lines, got a list"):
         RFSRConfig.load(broken)
 
 
+def test_a_configuration_cannot_be_changed_in_place():
+    config = RFSRConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1
+    assert config == RFSRConfig() != config.replace(seed=1)
+
+
 def test_round_trip_and_what_may_change_on_resume():
     config = RFSRConfig.load("mini")
     assert RFSRConfig.from_dict(config.to_dict()) == config
-    assert config.differs(config.replace(iterations=999, output_dir="elsewhere").to_dict()) == []
-    assert config.differs(config.replace(learning_rate=1.0, seed=9).to_dict()) == ["learning_rate", "seed"]
+    free = dict(iterations=999, output_dir="elsewhere", learning_rate=1e-6, max_skipped=99, validate_every=7,
+                checkpoint_every=7, keep_checkpoints=7, num_workers=1)  # fmt: skip
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert config.replace(**free).differs(saved) == []
+    assert config.replace(lambda_style=1.0, seed=9, **free).differs(saved) == ["lambda_style", "seed"]
+
+
+class ToyConfig(RunConfig):
+    """What another method would add, with plain annotations."""
+
+    beta: float = Field(0.5, gt=0, le=10, description="strength")
+    pairs: int = Field(2, ge=1, description="pairs per image")
+
+
+def test_another_method_has_keys_of_its_own():
+    config = ToyConfig.from_dict({"beta": "1e-1", "pairs": "1e1", "seed": 4})
+    assert (config.beta, config.pairs, config.seed, config.iterations) == (0.1, 10, 4, 10_000)
+    assert config.differs(config.replace(beta=0.2).to_dict()) == ["beta"]
+    assert ToyConfig.from_dict(config.to_dict()) == config != RunConfig(seed=4)
+    for values, sentence in [
+        ({"beta": True}, "beta must be a finite number (above 0, at most 10), got True"),
+        ({"beta": math.nan}, "beta must be a finite number (above 0, at most 10), got nan"),
+        ({"pairs": 1.5}, "pairs must be a whole number (at least 1), got 1.5"),
+        ({"sede": 1}, "unknown key 'sede'; did you mean 'seed'?"),
+        ({"rewards": {}}, "unknown key 'rewards'; "),
+        ({"batch_size": 3, "gradient_accumulation_steps": 2}, "batch_size must be a multiple of"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            ToyConfig.from_dict(values)
+        assert str(error.value).startswith(f"config: {sentence}")
+
+
+def test_every_key_has_a_description_of_one_line():
+    for field in RFSRConfig.model_fields.values():
+        assert field.description and "\n" not in field.description
+
+
+OWN = """
+from rfsr_ext.models import load_model
+from rfsr_ext.rewards import Reward
+from tests.training.conftest import Brightness, TinyData
+
+NUMBER = 5
+
+class Sharpness(Reward):
+    name = "sharpness"
+    def score(self, images, prompts=None):
+        return images.diff(dim=-1).abs().mean((1, 2, 3))
+
+class Sharp:
+    reward = Sharpness
+
+def data(config):
+    made = TinyData()
+    made.seed = config.seed
+    return made
+
+def model():
+    return load_model("mini")
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "my_own_objects.py").write_text(OWN)
+    (tmp_path / "my_broken_objects.py").write_text("import a_package_nobody_has\n")
+    (tmp_path / "my_wrong_objects.py").write_text("def (:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "my_own_objects"
+    for name in ("my_own_objects", "my_broken_objects", "my_wrong_objects"):
+        sys.modules.pop(name, None)
+
+
+def test_objects_of_the_users_own(own_module):
+    config = RFSRConfig(data=f"{own_module}:data", seed=7, rewards={f"{own_module}:Sharp.reward": {"weight": 2}})
+    assert setup.build_dataset(config).seed == 7
+    (term,) = setup.build_rewards(config.rewards)
+    assert (term.reward.name, term.weight) == ("sharpness", 2.0)
+    assert load_model(f"{own_module}:model").scale == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("my_own_objects", "reward must have the form package.module:Name, got 'my_own_objects'"),
+        ("my_own_objects:Sharpnes", "must name something in 'my_own_objects', which has no 'Sharpnes'"),
+        ("my_own_objects:NUMBER", "must name something to call, got a int"),
+        ("my_absent_objects:Name", "must name a module that can be imported, got ModuleNotFoundError: No module named"),
+        ("my_broken_objects:Name", "got ModuleNotFoundError: No module named 'a_package_nobody_has'"),
+        ("my_wrong_objects:Name", "must name a module that can be imported, got SyntaxError: "),
+    ],
+)
+def test_one_sentence_for_objects_that_cannot_be_had(own_module, name, sentence):
+    with pytest.raises(ValueError) as error:
+        import_object(name, "reward")
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_objects_of_another_kind_are_refused(own_module):
+    with pytest.raises(
+        ValueError,
+        match="reward 'my_own_objects:model' must return an instance of Reward, got one of ControlNetISRModel$",
+    ):
+        setup.build_rewards({f"{own_module}:model": 1.0})
+    with pytest.raises(
+        ValueError, match="^model 'my_own_objects:Sharpness' must return an instance of ISRModel, got one of Sharpness$"
+    ):
+        load_model(f"{own_module}:Sharpness")
+
+
+def test_what_is_shown_is_the_configuration(capsys, tmp_path):
+    from rfsr_ext.cli.config import parse_overrides, show_config
+
+    changes = ["rewards={mini-iqa: 1e-3, x: {weight: 2, steps: [3, 4]}}", "seed=5"]
+    show_config("mini", parse_overrides(changes) | {"negative_prompt": "blurry, größer: 2"})
+    printed = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(printed)
+    shown = RFSRConfig.load(tmp_path / "shown.yaml")
+    assert shown.rewards == {"mini-iqa": 1e-3, "x": {"weight": 2.0, "steps": [3, 4]}}
+    assert shown == RFSRConfig.load(
+        "mini", {"seed": 5, "negative_prompt": "blurry, größer: 2", "rewards": shown.rewards}
+    )
+    assert list(yaml.safe_load(printed)) == list(RFSRConfig.model_fields)
+    assert "# β1 and β2 of Adam\nadam_betas: [0.9, 0.999]\n" in printed

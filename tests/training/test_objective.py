@@ -121,7 +121,8 @@ def test_sentences(tiny_model, batch, parts):
 
 def test_windows_given_as_timesteps_need_no_steps(tiny_model):
     """With fewer steps than the default windows name, which then must not be looked at."""
-    config = RFSRConfig(num_inference_steps=10, structure_timesteps=(600, 1000), reward_timesteps=(0, 200))
+    config = RFSRConfig(num_inference_steps=10, window_unit="timesteps", structure_window=(600, 1000),
+                        reward_window=(0, 200))  # fmt: skip
     tiny_model.scheduler.set_timesteps(10)
     wanted = TimestepWindows.from_timesteps(tiny_model.scheduler.timesteps)
     assert build_windows(config, tiny_model) == wanted

@@ -85,7 +85,7 @@ def held_out(settings, parts, tmp_path, values, **options):
     """What a trainer makes of a reward's held-out scores, first the base model's, and which it would keep."""
     term = WeightedReward(Brightness(), 2.0, **options)
     trainer = RFSRTrainer(
-        RFSRConfig.from_dict(settings | {"regularization": "none", "output_dir": str(tmp_path / str(options))}),
+        RFSRConfig.from_dict(settings | {"style_loss": "none", "output_dir": str(tmp_path / str(options))}),
         make_tiny_model(),
         **parts | {"rewards": [term]},
     )
@@ -104,7 +104,7 @@ def test_scores_beyond_their_cap_do_not_choose_the_best_weights(settings, parts,
 
 
 def test_best_weights_stop_changing_where_every_score_has_reached_its_cap(settings, parts):
-    options = {"structure_loss": "none", "regularization": "none", "learning_rate": 3e-3, "iterations": 12}
+    options = {"structure_loss": "none", "style_loss": "none", "learning_rate": 3e-3, "iterations": 12}
     terms = [WeightedReward(Brightness(), 1.0, cap=-1.0)]  # reached before training
     result = RFSRTrainer(
         RFSRConfig.from_dict(settings | options | {"lambda_structure": 0.0}),
@@ -133,7 +133,7 @@ def test_a_judge_that_falls_while_published_rewards_rise_is_warned_of(settings, 
         return sum(term.reward.score(images, prompts) for term in terms)
 
     judges = {"ally": agrees, "opponent": lambda images, prompts: -agrees(images, prompts)}
-    changes = {"structure_loss": "none", "regularization": "none", "learning_rate": 3e-3, "iterations": 8}
+    changes = {"structure_loss": "none", "style_loss": "none", "learning_rate": 3e-3, "iterations": 8}
     with caplog.at_level(logging.WARNING):
         result = RFSRTrainer(
             RFSRConfig.from_dict(settings | changes), make_tiny_model(), **parts | {"rewards": terms, "judges": judges}

@@ -1,0 +1,38 @@
+"""``rfsr config show``: every setting with what it means; and ``--set KEY=VALUE``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+import yaml
+
+from rfsr_ext.training.config import RFSRConfig
+
+__all__ = ["parse_overrides", "show_config"]
+
+
+def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs to a mapping, values read as YAML.
+
+    Raises:
+        ValueError: if a pair has no ``=`` or its value is no YAML.
+    """
+    overrides = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--set {key.strip()} must have a YAML value, got {value!r} ({reason})") from None
+    return overrides
+
+
+def show_config(path: str, overrides: dict[str, Any]) -> None:
+    """Print the configuration that ``path`` and ``overrides`` make, as YAML that can be given to ``rfsr train``."""
+    config = RFSRConfig.load(path, overrides)
+    for key, value in config.to_dict().items():
+        typer.echo(f"# {type(config).model_fields[key].description}")
+        typer.echo(yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1])
