@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rfsr_ext.rewards import CLIPIQA, ImageReward, WeightedReward, reward_loss
 from rfsr_ext.rewards.image_reward import MAX_LENGTH, ImageRewardModel
-from rfsr_ext.rewards.pyiqa_metric import import_pyiqa
+from rfsr_ext.weights.pyiqa import import_pyiqa
 
 TITLE = "Reward step, CLIP-IQA and ImageReward, batch 4 at 512², float32"
 RN50 = (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12)  # OpenAI's sizes

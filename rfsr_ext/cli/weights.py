@@ -22,11 +22,11 @@ def list_weights(as_json: bool) -> None:
         ]  # fmt: skip
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = [("name", "here", "MiB", "sha256", "purpose", "file", "source", "licence")]
+    table = [("name", "here", "MiB", "sha256", "purpose", "file", "source", "license")]
     for name, file in FILES.items():
         size = f"{file.mib:.0f}" if file.mib else "?"
         here = "yes" if found[name] else "no"
-        table.append((name, here, size, file.sha256[:8] or "?", file.purpose, file.file, file.source, file.licence))
+        table.append((name, here, size, file.sha256[:8] or "?", file.purpose, file.file, file.source, file.license))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

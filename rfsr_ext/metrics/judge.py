@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfsr_ext.files import save_tensors
-from rfsr_ext.rewards.files import load_strictly, read_tensors
 from rfsr_ext.weights import WEIGHTS
+from rfsr_ext.weights.reading import load_strictly, read_tensors
 
 __all__ = ["Judge", "natural_scene_statistics"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from rfsr_ext.metrics.fidelity import psnr, ssim
 from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.rewards.clip_iqa import CLIPIQA
-from rfsr_ext.rewards.pyiqa_metric import create_metric
 from rfsr_ext.weights import registry
+from rfsr_ext.weights.pyiqa import create_metric
 from rfsr_ext.weights.registry import METRIC_FILES
 
 __all__ = ["METRICS", "PRESETS", "Metric", "Preset", "Suite", "get_preset"]

@@ -8,7 +8,7 @@ from rfsr_ext.rewards.clip_iqa import CLIPIQA
 from rfsr_ext.rewards.compose import WeightedReward, check_rewards, reward_loss
 from rfsr_ext.rewards.image_reward import ImageReward
 from rfsr_ext.rewards.mini import MiniIQA, MiniPreference
-from rfsr_ext.rewards.pyiqa_metric import PyIQAReward
+from rfsr_ext.rewards.pyiqa_reward import PyIQAReward
 
 __all__ = [
     "CLIPIQA",

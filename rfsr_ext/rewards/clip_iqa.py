@@ -5,19 +5,23 @@ The extra ``rewards`` installs pyiqa.  ``pip check`` then reports nothing; what 
 """
 
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfsr_ext.rewards.base import Reward
-from rfsr_ext.rewards.files import load_strictly, read_tensors
-from rfsr_ext.rewards.pyiqa_metric import import_pyiqa
 from rfsr_ext.weights import registry
+from rfsr_ext.weights.pyiqa import import_pyiqa
+from rfsr_ext.weights.reading import load_strictly, read_tensors
 
 __all__ = ["CLIPIQA", "prompt_pair_score"]
 
+# pyiqa's five pairs, each good before bad; the paper of CLIP-IQA has one
+PROMPTS = (
+    "Good image", "bad image", "Sharp image", "blurry image", "sharp edges", "blurry edges",
+    "High resolution image", "low resolution image", "Noise-free image", "noisy image",
+)  # fmt: skip
 _CLIP_FILES = {"RN50": "clip-rn50", "ViT-L/14": "clip-vit-l14"}  # in rfsr_ext.weights.registry
 
 
@@ -25,9 +29,9 @@ class CLIPIQA(Reward):
     """How much more an image looks to CLIP like "Good image" than like "bad image", in [0, 1].
 
     r = mean_k softmax(s · cos(image, good_k), s · cos(image, bad_k))₁ with CLIP's own scale s and, for ``clipiqa``,
-    five fixed pairs of prompts; the ``clipiqa+`` variants have one pair of learned ones.  The text features are
-    constants: they are computed once and the text tower is let go, which is the only difference to pyiqa's own forward
-    pass.
+    five fixed pairs of `PROMPTS`; the ``clipiqa+`` variants have one pair of learned ones.  The text features are
+    constants: they are computed once and CLIP's text encoder is not kept, which is the only difference to pyiqa's own
+    forward pass.
 
     Images of any size from 32 pixels.  Computes in the type of its weights (``.to(torch.bfloat16)``), or as autocast
     says; the comparison with the text is in single precision at least.
@@ -51,27 +55,21 @@ class CLIPIQA(Reward):
         if variant not in self.VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(self.VARIANTS)}, got {variant!r}")
         self.name = variant
-        architecture = import_pyiqa("pyiqa.archs.clipiqa_arch")
-        options = dict(import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS[variant]["metric_opts"])
-        options.pop("type")
+        options = import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS[variant]["metric_opts"]
         self.pos_embedding = options.get("pos_embedding", False)
-        network = _load_clip(options.pop("backbone", "RN50"), clip)
-        # pyiqa's own loader downloads what it does not find, and reads TorchScript alone
-        with mock.patch.object(architecture, "load", lambda *args: network):
-            metric = architecture.CLIPIQA(**options, backbone="", pretrained=False)
-        if variant != "clipiqa":
-            _load_prompts(metric, variant, prompts)
+        network = _load_clip(options.get("backbone", "RN50"), clip)
         with torch.no_grad():
-            fixed = variant == "clipiqa"
-            text = network.encode_text(metric.prompt_pairs) if fixed else metric.prompt_learner(network)
-        self.visual = network.visual.requires_grad_(False)
-        for module in self.visual.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.__class__ = nn.LayerNorm  # theirs computes in single precision with weights that may be another
+            if variant == "clipiqa":
+                tokenize = import_pyiqa("pyiqa.archs.clip_imports").clip.tokenize
+                text = network.encode_text(tokenize(list(PROMPTS)))
+            else:
+                text = _learned_prompts(network, variant, prompts)(network)
+        self.visual = _plain_layer_norms(network.visual).requires_grad_(False)
         self.register_buffer("text", F.normalize(text, dim=-1))
         self.register_buffer("scale", network.logit_scale.detach().exp())
-        self.register_buffer("mean", metric.default_mean)
-        self.register_buffer("std", metric.default_std)
+        constants = import_pyiqa("pyiqa.archs.constants")
+        for name, values in (("mean", constants.OPENAI_CLIP_MEAN), ("std", constants.OPENAI_CLIP_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
         self.eval()
 
     def score(self, images: Tensor, prompts: list[str] | None = None) -> Tensor:
@@ -117,13 +115,23 @@ def _load_clip(backbone: str, path: str | Path | None) -> nn.Module:
     return network
 
 
-def _load_prompts(metric: nn.Module, variant: str, path: str | Path | None) -> None:
+def _learned_prompts(network: nn.Module, variant: str, path: str | Path | None) -> nn.Module:
+    """pyiqa's module that makes the text features, with the prompts of a file in it."""
     what = f"learned prompts of {variant}"
     path = registry.locate(variant) if path is None else Path(path)
     tensors = read_tensors(path, what)
-    learner = metric.prompt_learner
+    learner = nn.ModuleDict({"prompt_learner": import_pyiqa("pyiqa.archs.clipiqa_arch").PromptLearner(network)})
     if set(tensors) == {""}:  # the file of clipiqa+ is one tensor
-        tensors = {f"prompt_learner.{key}": value for key, value in learner.state_dict().items()} | {
-            "prompt_learner.ctx": tensors[""]
-        }
-    load_strictly(metric, tensors, path, what)
+        tensors = learner.state_dict() | {"prompt_learner.ctx": tensors[""]}
+    load_strictly(learner, tensors, path, what)
+    return learner["prompt_learner"]
+
+
+def _plain_layer_norms(network: nn.Module) -> nn.Module:
+    """PyTorch's own layer norms in place of CLIP's, which compute in single precision whatever their weights are in."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            plain = nn.LayerNorm(module.normalized_shape, module.eps)
+            plain.load_state_dict(module.state_dict())
+            network.set_submodule(name, plain)
+    return network

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfsr_ext.rewards.base import Reward
-from rfsr_ext.rewards.files import load_strictly, read_tensors
 from rfsr_ext.weights import registry
+from rfsr_ext.weights.reading import load_strictly, read_tensors
 
 __all__ = ["ImageReward", "ImageRewardModel", "convert_names"]
 
@@ -159,7 +159,7 @@ class ImageReward(Reward):
             raise ValueError(f"backend must be transformers or image-reward, got {backend!r}")
         original = import_original() if backend == "image-reward" else None
         what = "ImageReward's weights"
-        path = registry.locate("imagereward") if path is None else Path(path)
+        path = registry.locate("image-reward") if path is None else Path(path)
         tensors = convert_names(read_tensors(path, what))
         tokenizer = load_tokenizer(tokenizer or path.parent)
         with torch.device("meta"):  # nothing to initialise: every tensor but one is in the file

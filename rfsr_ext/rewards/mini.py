@@ -10,8 +10,8 @@ from transformers import CLIPTokenizer
 
 from rfsr_ext.files import save_tensors
 from rfsr_ext.rewards.base import Reward
-from rfsr_ext.rewards.files import load_strictly, read_tensors
 from rfsr_ext.weights import WEIGHTS
+from rfsr_ext.weights.reading import load_strictly, read_tensors
 
 __all__ = ["MiniIQA", "MiniPreference"]
 

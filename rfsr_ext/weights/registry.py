@@ -1,41 +1,43 @@
-"""Every published weight file that some part can use: what it is for, whence it comes, where it is looked for.
+"""Every published weight file that some part can use: what it is for, where it comes from, where it is looked for.
 
 Nothing is downloaded unless `fetch` is asked to.  A file is looked for in the folder that ``RFSR_WEIGHTS`` names, then
 in the cache of the package that reads it (its *home*):
 
-=============== ====================================================== =====================================
-home            folder                                                 who reads it there
-=============== ====================================================== =====================================
-``checkpoints`` ``checkpoints`` in torch hub's folder                  torchvision
-``pyiqa``       ``pyiqa`` in torch hub's folder                        pyiqa
-``pyiqa-clip``  ``clip`` in torch hub's folder                         pyiqa's own copy of CLIP
-``openai-clip`` ``~/.cache/clip``                                      openai-clip
-``imagereward`` ``~/.cache/ImageReward``                               image-reward
-``hub``         the Hugging Face cache (``HF_HOME``), and only there   timm, transformers
-=============== ====================================================== =====================================
+================ ============================================ =====================================
+home             folder                                       who reads it there
+================ ============================================ =====================================
+``checkpoints``  ``checkpoints`` in torch hub's folder        torchvision
+``pyiqa``        ``pyiqa`` in torch hub's folder              pyiqa
+``pyiqa-clip``   ``clip`` in torch hub's folder               pyiqa's own copy of CLIP
+``openai-clip``  ``~/.cache/clip``                            openai-clip
+``image-reward`` ``~/.cache/ImageReward``                     image-reward
+``hub``          the Hugging Face cache (``HF_HOME``) alone   timm, transformers
+================ ============================================ =====================================
 
 Hashes stand where the publisher made them known: OpenAI in the address, torchvision in the file name (its first eight
-digits).  pyiqa's file names end in eight digits too, but neither pyiqa nor its repository says of what.  Licences are
+digits).  pyiqa's file names end in eight digits too, but neither pyiqa nor its repository says of what.  Licenses are
 those that the publisher's package states; "unknown" means that the file itself comes without one.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
-import shutil
-import urllib.request
-from collections.abc import Iterable
+import re
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from urllib.parse import quote
+from urllib.error import URLError
+from urllib.parse import quote, unquote
 
 import torch
 
-from rfsr_ext.files import replace_file
-
 __all__ = ["FILES", "METRIC_FILES", "WeightFile", "fetch", "find", "locate", "missing", "provide"]
 
-_CHUNK = 1 << 20
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no fault of the network
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 _RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
@@ -52,7 +54,7 @@ class WeightFile:
         purpose: what uses it, in words.
         source: an address, or for ``hub`` the repository.
         home: see the module.
-        licence: "unknown" where none is stated.
+        license: "unknown" where none is stated.
         sha256: the whole hash, its first digits where only those are published, or "".
         mib: size in MiB where the publisher states it.
     """
@@ -61,7 +63,7 @@ class WeightFile:
     purpose: str
     source: str
     home: str
-    licence: str = "unknown"
+    license: str = "unknown"
     sha256: str = ""
     mib: float | None = None
 
@@ -73,7 +75,7 @@ class WeightFile:
             return Path(constants.HF_HUB_CACHE) / f"models--{self.source.replace('/', '--')}"
         hub, user = Path(torch.hub.get_dir()), Path.home() / ".cache"
         return {"checkpoints": hub / "checkpoints", "pyiqa": hub / "pyiqa", "pyiqa-clip": hub / "clip",
-                "openai-clip": user / "clip", "imagereward": user / "ImageReward"}[self.home]  # fmt: skip
+                "openai-clip": user / "clip", "image-reward": user / "ImageReward"}[self.home]  # fmt: skip
 
     def places(self) -> list[Path]:
         """Folders in the order they are looked into; names within the Hugging Face cache mean nothing elsewhere."""
@@ -109,8 +111,8 @@ FILES: dict[str, WeightFile] = {
     "clipiqa+": _pyiqa("CLIP-IQA+_learned_prompts-603f3273.pth", "prompts of CLIP-IQA+"),
     "clipiqa+_rn50_512": _pyiqa("CLIPIQA+_RN50_512-89f5d940.pth", "CLIP-IQA+, fine-tuned RN50"),
     "clipiqa+_vitL14_512": _pyiqa("CLIPIQA+_ViTL14_512-e66488f2.pth", "CLIP-IQA+, fine-tuned ViT-L/14"),
-    "imagereward": WeightFile("ImageReward.pt", "ImageReward", "https://huggingface.co/THUDM/ImageReward/resolve/main/"
-                              "ImageReward.pt", "imagereward", "unknown (image-reward itself: Apache 2.0)"),
+    "image-reward": WeightFile("ImageReward.pt", "ImageReward", "https://huggingface.co/THUDM/ImageReward/resolve/main/"
+                              "ImageReward.pt", "image-reward", "unknown (image-reward itself: Apache 2.0)"),
     "bert-vocabulary": WeightFile("vocab.txt", "tokenizer of ImageReward", "google-bert/bert-base-uncased", "hub"),
     "lpips": _pyiqa("LPIPS_v0.1_alex-df73285e.pth", "LPIPS (AlexNet), linear layers"),
     "lpips-vgg": _pyiqa("LPIPS_v0.1_vgg-a78928a0.pth", "LPIPS (VGG16), linear layers"),
@@ -241,40 +243,61 @@ def fetch(name: str) -> Path:
     """Download the file of this name unless it is there, aside and then by one rename, and verify it.
 
     It goes into the folder ``RFSR_WEIGHTS`` names, else into its home; files of ``hub`` into the Hugging Face cache.
+    huggingface_hub downloads what comes from its hub and compares the length, torch.hub the rest, all of which has a
+    published hash.
 
     Raises:
-        ConnectionError: if it cannot be reached; nothing has changed.
-        ValueError: if there is no such name, or what arrived has another hash or length.
+        ConnectionError: if it cannot be reached or breaks off; nothing has changed.
+        ValueError: if there is no such name, or what arrived has another hash.
     """
     weight = _named(name)
     if find(name) is not None:
         return locate(name)
     if weight.home == "hub":
-        from huggingface_hub import hf_hub_download, hf_hub_url
-
-        # asked first, because the hub's own client would try again for half a minute and say so many times
-        _open(weight, hf_hub_url(weight.source, weight.file), "HEAD").close()
-        return Path(hf_hub_download(weight.source, weight.file, cache_dir=weight.folder().parent))
+        return _from_hub(weight, weight.source, weight.file, cache_dir=weight.folder().parent)
     target = weight.places()[0] / weight.file
-    with replace_file(target) as aside:
-        response = _open(weight, weight.source, "GET")
-        with response, open(aside, "wb") as file:
-            shutil.copyfileobj(response, file, _CHUNK)
-        length = response.headers.get("Content-Length")
-        if length is not None and aside.stat().st_size != int(length):
-            raise ValueError(
-                f"{weight.file} must have {length} bytes, got {aside.stat().st_size} from {weight.source}; fetch again"
-            )
-        _verify(weight, aside)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if on_hub := re.fullmatch(r"https://huggingface\.co/([^/]+/[^/]+)/resolve/main/(.+)", weight.source):
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{weight.file}.") as aside:
+            _from_hub(weight, on_hub[1], unquote(on_hub[2]), local_dir=aside).replace(target)
+        return target
+    try:
+        with _patience(30):
+            torch.hub.download_url_to_file(weight.source, str(target), hash_prefix=weight.sha256)
+    except RuntimeError as error:
+        raise ValueError(f"{weight.file} from {weight.source} is damaged or another file: {error}") from error
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise _unreachable(weight, error) from error
     return target
 
 
-def _open(weight: WeightFile, address: str, method: str):
+def _from_hub(weight: WeightFile, repository: str, file: str, **where) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
     try:
-        return urllib.request.urlopen(urllib.request.Request(address, method=method), timeout=30)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise ConnectionError(
-            f"{weight.file} could not be had from {address} ({reason}); fetch it where there is a network and put it "
-            f"into {weight.places()[0]}"
-        ) from error
+        # asked first and once: hf_hub_download would try for half a minute, and say so many times
+        get_hf_file_metadata(hf_hub_url(repository, file))
+        return Path(hf_hub_download(repository, file, **where))
+    except Exception as error:  # of requests or of httpx, by the release of huggingface_hub
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
+        raise _unreachable(weight, error) from error
+
+
+def _unreachable(weight: WeightFile, error: Exception) -> ConnectionError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return ConnectionError(
+        f"{weight.file} could not be downloaded from {weight.source} ({reason}); download it where there is a network "
+        f"and put it into {weight.places()[0]}"
+    )
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Give up on a silent network after that long: torch.hub sets no limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -28,7 +28,7 @@ import scipy.io  # noqa: E402
 import timm  # noqa: E402
 import torchvision  # noqa: E402
 
-from rfsr_ext.rewards.pyiqa_metric import import_pyiqa  # noqa: E402
+from rfsr_ext.weights.pyiqa import import_pyiqa  # noqa: E402
 from tests.rewards import tiny  # noqa: E402
 
 clip = import_pyiqa("pyiqa.archs.clip_imports").clip

@@ -18,7 +18,7 @@ from rfsr_ext.weights import registry
 
 pytest.importorskip("pyiqa", reason="CLIP-IQA needs the package pyiqa (pip install 'rfsr_ext[rewards]')")
 
-from rfsr_ext.rewards.pyiqa_metric import import_pyiqa  # noqa: E402
+from rfsr_ext.weights.pyiqa import import_pyiqa  # noqa: E402
 from tests.rewards.tiny import CLIP_SIZES, clip_network, save_archive  # noqa: E402
 
 architecture, clip_model = import_pyiqa("pyiqa.archs.clipiqa_arch"), import_pyiqa("pyiqa.archs.clip_model")

@@ -179,7 +179,7 @@ def test_a_missing_file_is_named_with_its_places(published):
         create_reward("image-reward")
     text = str(error.value)
     assert "ImageReward.pt (ImageReward) is not in" in text and str(published) in text
-    assert "`rfsr weights fetch imagereward` gets it from" in text and "\n" not in text
+    assert "`rfsr weights fetch image-reward` gets it from" in text and "\n" not in text
     with pytest.raises(FileNotFoundError, match="'nowhere.pt' does not exist"):
         ImageReward.from_pretrained("nowhere.pt")
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from rfsr_ext.rewards import CLIPIQA, ImageReward, image_reward
 from rfsr_ext.rewards.image_reward import ImageRewardModel, convert_names, load_tokenizer
-from rfsr_ext.rewards.pyiqa_metric import import_pyiqa
+from rfsr_ext.weights.pyiqa import import_pyiqa
 
 FILES = Path(__file__).parent / "image_reward"
 CLIP_SIZES = {  # embed, resolution, vision layers, width, patch, context, vocabulary, text width, heads, layers

@@ -179,9 +179,9 @@ def test_fetch(places, known, server):
 @pytest.mark.parametrize(
     ("answer", "kind", "sentence"),
     [
-        (None, ConnectionError, "could not be had from http://127.0.0.1.*404.*; fetch it where there is a network and"),
-        ((CONTENT[:999], len(CONTENT)), ValueError, f"must have {len(CONTENT)} bytes, got 999 from"),
-        ((CONTENT[::-1], len(CONTENT)), ValueError, "damaged or another file: its SHA-256 must start with"),
+        (None, ConnectionError, "could not be downloaded from http://127.0.0.1.*404.*; download it where there is a n"),
+        ((CONTENT[:999], len(CONTENT)), ValueError, "damaged or another file: invalid hash value"),
+        ((CONTENT[::-1], len(CONTENT)), ValueError, "damaged or another file: invalid hash value"),
     ],
 )
 def test_a_fetch_that_fails_leaves_nothing(places, known, server, answer, kind, sentence):
@@ -192,7 +192,69 @@ def test_a_fetch_that_fails_leaves_nothing(places, known, server, answer, kind, 
     assert list((places / "mine").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["vgg19", "maniqa-vit"])
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hugging Face hub that has what its ``files`` say by path, and may break off after some bytes."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self, body=b""):
+            content = files.get(unquote(self.path))
+            if content is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", hashlib.sha256(content).hexdigest())
+            self.send_header("X-Repo-Commit", "abc")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self.do_HEAD(files.get(unquote(self.path), b"")[: files.get("breaks off after")])
+
+        def log_message(self, *arguments):
+            pass
+
+    files = {}
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address := f"http://127.0.0.1:{httpd.server_port}")
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+    yield files
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.mark.parametrize("name", ["musiq", "laion_aes", "image-reward"])
+def test_fetch_from_the_hub(places, hub, name):
+    hub[unquote(FILES[name].source.removeprefix("https://huggingface.co"))] = CONTENT
+    assert fetch(name) == find(name) == places / "mine" / FILES[name].file
+    assert fetch(name).read_bytes() == CONTENT
+    assert list((places / "mine").iterdir()) == [places / "mine" / FILES[name].file]
+
+
+def test_fetch_into_the_cache_of_the_hub(places, hub):
+    hub[f"/{FILES['maniqa-vit'].source}/resolve/main/model.safetensors"] = CONTENT
+    assert fetch("maniqa-vit") == find("maniqa-vit")
+    assert find("maniqa-vit").read_bytes() == CONTENT and FILES["maniqa-vit"].folder() in find("maniqa-vit").parents
+
+
+@pytest.mark.parametrize("name", ["musiq", "image-reward"])
+@pytest.mark.parametrize("how", ["missing", "broken off"])
+def test_a_fetch_from_the_hub_that_fails_leaves_nothing(places, hub, name, how):
+    if how == "broken off":
+        hub[unquote(FILES[name].source.removeprefix("https://huggingface.co"))] = CONTENT
+        hub["breaks off after"] = 999
+    with pytest.raises(
+        ConnectionError, match=f"{FILES[name].file} could not be downloaded from https.*; download it"
+    ) as e:
+        fetch(name)
+    assert "\n" not in str(e.value) and list((places / "mine").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["vgg19", "musiq", "maniqa-vit"])
 def test_offline_is_one_sentence(places, monkeypatch, name):
     import socket
 
@@ -201,7 +263,7 @@ def test_offline_is_one_sentence(places, monkeypatch, name):
 
     for attribute in ("create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, attribute, unreachable)
-    with pytest.raises(ConnectionError, match=r"could not be had from .*; fetch it where there is a network") as error:
+    with pytest.raises(ConnectionError, match=r"could not be downloaded from .*; download it where there i") as error:
         fetch(name)
     assert "\n" not in str(error.value)
 
