@@ -1,22 +1,20 @@
 """ImageReward (arXiv 2304.05977), the second reward of the paper, on current transformers.
 
-The published package needs timm 0.6.13 and a transformers older than 4.56; this module builds the same network from
-transformers' own BLIP parts and reads the same file of weights.
+The same network as that of the package image-reward, built from transformers' own BLIP parts, reads the same file of
+weights.  The package itself can take its place (``backend="image-reward"``): see `image_reward_package` in this folder.
 """
 
-import importlib
-import json
 import re
 import tempfile
 from pathlib import Path
 from typing import Self
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfsr_ext.rewards.base import Reward
+from rfsr_ext.rewards.image_reward_package import build_network, import_package
 from rfsr_ext.weights import registry
 from rfsr_ext.weights.reading import load_strictly, read_tensors
 
@@ -99,7 +97,7 @@ class ImageReward(Reward):
         tokenizer: BERT's, with the tokens [DEC] and [ENC] added, see `load_tokenizer`.
     """
 
-    name = "ImageReward"
+    name = "image-reward"
 
     def __init__(self, model: nn.Module, tokenizer):
         super().__init__()
@@ -148,23 +146,25 @@ class ImageReward(Reward):
                 looks for it.
             tokenizer: a folder with the vocab.txt of bert-base-uncased; by default the folder of ``path`` if it is
                 there, else the Hugging Face cache.
-            backend: "transformers", or "image-reward" for the original package's network.
+            backend: "transformers", or "image-reward" for the network of the package image-reward; the scores and the
+                image gradients are the same.
 
         Raises:
             FileNotFoundError: if a file is not on disk.
-            ModuleNotFoundError: if the original package is asked for and cannot be imported.
+            ModuleNotFoundError: if the package is asked for and cannot be imported.
             ValueError: if a file is damaged or of another model, or there is no such backend.
         """
         if backend not in ("transformers", "image-reward"):
             raise ValueError(f"backend must be transformers or image-reward, got {backend!r}")
-        original = import_original() if backend == "image-reward" else None
+        if backend == "image-reward":
+            import_package()  # before half a minute is spent on reading weights
         what = "ImageReward's weights"
         path = registry.locate("image-reward") if path is None else Path(path)
-        tensors = convert_names(read_tensors(path, what))
+        tensors = read_tensors(path, what)
         tokenizer = load_tokenizer(tokenizer or path.parent)
         with torch.device("meta"):  # nothing to initialise: every tensor but one is in the file
             model = ImageRewardModel()
-        load_strictly(model, tensors, path, "ImageReward", assign=True)
+        load_strictly(model, convert_names(tensors), path, "ImageReward", assign=True)
         positions = model.text.embeddings.position_ids
         model.text.embeddings.position_ids = torch.arange(positions.numel()).expand_as(positions)
         if len(tokenizer) != TEXT["vocab_size"]:
@@ -172,8 +172,9 @@ class ImageReward(Reward):
                 f"tokenizer must have the vocabulary of bert-base-uncased and two tokens more, {TEXT['vocab_size']}, "
                 f"got {len(tokenizer)}"
             )
-        if original is not None:
-            model = original_model(original, read_tensors(path, what), tokenizer)
+        if backend == "image-reward":
+            config = TEXT | {"encoder_width": VISION["hidden_size"], "add_cross_attention": True}
+            model = build_network(tensors, tokenizer, config)
         return cls(model.float(), tokenizer)
 
 
@@ -188,7 +189,7 @@ def load_tokenizer(folder: str | Path):
     vocabulary = Path(folder) / "vocab.txt"
     if not vocabulary.is_file():
         vocabulary = registry.locate("bert-vocabulary")
-    with tempfile.TemporaryDirectory() as aside:  # alone, lest a config.json beside it speak of another tokenizer
+    with tempfile.TemporaryDirectory() as aside:  # alone: a config.json beside it may name another tokenizer
         (Path(aside) / "vocab.txt").write_bytes(vocabulary.read_bytes())
         tokenizer = BertTokenizer.from_pretrained(aside)
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
@@ -227,43 +228,3 @@ def convert_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _standardise(raw: Tensor) -> Tensor:
     return (raw.squeeze(-1).to(torch.promote_types(raw.dtype, torch.float32)) - REWARD_MEAN) / REWARD_STD
-
-
-def import_original():
-    """The module ``ImageReward.ImageReward`` of the package image-reward.
-
-    Raises:
-        ModuleNotFoundError: if it cannot be imported, with the reason.
-    """
-    try:
-        return importlib.import_module("ImageReward.ImageReward")
-    except Exception as error:  # with other versions of its dependencies it fails in many ways
-        reason = " ".join(str(error).split())
-        raise ModuleNotFoundError(
-            f"backend 'image-reward' needs the package image-reward, which cannot be imported here ({reason}); it "
-            f"works with timm 0.6.13 and transformers 4.55, and backend 'transformers' gives the same scores without it"
-        ) from error
-
-
-class _OriginalModel(nn.Module):
-    """The original network behind the interface of `ImageRewardModel`."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network.requires_grad_(False).eval()
-
-    def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
-        self.network.device = pixels.device
-        pixels = pixels.to(self.network.blip.visual_encoder.cls_token.dtype)
-        return self.network.score_gard(ids, mask, pixels).squeeze(-1).float()
-
-
-def original_model(original, tensors: dict[str, Tensor], tokenizer) -> nn.Module:
-    """The original package's network with these weights; its own loader would download configuration and tokenizer."""
-    pretrain = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(pretrain, "init_tokenizer", lambda: tokenizer):
-        config = Path(folder) / "med_config.json"
-        config.write_text(json.dumps(TEXT | {"encoder_width": VISION["hidden_size"], "add_cross_attention": True}))
-        network = original.ImageReward(med_config=str(config))
-    network.load_state_dict(tensors, strict=False)  # as the package does: position_ids come and go with transformers
-    return _OriginalModel(network)

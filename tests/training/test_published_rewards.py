@@ -52,7 +52,7 @@ def test_one_iteration_in_each_window_of_the_mini_model(settings, parts, publish
     result = RFSRTrainer(RFSRConfig.from_dict(settings | changes), model, **given).train()
     assert list(result.history["window"]) == ["structure", "reward"]
     assert not result.history["skipped"].any() and (result.history["grad_norm"] > 0).all()
-    logged = {f"reward/{'ImageReward' if name == 'image-reward' else name}" for name in terms}
+    logged = {f"reward/{name}" for name in terms}
     assert result.history.loc[result.history["window"] == "reward", sorted(logged)].notna().all().all()
     assert any(not torch.equal(p, before[name]) for name, p in result.model.unet.named_parameters())
 
@@ -140,7 +140,7 @@ def test_a_judge_that_falls_while_published_rewards_rise_is_warned_of(settings, 
         ).train()
     first, last = result.validation.iloc[0], result.validation.iloc[-1]
     assert last["reward"] > first["reward"]
-    assert last["reward"] == pytest.approx(last["clipiqa"] + last["ImageReward"])
+    assert last["reward"] == pytest.approx(last["clipiqa"] + last["image-reward"])
     warned = [record.getMessage() for record in caplog.records if "this is what reward hacking" in record.message]
     numbers = "({:.4g} to {:.4g})".format
     assert warned and not any("ally" in message for message in warned)
