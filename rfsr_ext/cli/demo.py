@@ -14,7 +14,7 @@ from rfsr_ext.evaluation import compare, comparison_figure, curves_figure, evalu
 from rfsr_ext.files import replace_file
 from rfsr_ext.metrics import psnr
 from rfsr_ext.models import ISRModel, load_model
-from rfsr_ext.rewards import create_reward
+from rfsr_ext.rewards import REWARDS, create_reward
 from rfsr_ext.sampling import generators, sample
 from rfsr_ext.training import RFSRConfig, RFSRTrainer
 
@@ -36,12 +36,12 @@ def _comparison(models: dict[str, ISRModel], samples: list[Sample], seed: int):
             scores = iqa.score(images)
         columns.append(
             [
-                (image, f"PSNR {p:.1f} dB · MiniIQA {s:.2f}")
+                (image, f"PSNR {p:.1f} dB · {iqa.name} {s:.2f}")
                 for image, p, s in zip(images, psnr(images, gt), scores, strict=True)
             ]
         )
     with torch.no_grad():
-        columns.append([(image, f"MiniIQA {s:.2f}") for image, s in zip(gt, iqa.score(gt), strict=True)])
+        columns.append([(image, f"{iqa.name} {s:.2f}") for image, s in zip(gt, iqa.score(gt), strict=True)])
     rows = [list(row) for row in zip(*columns, strict=True)]
     return comparison_figure(rows, ["low resolution", *models, "ground truth"])
 
@@ -69,7 +69,7 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
             figure.savefig(path, format="png", dpi=100)
     report = {
         "config": config.to_dict(),
-        "stand_ins": ["mini model", "MiniIQA", "MiniPreference", f"VGG19 ({config.vgg_weights})"],
+        "stand_ins": ["mini model", *REWARDS, f"VGG19 ({config.vgg_weights})"],
         "held_out": {"photographs": photographs("test"), "crops": crops, "size": 128, "seed": seed},
         "means": {m: t.droplevel("model").to_dict("index") for m, t in summarise(frame).groupby(level="model")},
         "fine_tuned_minus_base": compare(frame, "base", "fine-tuned").to_dict("index"),

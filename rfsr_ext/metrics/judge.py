@@ -96,7 +96,7 @@ def natural_scene_statistics(images: Tensor) -> Tensor:
 class Judge(nn.Module):
     """Quality of images, about 0 (ruined) to 100 (untouched), from their statistics alone; no prompt, no reference."""
 
-    name = "Judge"
+    name = "judge"
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ class Judge(nn.Module):
         return 100 * self.from_statistics(natural_scene_statistics(images))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``Judge.safetensors``."""
+        """Write ``judge.safetensors``."""
         save_tensors(Path(folder) / f"{self.name}.safetensors", self.state_dict())
 
     @classmethod

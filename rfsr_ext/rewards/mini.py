@@ -50,7 +50,7 @@ class MiniIQA(_SavedReward):
     of over-sharpening, and can be fooled by it.
     """
 
-    name = "MiniIQA"
+    name = "mini-iqa"
     stand_in_for = "CLIP-IQA"
 
     def __init__(self):
@@ -80,7 +80,7 @@ class MiniPreference(_SavedReward):
     distorted one, and its own prompt beats another picture's.  Mean and deviation are those of the training pairs.
     """
 
-    name = "MiniPreference"
+    name = "mini-preference"
     stand_in_for = "ImageReward"
 
     def __init__(self, tokenizer: CLIPTokenizer, width: int = 64):

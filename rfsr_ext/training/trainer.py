@@ -132,7 +132,7 @@ class RFSRTrainer:
             if validation is None
             else validation
         )
-        self.judges = {"Judge": Judge.from_pretrained().to(self.accelerator.device).score} if judges is None else judges
+        self.judges = {"judge": Judge.from_pretrained().to(self.accelerator.device).score} if judges is None else judges
 
         self.base_fingerprint = fingerprint(self.model.trainable_groups())
         reference = self.model.reference() if regularized and not config.lora_rank else None

@@ -322,7 +322,7 @@ def test_demo_in_small(rfsr, tmp_path):
     assert code == 0
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert set(report["means"]) == {"bicubic", "base", "fine-tuned"}
-    assert {"psnr", "ssim", "MiniIQA", "MiniPreference", "Judge"} <= set(report["fine_tuned_minus_base"])
+    assert {"psnr", "ssim", "mini-iqa", "mini-preference", "judge"} <= set(report["fine_tuned_minus_base"])
     assert "random" in " ".join(report["stand_ins"])
     for name in ("comparison.png", "curves.png"):
         with Image.open(tmp_path / "demo" / name) as image:

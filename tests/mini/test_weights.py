@@ -21,7 +21,7 @@ def test_they_are_small_and_have_a_card():
     assert sum(path.stat().st_size for path in files) <= 16e6
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
     card = (WEIGHTS / "README.md").read_text()
-    for name in ("rfsr mini build", "chelsea", "PSNR", "licence"):
+    for name in ("rfsr mini build", "chelsea", "PSNR", "license"):
         assert name in card
 
 

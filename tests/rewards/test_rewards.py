@@ -110,18 +110,18 @@ def test_save_and_load(tmp_path):
     loaded = MiniIQA.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.score(images), reward.score(images), atol=1e-3, rtol=0)  # half precision on disk
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert loaded.label == "MiniIQA (stand-in for CLIP-IQA)"
-    with pytest.raises(FileNotFoundError, match="MiniPreference weights .* do not exist; `rfsr mini build` makes them"):
+    assert loaded.label == "mini-iqa (stand-in for CLIP-IQA)"
+    with pytest.raises(FileNotFoundError, match="mini-preference weights .* do not exist; `rfsr mini build` makes"):
         MiniPreference.from_pretrained(tmp_path, architecture.tokenizer())
 
 
 @pytest.mark.parametrize(
     ("load", "file", "other"),
     [
-        (MiniIQA.from_pretrained, "rewards/MiniIQA", "judge/Judge"),
-        (lambda folder: MiniPreference.from_pretrained(folder, architecture.tokenizer()), "rewards/MiniPreference",
-         "rewards/MiniIQA"),
-        (Judge.from_pretrained, "judge/Judge", "rewards/MiniPreference"),
+        (MiniIQA.from_pretrained, "rewards/mini-iqa", "judge/judge"),
+        (lambda folder: MiniPreference.from_pretrained(folder, architecture.tokenizer()), "rewards/mini-preference",
+         "rewards/mini-iqa"),
+        (Judge.from_pretrained, "judge/judge", "rewards/mini-preference"),
     ],
 )  # fmt: skip
 def test_wrong_files_in_place_of_the_shipped_ones(tmp_path, load, file, other):

@@ -219,7 +219,7 @@ def test_rewards_are_numbers_or_mappings(tmp_path):
     assert RFSRConfig.from_dict(config.to_dict()) == config
     plain, term = setup.build_rewards({"mini-iqa": 0.5, "mini-preference": config.rewards["image-reward"]})
     assert (plain.weight, plain.cap, plain.views) == (0.5, None, ("1",))
-    assert (term.weight, term.cap, term.normalize, term.reward.name) == (1e-3, 2.0, True, "MiniPreference")
+    assert (term.weight, term.cap, term.normalize, term.reward.name) == (1e-3, 2.0, True, "mini-preference")
 
 
 def test_broken_files(tmp_path):
