@@ -29,38 +29,48 @@ def vgg19_weights_path() -> Path:
         raise FileNotFoundError(f"{error}, or choose weights='random'") from None
 
 
-def _convolutions() -> nn.Sequential:
-    """``torchvision.models.vgg19().features``. torchvision is not imported: each of its releases demands one torch."""
-    modules, channels = [], 3
-    for count, width in BLOCKS:
-        for _ in range(count):
-            modules += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+def _convolutions(last: str) -> nn.ModuleDict:
+    """``torchvision.models.vgg19().features`` up to this convolution, by name, its weights not yet in memory.
+
+    torchvision is not imported: each of its releases demands one torch.
+    """
+    modules, channels = nn.ModuleDict(), 3
+    for block, (count, width) in enumerate(BLOCKS, 1):
+        for position in range(1, count + 1):
+            modules[f"conv{block}_{position}"] = nn.Conv2d(channels, width, 3, padding=1, device="meta")
+            if last in modules:
+                return modules
+            # not in place, which would overwrite the convolution's output
+            modules[f"relu{block}_{position}"] = nn.ReLU()
             channels = width
-        modules.append(nn.MaxPool2d(2))
-    return nn.Sequential(*modules)
+        modules[f"pool{block}"] = nn.MaxPool2d(2)
+    return modules
 
 
-def _imagenet_features() -> nn.Sequential:
+def _imagenet_tensors(network: nn.ModuleDict) -> dict[str, Tensor]:
     tensors = torch.load(vgg19_weights_path(), map_location="cpu", weights_only=True, mmap=True)
-    network, prefix = _convolutions(), "features."
-    network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    return network
+    return {
+        f"{name}.{part}": tensors[f"features.{index}.{part}"].clone()  # the file is mapped, not read
+        for index, (name, module) in enumerate(network.items())
+        if isinstance(module, nn.Conv2d)
+        for part in ("weight", "bias")
+    }
 
 
-def _random_features(seed: int) -> nn.Sequential:
-    """The convolutions of ``torchvision.models.vgg19()`` under this seed, without half a gigabyte of classifier."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _convolutions()
-        for fan_in, fan_out in ((512 * 7 * 7, 4096), (4096, 4096), (4096, 1000)):  # what the classifier would draw
-            for _ in range(fan_out):
-                torch.rand(fan_in)
-            torch.rand(fan_out)
-        for module in network:
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-    return network
+def _random_tensors(network: nn.ModuleDict, seed: int) -> dict[str, Tensor]:
+    """Kaiming's uniform distribution, as he has it for ReLU and fan-out, and biases of zero.
+
+    From numbers in [0, 1) by one product and one difference, each rounded by itself, so that the weights are the same
+    on every machine: PyTorch's normal distribution differs in the last bits between processors.
+    """
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name, module in network.items():
+        if isinstance(module, nn.Conv2d):
+            bound = (6 / (module.out_channels * 9)) ** 0.5
+            uniform = torch.rand(module.weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+            tensors[f"{name}.weight"] = uniform.mul_(2 * bound).sub_(bound)
+            tensors[f"{name}.bias"] = torch.zeros(module.out_channels, dtype=torch.float32, device="cpu")
+    return tensors
 
 
 class VGG19Features(nn.Module):
@@ -68,8 +78,9 @@ class VGG19Features(nn.Module):
 
     Args:
         layers: names such as ``conv3_4``.
-        weights: "imagenet" (torchvision's file must be on disk) or "random" (a seeded random network: a stand-in whose
-            Gram matrices still measure texture statistics, though not those a trained network is sensitive to).
+        weights: "imagenet" (torchvision's file must be on disk) or "random" (a seeded random network, the same on every
+            machine: a stand-in whose Gram matrices still measure texture statistics, though not those a trained network
+            is sensitive to).
         seed: of the random network.
     """
 
@@ -77,36 +88,24 @@ class VGG19Features(nn.Module):
         super().__init__()
         if weights not in ("imagenet", "random"):
             raise ValueError(f"weights must be 'imagenet' or 'random', got {weights!r}")
-        self.weights = weights
-        network = _imagenet_features() if weights == "imagenet" else _random_features(seed)
-        names, block, position = [], 1, 0
-        for module in network:
-            if isinstance(module, nn.Conv2d):
-                position += 1
-                names.append(f"conv{block}_{position}")
-            elif isinstance(module, nn.MaxPool2d):
-                block, position = block + 1, 0
-                names.append("")
-            else:
-                names.append("")
-        missing = [layer for layer in layers if layer not in names]
-        if missing:
-            raise ValueError(f"layers must be among {[name for name in names if name]}, got {missing[0]!r}")
-        self.layers = list(layers)
-        self._taps = {names.index(layer): layer for layer in layers}
-        modules = list(network)[: max(self._taps) + 1]
-        # in place, a ReLU would overwrite the convolution's output that was just collected
-        self.features = nn.ModuleList(nn.ReLU() if isinstance(module, nn.ReLU) else module for module in modules)
+        names = [f"conv{block}_{i}" for block, (count, _) in enumerate(BLOCKS, 1) for i in range(1, count + 1)]
+        if wrong := [layer for layer in layers if layer not in names]:
+            raise ValueError(f"layers must be among {names}, got {wrong[0]!r}")
+        self.weights, self.layers = weights, list(layers)
+        self.features = _convolutions(max(layers, key=names.index))
+        drawn = weights == "random"
+        tensors = _random_tensors(self.features, seed) if drawn else _imagenet_tensors(self.features)
+        self.features.load_state_dict(tensors, assign=True)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x, collected = (images - self.mean) / self.std, {}
-        for index, module in enumerate(self.features):
+        for name, module in self.features.items():
             x = module(x)
-            if index in self._taps:
-                collected[self._taps[index]] = x
+            if name in self.layers:
+                collected[name] = x
         return [collected[layer] for layer in self.layers]
 
 

@@ -1,10 +1,14 @@
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfsr_ext.losses import HaarLLLoss, VGG19Features, VGGGramLoss
 from rfsr_ext.weights import registry
@@ -22,9 +26,12 @@ def test_haar_module_is_the_formula():
 
 
 def test_layers_are_the_named_convolutions_before_their_relu(vgg):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.device("meta"):
         network = torchvision.models.vgg19(weights=None).features.eval()
+    ours = [module for module in vgg.features.values() if isinstance(module, nn.Conv2d)]
+    theirs = [module for module in network if isinstance(module, nn.Conv2d)]
+    for module, convolution in zip(theirs, ours, strict=True):
+        module.load_state_dict(convolution.state_dict(), assign=True)
     images = torch.rand(2, 3, 32, 32)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     x, outputs = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1), {}
@@ -47,7 +54,54 @@ def test_random_weights_are_seeded_and_leave_the_global_generator_alone(vgg):
     state = torch.get_rng_state()
     again = VGG19Features(("conv1_2",), weights="random")
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(again.features[0].weight, vgg.features[0].weight)
+    assert torch.equal(again.features["conv1_2"].weight, vgg.features["conv1_2"].weight)
+    other = VGG19Features(("conv1_2",), weights="random", seed=1)
+    assert not torch.equal(other.features["conv1_2"].weight, again.features["conv1_2"].weight)
+
+
+def test_random_weights_keep_the_variance_from_layer_to_layer(vgg):
+    """He et al. (2015), eq. 14: the variance of the weights is 2 over kernel area times outputs."""
+    for name, module in vgg.features.items():
+        if isinstance(module, nn.Conv2d):
+            weight, bound = module.weight, (6 / (9 * module.out_channels)) ** 0.5
+            assert weight.abs().max() <= bound and weight.mean().abs() < 5 * weight.std() / weight.numel() ** 0.5, name
+            assert weight.var().item() == pytest.approx(2 / (9 * module.out_channels), rel=5 / weight.numel() ** 0.5)
+            assert not module.bias.any()
+
+
+def test_nothing_is_drawn_that_is_not_kept():
+    class Drawn(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if torch.Tag.nondeterministic_seeded in function.tags and result.device.type != "meta":
+                Drawn.numbers += result.numel()
+            return result
+
+    with Drawn():
+        features = VGG19Features(("conv2_2", "conv1_2"), weights="random")
+    assert (
+        Drawn.numbers
+        == sum(p.numel() for p in features.parameters() if p.dim() == 4)
+        == 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128)
+    )
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_random_weights_are_the_same_on_every_processor(capability):
+    code = (
+        "import hashlib, torch; from rfsr_ext.losses import VGG19Features\n"
+        "vgg, digest = VGG19Features(weights='random'), hashlib.sha256()\n"
+        "for tensor in vgg.state_dict().values(): digest.update(tensor.numpy().tobytes())\n"
+        "print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    used, digest = found.stdout.split()
+    if used.lower() != capability:
+        pytest.skip(f"this processor or this build of torch has no {capability}: it used {used}")
+    assert digest == "395dde427b5c3fc60654c494997c12af9fed90e1b9112b4b01ae57706029edb4"
 
 
 def test_gram_loss_is_eq_6(vgg):
@@ -117,7 +171,7 @@ def test_imagenet_weights_are_loaded_from_torchvisions_file(tmp_path, monkeypatc
     digest = hashlib.sha256((tmp_path / "vgg19-dcbb9e9d.pth").read_bytes()).hexdigest()
     monkeypatch.setitem(registry.FILES, "vgg19", replace(registry.FILES["vgg19"], sha256=digest))
     features = VGG19Features(("conv2_2",))
-    assert torch.equal(features.features[7].weight, network.features[7].weight)
+    assert torch.equal(features.features["conv2_2"].weight, network.features[7].weight)
     assert not any(p.requires_grad for p in features.parameters())
 
 
