@@ -120,7 +120,7 @@ class VGGGramLoss(nn.Module):
         layers: weight by layer name.
         weights: "imagenet" or "random", see `VGG19Features`.
         criterion: "l2", "l1" or "fro", see `rfsr_ext.ops.gram_loss`.
-        joint_layer_norm: normalise each sample's features over C, H and W before their Gram matrix.
+        joint_layer_norm: normalize each sample's features over C, H and W before their Gram matrix.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class VGGGramLoss(nn.Module):
 
     @property
     def label(self) -> str:
-        """What to call it in front of people: a random network is never passed off as a trained one."""
+        """The name shown to people: it says so if the network is a random one."""
         return "Gram-KL" if self.vgg.weights == "imagenet" else "Gram-KL (random VGG19, a stand-in)"
 
     @torch.no_grad()

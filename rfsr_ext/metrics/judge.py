@@ -1,9 +1,9 @@
 """The held-out judge: a quality score that no training ever sees, to notice when a reward is being fooled.
 
 A twin of the reward with another seed would be fooled along with it, so the judge is built differently: statistics of
-natural images (Haar subbands and locally normalised contrast at three scales, in the manner of BRISQUE) and a small
-multilayer perceptron on them.  It has learnt what rewards invite (over-sharpening, ringing, invented texture, painterly
-flattening) as faults too.  No judge is beyond fooling: read it beside PSNR and SSIM.
+natural images (Haar subbands and locally normalized contrast at three scales, as in BRISQUE) and a small multilayer
+perceptron on them.  It has learned what rewards invite (over-sharpening, ringing, invented texture, painterly
+flattening) as faults too.  Any judge can be fooled: read it together with PSNR and SSIM.
 """
 
 from pathlib import Path
@@ -41,8 +41,8 @@ def natural_scene_statistics(images: Tensor) -> Tensor:
 
     At each of three scales: moments of the three Haar detail bands, their correlation with themselves one pixel on
     (ringing and stripes repeat), of their magnitudes with one another and with the next scale's (edges persist across
-    scales, noise and invented texture do not); moments of the locally normalised luminance and of its products with
-    its neighbours; chroma detail against luma detail.
+    scales, noise and invented texture do not); moments of the locally normalized luminance and of its products with
+    its neighbors; chroma detail against luma detail.
     """
     r, g, b = images.float().unbind(1)
     luma = (0.299 * r + 0.587 * g + 0.114 * b)[:, None]
@@ -77,12 +77,12 @@ def natural_scene_statistics(images: Tensor) -> Tensor:
         coarser = magnitude
         mean = F.avg_pool2d(F.pad(luma, (3, 3, 3, 3), mode="reflect"), 7, 1)
         variance = F.avg_pool2d(F.pad(luma.square(), (3, 3, 3, 3), mode="reflect"), 7, 1) - mean.square()
-        normalised = ((luma - mean) / (variance.clamp_min(0).sqrt() + 0.01))[:, 0]
-        features += _moments(normalised)
+        normalized = ((luma - mean) / (variance.clamp_min(0).sqrt() + 0.01))[:, 0]
+        features += _moments(normalized)
         for product in (
-            normalised[:, 1:] * normalised[:, :-1],
-            normalised[..., 1:] * normalised[..., :-1],
-            normalised[:, 1:, 1:] * normalised[:, :-1, :-1],
+            normalized[:, 1:] * normalized[:, :-1],
+            normalized[..., 1:] * normalized[..., :-1],
+            normalized[:, 1:, 1:] * normalized[:, :-1, :-1],
         ):
             features += [product.mean((1, 2)), product.abs().mean((1, 2))]
         steps = chroma.diff(dim=-1).abs().mean((1, 2, 3)) + chroma.diff(dim=-2).abs().mean((1, 2, 3))

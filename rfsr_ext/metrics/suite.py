@@ -1,7 +1,7 @@
 """Metrics by name, and presets that fix what published tables leave unsaid.
 
 PSNR and SSIM are this package's own; every other metric is pyiqa's of the same name, with its published weights.  Which
-variant, colour channel, border and seed were used decides a number as much as the images do, so `Preset` fixes them and
+variant, color channel, border and seed were used decides a number as much as the images do, so `Preset` fixes them and
 `Preset.label` is written beside every number.
 """
 

@@ -1,7 +1,7 @@
 """CLIP-IQA (arXiv 2207.12396), the first reward of the paper, with pyiqa's networks and published weights.
 
 The extra ``rewards`` installs pyiqa.  ``pip check`` then reports nothing; what it does not show (openai-clip's missing
-``pkg_resources``, two builds of OpenCV) is said beside the extra in pyproject.toml.
+``pkg_resources``, two builds of OpenCV) is explained next to the extra in pyproject.toml.
 """
 
 from pathlib import Path

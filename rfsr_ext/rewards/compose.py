@@ -54,7 +54,7 @@ class WeightedReward:
     """One term of eq. 5: how a reward sees the images and what its score counts.
 
     The loss of a batch is weight · mean(−r), or weight · mean(relu(cap − r)) with a cap.  r is the mean of the reward
-    over ``views``, over ``tags`` if asked for, standardised if asked for.
+    over ``views``, over ``tags`` if asked for, standardized if asked for.
 
     Attributes:
         reward: what scores.
@@ -66,7 +66,7 @@ class WeightedReward:
         views: what the reward is shown of every image: "1" the image, "0.5" the image at half its size (any factor up
             to 1, antialiased), "crop-256" a random square crop of that side; the same may stand there several times.
         tags: "mean" or "worst" scores an image against each comma-separated part of its prompt; None against the whole.
-        normalize: standardise the score by its `RunningStatistics`.
+        normalize: standardize the score by its `RunningStatistics`.
         offload: keep the reward on the CPU except while it scores.
 
     Raises:
@@ -118,7 +118,7 @@ class WeightedReward:
             return self.reward.score(images, prompts)
 
     def score(self, images: Tensor, prompts: list[str], generator=None) -> Tensor:
-        """The score training sees, before standardisation, ``[N]`` in single precision at least.
+        """The score training sees, before standardization, ``[N]`` in single precision at least.
 
         Raises:
             ValueError: if the reward does not give one score per image, or a crop does not fit into the images.
@@ -145,7 +145,7 @@ class WeightedReward:
         return score.to(torch.promote_types(score.dtype, torch.float32))
 
     def loss(self, scores: Tensor) -> Tensor:
-        """The unweighted loss of a batch of (standardised) scores: mean(−r) or mean(relu(cap − r))."""
+        """The unweighted loss of a batch of (standardized) scores: mean(−r) or mean(relu(cap − r))."""
         return (-scores if self.cap is None else F.relu(self.cap - scores)).mean()
 
 

@@ -71,7 +71,7 @@ class ImageRewardModel(nn.Module):
         return self.head["0"].weight.dtype
 
     def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
-        """Token ids and mask ``[N, L]`` and normalised pixels ``[N, 3, 224, 224]`` to ``[N]``."""
+        """Token ids and mask ``[N, L]`` and normalized pixels ``[N, 3, 224, 224]`` to ``[N]``."""
         seen = self.vision(pixel_values=pixels.to(self.dtype)).last_hidden_state
         attend = torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device)
         x = self.text(
@@ -79,17 +79,17 @@ class ImageRewardModel(nn.Module):
         ).last_hidden_state[:, 0]
         for layer in self.head.values():
             x = layer(x)
-        return _standardise(x)
+        return _standardize(x)
 
 
 class ImageReward(Reward):
-    """How well an image suits its prompt and how people like it: standardised over prompts, about −2 to 2, unbounded.
+    """How well an image suits its prompt and how people like it: standardized over prompts, about −2 to 2, unbounded.
 
     Sees an image at 224 pixels: the shorter side is resized to that (bicubic, antialiased, clamped to [0, 1] after each
     of two passes) and the middle cut out, as Pillow does for the original with 8-bit images.  The gradient ignores the
     clamps: it would otherwise depend on rounding wherever an image is black or white.
 
-    Prompts are padded and cut to 35 tokens, tokenised once each and remembered.  Computes in the type of its weights
+    Prompts are padded and cut to 35 tokens, tokenized once each and remembered.  Computes in the type of its weights
     (``.to(torch.bfloat16)``), or as autocast says.
 
     Args:
@@ -117,7 +117,7 @@ class ImageReward(Reward):
         return torch.stack(ids), torch.stack(masks)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images ``[N, 3, H, W]`` in [0, 1] to normalised pixels ``[N, 3, 224, 224]``, in single precision at least."""
+        """Images ``[N, 3, H, W]`` in [0, 1] to normalized pixels ``[N, 3, 224, 224]``, in single precision at least."""
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         height, width = images.shape[-2:]
         resized = [SIZE * n // min(height, width) for n in (height, width)]
@@ -162,7 +162,7 @@ class ImageReward(Reward):
         path = registry.locate("image-reward") if path is None else Path(path)
         tensors = read_tensors(path, what)
         tokenizer = load_tokenizer(tokenizer or path.parent)
-        with torch.device("meta"):  # nothing to initialise: every tensor but one is in the file
+        with torch.device("meta"):  # nothing to initialize: every tensor but one is in the file
             model = ImageRewardModel()
         load_strictly(model, convert_names(tensors), path, "ImageReward", assign=True)
         positions = model.text.embeddings.position_ids
@@ -226,5 +226,5 @@ def convert_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _standardise(raw: Tensor) -> Tensor:
+def _standardize(raw: Tensor) -> Tensor:
     return (raw.squeeze(-1).to(torch.promote_types(raw.dtype, torch.float32)) - REWARD_MEAN) / REWARD_STD

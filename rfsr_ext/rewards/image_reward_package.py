@@ -79,7 +79,7 @@ def import_package() -> types.ModuleType:
 
 @contextlib.contextmanager
 def _importable() -> Iterator[None]:
-    """Everything the package imports is there within the block; what it silences speaks again afterwards."""
+    """What the package imports is there within the block; warnings and logging are as before after it."""
     from transformers import logging, modeling_utils, pytorch_utils
 
     modules = {}

@@ -17,7 +17,7 @@ __all__ = ["MiniIQA", "MiniPreference"]
 
 
 class _Stem(nn.Sequential):
-    """Convolutions without normalisation, which would hide contrast, a part of quality."""
+    """Convolutions without normalization, which would hide contrast, a part of quality."""
 
     def __init__(self, widths: tuple[int, ...]):
         layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1), nn.SiLU()]
@@ -74,7 +74,7 @@ class MiniIQA(_SavedReward):
 
 
 class MiniPreference(_SavedReward):
-    """How well an image suits its prompt and how good it looks, standardised; plays ImageReward's part.
+    """How well an image suits its prompt and how good it looks, standardized; plays ImageReward's part.
 
     r = (q(image) + a · cos(image, text) − mean) / std, learned from pairs (Bradley–Terry): a clean picture beats a
     distorted one, and its own prompt beats another picture's.  Mean and deviation are those of the training pairs.
@@ -103,7 +103,7 @@ class MiniPreference(_SavedReward):
         return F.normalize(self.text_projection(words.sum(1) / mask.sum(1)), dim=-1)
 
     def raw_score(self, images: Tensor, text: Tensor) -> Tensor:
-        """The score before standardisation, ``[N]``."""
+        """The score before standardization, ``[N]``."""
         features = self.features(images * 2 - 1)
         quality = self.quality(features).float().mean((1, 2, 3))
         image = F.normalize(self.image_projection(features.mean((2, 3))), dim=-1)

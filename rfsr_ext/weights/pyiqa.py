@@ -79,10 +79,10 @@ def offline(what: str) -> Iterator[None]:
     """Within the block a download is an error of one sentence.
 
     pyiqa, timm, torchvision and openai-clip download whatever is not where they look, and have no option against it;
-    huggingface_hub has one, which it reads from the environment once, when it is imported.  A user who measures images
-    would so fetch gigabytes without having been asked, or wait for a network that is not there.  Therefore the two
-    functions by which these packages open an address, and that option, are replaced for the length of the block and put
-    back at its end.  This concerns the whole process: other threads should not download meanwhile.
+    huggingface_hub has one, which it reads from the environment once, when it is imported.  A user who only measures
+    images would download gigabytes without being asked, or wait for a network that is not there.  So the two functions
+    by which these packages open an address, and that option, are replaced during the block and restored after it.  This
+    concerns the whole process: other threads should not download meanwhile.
 
     Args:
         what: needs the files, in words, for the sentence.
@@ -158,7 +158,7 @@ def create_metric(name: str, **options) -> nn.Module:
         raise ModuleNotFoundError(f"metric {name!r} cannot be loaded: {error}", name=error.name) from error
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever the content of a file makes pyiqa and torch stumble over
+    except Exception as error:  # a wrong file makes pyiqa and torch fail in many ways
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         files = f" from {', '.join(map(str, paths))}, damaged or made for another architecture" if paths else ""
         raise ValueError(f"metric {name!r} cannot be built{files} ({reason})") from error

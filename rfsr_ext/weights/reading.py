@@ -1,4 +1,4 @@
-"""Weight files of other people's models, read without running what is in them."""
+"""Weight files of other people's models, read without running code that is in them."""
 
 import warnings
 from pathlib import Path

@@ -15,8 +15,8 @@ home             folder                                       who reads it there
 ================ ============================================ =====================================
 
 Hashes stand where the publisher made them known: OpenAI in the address, torchvision in the file name (its first eight
-digits).  pyiqa's file names end in eight digits too, but neither pyiqa nor its repository says of what.  Licenses are
-those that the publisher's package states; "unknown" means that the file itself comes without one.
+digits).  pyiqa's file names end in eight digits too, but neither pyiqa nor its repository says what they are.  Licenses
+are those that the publisher's package states; "unknown" means that the file itself comes without one.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Metrics that pyiqa builds without a file, against code of others or their formula, on distorted photographs.
 
 MS-SSIM, GMSD, entropy, PSNR and SSIM: test_suite.py.  MAD is missing because no second implementation agrees: pyiqa
-takes it over every colour channel, weighs the statistics of its filters by orientation in place of scale, and keeps the
+takes it over every color channel, weighs the statistics of its filters by orientation in place of scale, and keeps the
 borders, all unlike the code of its authors.
 """
 
@@ -48,7 +48,7 @@ def found(name, *images):
     return Suite(Preset("test", (name,)))(*images)[name].numpy()
 
 
-def grey(image):
+def gray(image):
     return np.tensordot(GREY, image.double().numpy(), 1)
 
 
@@ -83,7 +83,7 @@ def test_cw_ssim_on_simoncellis_pyramid(pair):
 
     def second(*images):
         a, b = (
-            pyramids.SteerablePyramidFreq(np.round(grey(x) * 255), height=4, order=7, is_complex=True).pyr_coeffs
+            pyramids.SteerablePyramidFreq(np.round(gray(x) * 255), height=4, order=7, is_complex=True).pyr_coeffs
             for x in images
         )
         values = []
@@ -102,12 +102,12 @@ def test_cw_ssim_on_simoncellis_pyramid(pair):
 
 
 def test_vif_on_simoncellis_pyramid(pair):
-    """Sheikh and Bovik (2006): Gaussian scale mixtures of 3x3 neighbours in two orientations of four scales."""
+    """Sheikh and Bovik (2006): Gaussian scale mixtures of 3x3 neighbors in two orientations of four scales."""
     pyramids = pytest.importorskip("pyrtools", reason=PEERS).pyramids
 
     def second(sr, gt):
         bands = [
-            pyramids.SteerablePyramidSpace(np.round(grey(x) * 255), height=4, order=5, edge_type="reflect1").pyr_coeffs
+            pyramids.SteerablePyramidSpace(np.round(gray(x) * 255), height=4, order=5, edge_type="reflect1").pyr_coeffs
             for x in (sr, gt)
         ]
         kept = total = 0.0
@@ -137,7 +137,7 @@ def test_vif_on_simoncellis_pyramid(pair):
 
 
 def test_nlpd_is_its_formula(pair):
-    """Laparra et al. (2016): a Laplacian pyramid, each value divided by its neighbours; top, left, right, bottom."""
+    """Laparra et al. (2016): a Laplacian pyramid, each value divided by its neighbors; top, left, right, bottom."""
     weights = [(0.1011, 0.1493, 0.1460, 0.1015), (0.0757, 0.1986, 0.1846, 0.0837), (0.0477, 0.2138, 0.2243, 0.0467),
                (0, 0.2503, 0.2616, 0), (0, 0.2598, 0.2552, 0), (0, 0.2215, 0.0717, 0)]  # fmt: skip
     sigmas = 0.0248, 0.0185, 0.0179, 0.0191, 0.0220, 0.2782
@@ -159,20 +159,20 @@ def test_nlpd_is_its_formula(pair):
             x = low
 
     def second(*images):
-        bands = zip(*(pyramid(grey(x)) for x in images), strict=True)
+        bands = zip(*(pyramid(gray(x)) for x in images), strict=True)
         return np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in bands])
 
     np.testing.assert_allclose(found("nlpd", *pair), [second(*images) for images in zip(*pair, strict=True)], atol=1e-5)
 
 
 def test_piqe_is_pypiqes(pair):
-    """On grey pictures of 8 bits: pypiqe rounds the grey of a coloured one first, and blocks then tip over a threshold.
+    """On gray pictures of 8 bits: pypiqe rounds the gray of a colored one first, and blocks then tip over a threshold.
 
     And of whole blocks of 16 pixels: pyiqa fills up by the remainder, not to a whole block, and drops what is left.
     """
     piqe = pytest.importorskip("pypiqe", reason=PEERS).piqe
     for image in pair[0]:
-        levels = np.round(grey(image) * 255)
+        levels = np.round(gray(image) * 255)
         levels[0, 0] = 255  # both stretch the brightest to 255
         picture = torch.from_numpy(levels / 255).float().expand(1, 3, -1, -1)
         assert found("piqe", picture).item() == pytest.approx(piqe(levels)[0], abs=0.01)

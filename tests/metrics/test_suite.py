@@ -103,7 +103,7 @@ def test_seeds_hold_for_every_generator_and_leave_them_alone(gt, monkeypatch):
     states = np.random.get_state()[1].copy(), torch.get_rng_state()
     a, b, c = (suite(gt)["piqe"] for suite in suites)
     assert torch.equal(a, b) and not torch.equal(a, c)
-    assert torch.equal(a[1:], suites[0](gt[1:])["piqe"])  # an image's crops do not depend on its neighbours
+    assert torch.equal(a[1:], suites[0](gt[1:])["piqe"])  # an image's crops do not depend on its neighbors
     assert np.array_equal(states[0], np.random.get_state()[1]) and torch.equal(states[1], torch.get_rng_state())
 
 
@@ -167,17 +167,17 @@ def test_piqe_sees_noise(gt, noisy):
 def test_entropy_is_scikit_images(gt):
     pytest.importorskip("pyiqa", reason=NEEDS_PYIQA)
     found = value("entropy", gt, None)
-    expected = [shannon_entropy(np.round(rgb2grey_601(image) * 255)) for image in gt]
+    expected = [shannon_entropy(np.round(rgb2gray_601(image) * 255)) for image in gt]
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
-def rgb2grey_601(image):
+def rgb2gray_601(image):
     return np.tensordot([0.299, 0.587, 0.114], image.double().numpy(), 1)
 
 
 def y_of_8_bits(image):
     """The luma pyiqa's structural metrics compare: YIQ, in 0 to 255, rounded."""
-    return np.round(rgb2grey_601(image) * 255)
+    return np.round(rgb2gray_601(image) * 255)
 
 
 def test_ms_ssim_is_built_from_scikit_images_ssim(gt, noisy):

@@ -36,7 +36,7 @@ def published(original, tmp_path, monkeypatch):
     return tmp_path
 
 
-def normalised(image):
+def normalized(image):
     return ((image.float() / 255) - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
 
 
@@ -49,7 +49,7 @@ def test_tokens_are_the_originals(original):
 @pytest.mark.parametrize("image", range(IMAGES))
 def test_scores_and_image_gradients_are_the_originals(original, image):
     model, n = original.reward().model, len(original.prompts)
-    pixels = normalised(original[f"resized.{image}"]).expand(n, -1, -1, -1).clone().requires_grad_()
+    pixels = normalized(original[f"resized.{image}"]).expand(n, -1, -1, -1).clone().requires_grad_()
     scores = model(original["ids"], original["mask"], pixels)
     scores.sum().backward()
     torch.testing.assert_close(scores.detach(), original[f"score.{image}"], atol=1e-5, rtol=0)
@@ -74,7 +74,7 @@ def test_the_settings_that_no_shape_shows_matter_and_are_the_originals(original)
     vision, text = original.sizes()
     wrong = ImageRewardModel(vision, text | {"num_attention_heads": 2})
     wrong.load_state_dict(convert_names(original.state))  # fits, and is wrong
-    pixels = normalised(original["resized.0"]).expand(len(original.prompts), -1, -1, -1)
+    pixels = normalized(original["resized.0"]).expand(len(original.prompts), -1, -1, -1)
     scores = wrong(original["ids"], original["mask"], pixels)
     assert (scores - original["score.0"]).abs().max() > 1e-3
 
