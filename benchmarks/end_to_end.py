@@ -11,7 +11,7 @@ from torch import Tensor
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.models import load_model
 from rfsr_ext.sampling import generators
-from rfsr_ext.training import RFSRConfig, RFSRObjective, setup
+from rfsr_ext.training import RFSRConfig, build_objective, setup
 
 PLACES = {"haar": "rfsr_ext.losses.haar.haar_ll_l1_loss", "gram": "rfsr_ext.losses.gram.gram_loss"}
 Step = Callable[[], Tensor]  # a loss whose gradients have been computed
@@ -35,23 +35,8 @@ def rfsr_step(sampling_step: int, device: str) -> Step:
     """Loss and gradients of one iteration of the preset ``mini``, without the optimizer."""
     config = RFSRConfig.load("mini")
     model = load_model(config.model).to(device)
-    reference = model.reference()
-    for module in model.trainable_groups().values():
-        module.requires_grad_(True)
-    parameters = [p for module in model.trainable_groups().values() for p in module.parameters()]
-    rewards = setup.build_rewards(config.rewards)
-    for term in rewards:
-        term.reward.to(device)
-    objective = RFSRObjective(
-        model,
-        setup.build_windows(config, model),
-        structure_loss=setup.structure_loss(config.structure_loss),
-        lambda_structure=config.lambda_structure,
-        rewards=rewards,
-        style_loss=setup.style_loss(config).to(device),
-        lambda_regularization=config.lambda_style,
-        reference=reference,
-    )
+    objective = build_objective(config, model)
+    parameters = list(model.unfreeze().trained_parameters().values())
     crops = setup.build_dataset(config)
     batch = [crops[i] for i in range(config.batch_size)]
     lr, gt = (torch.stack([sample[key] for sample in batch]).to(device) for key in ("lr", "gt"))

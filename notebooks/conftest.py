@@ -34,12 +34,12 @@ from rfsr_ext.models import load_model
 def seconds_per_evaluation():
     model, best = load_model("mini"), float("inf")
     with torch.no_grad():
-        condition = model.encode_condition(torch.zeros(1, 3, 16, 16), [""])
+        condition = model.condition(torch.zeros(1, 3, 16, 16), [""])
         latents = torch.zeros(1, 12, 16, 16)
         for _ in range(12):
             start = time.process_time()
             for _ in range(5):
-                model.predict_noise(latents, torch.tensor(500), condition)
+                model.predict(latents, torch.tensor(500), condition)
             best = min(best, (time.process_time() - start) / 5)
     print(best)
 seconds_per_evaluation()

@@ -43,13 +43,13 @@ def import_object(name: str, what: str) -> Any:
     return found
 
 
-def create_object(name: str, what: str, kind: type, *arguments: Any) -> Any:
-    """Call what ``package.module:Name`` names with ``arguments`` and return the ``kind`` it makes.
+def create_object(name: str, what: str, kind: type, *arguments: Any, **options: Any) -> Any:
+    """Call what ``package.module:Name`` names with ``arguments`` and ``options`` and return the ``kind`` it makes.
 
     Raises:
         ValueError: see `import_object`; or if it returns something else.
     """
-    made = import_object(name, what)(*arguments)
+    made = import_object(name, what)(*arguments, **options)
     if not isinstance(made, kind):
         raise ValueError(
             f"{what} {name!r} must return an instance of {kind.__name__}, got one of {type(made).__name__}"

@@ -147,10 +147,14 @@ def check(name: str, ours, theirs, tolerance: float) -> None:
 
 
 def caught(bug: Callable[[], object]) -> None:
-    """Run something wrong and print the check that noticed; raises `RuntimeError` if none did."""
+    """Run something wrong and print the check that noticed (its AssertionError or ValueError).
+
+    Raises:
+        RuntimeError: if none did.
+    """
     try:
         bug()
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
         print(f"caught: {error}")
         return
     raise RuntimeError("no check noticed the bug")

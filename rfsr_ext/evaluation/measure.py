@@ -17,7 +17,7 @@ from rfsr_ext.data import Sample
 from rfsr_ext.metrics.fidelity import band_ssim, psnr, ssim
 from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
-from rfsr_ext.sampling import generators, sample, trajectory
+from rfsr_ext.sampling import generators, inference_condition, sample, trajectory
 
 __all__ = ["Scorer", "compare", "evaluate", "evaluate_bicubic", "measure_trajectory", "summarise"]
 
@@ -202,8 +202,8 @@ def measure_trajectory(
     parts = []
     for seed, images, gt, lr, prompts in _batches(samples, batch_size, f"trajectory {name}".strip(), seeds):
         with torch.no_grad():
-            condition = model.encode_condition(lr.to(model.device), prompts)
-            *steps, _ = trajectory(model, condition, generators(seed, images), num_inference_steps)
+            condition, guidance_scale = inference_condition(model, lr.to(model.device), prompts)
+            *steps, _ = trajectory(model, condition, generators(seed, images), num_inference_steps, guidance_scale)
             for state, estimate in steps:
                 sr = model.decode(estimate)
                 low, high = band_ssim(sr, gt)

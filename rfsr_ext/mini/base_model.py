@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfsr_ext.mini import architecture
-from rfsr_ext.mini.fit import fit
-from rfsr_ext.models import ControlNetISRModel
+from rfsr_ext.mini.stage import train_stage
+from rfsr_ext.models import Condition, ControlNetISRModel
 
 __all__ = ["train_autoencoder", "train_denoiser"]
 
@@ -41,7 +41,7 @@ def train_autoencoder(dataset: Dataset, folder: Path, iterations: int, batch_siz
         picture = F.mse_loss(mean[:, :3], 2 * F.avg_pool2d(images, 4))
         return F.l1_loss(output, images) + 0.5 * edges + 5e-4 * kl + picture
 
-    seconds = fit(
+    seconds = train_stage(
         "autoencoder", {"vae": vae}, dataset, loss, folder,
         iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options,
     )  # fmt: skip
@@ -64,6 +64,8 @@ def train_denoiser(vae, dataset: Dataset, folder: Path, iterations: int, batch_s
         vae, architecture.text_encoder(tokenizer), tokenizer, unet, controlnet, architecture.scheduler()
     )
 
+    process = model.process()
+
     def loss(batch: dict, generator: torch.Generator) -> Tensor:
         n = len(batch["gt"])
         with torch.no_grad():
@@ -73,20 +75,15 @@ def train_denoiser(vae, dataset: Dataset, folder: Path, iterations: int, batch_s
         u = (torch.rand(n, generator=generator) + torch.arange(n)) / n
         timesteps = (u * model.scheduler.config.num_train_timesteps).long()
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        noisy = model.scheduler.add_noise(latents, noise, timesteps)
-        velocity = model.scheduler.get_velocity(latents, noise, timesteps)
-        embeds = model.encode_prompts(batch["prompt"])
-        down, mid = model.controlnet(
-            noisy, timesteps.to(noisy.device), encoder_hidden_states=embeds, controlnet_cond=upscaled, return_dict=False
-        )
-        output = model.unet(
-            noisy, timesteps.to(noisy.device), encoder_hidden_states=embeds,
-            down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False,
-        )[0]  # fmt: skip
-        return F.mse_loss(output.float(), velocity)
+        condition = Condition(
+            upscaled, batch["prompt"], {"controlnet_cond": upscaled},
+            {"encoder_hidden_states": model.encode_prompts(batch["prompt"])},
+        )  # fmt: skip
+        output = model.predict(process.add_noise(latents, noise, timesteps), timesteps.to(latents.device), condition)
+        return F.mse_loss(output.float(), process.target(latents, noise, timesteps))
 
     trained = {"unet": unet, "controlnet": controlnet, "text_encoder": model.text_encoder}
-    seconds = fit(
+    seconds = train_stage(
         "denoiser", trained, dataset, loss, folder,
         iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options,
     )  # fmt: skip

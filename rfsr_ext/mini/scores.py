@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
 from rfsr_ext.metrics.judge import Judge, natural_scene_statistics
-from rfsr_ext.mini.fit import fit
+from rfsr_ext.mini.stage import train_stage
 from rfsr_ext.rewards import MiniIQA, MiniPreference
 
 __all__ = ["similarity", "train_iqa", "train_judge", "train_preference"]
@@ -74,7 +74,7 @@ def train_iqa(dataset: Dataset, vae: AutoencoderKL, folder: Path, iterations: in
         scores = reward.raw_score(versions.flatten(0, 1)).unflatten(0, versions.shape[:2])
         return _ranking_loss(scores, _quality(versions)) + 1e-3 * scores.square().mean()
 
-    seconds = fit("iqa", {"iqa": reward}, dataset, loss, folder,
+    seconds = train_stage("iqa", {"iqa": reward}, dataset, loss, folder,
                   iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
     _standardise(reward, dataset, lambda images, prompts: reward.raw_score(images))
     return reward, seconds
@@ -107,7 +107,7 @@ def train_preference(
         matching = -(differs * F.logsigmoid(scores[:, 0] - wrong)).sum() / differs.sum().clamp_min(1)
         return _ranking_loss(scores, _quality(versions)) + matching + 1e-3 * scores.square().mean()
 
-    seconds = fit("preference", {"preference": reward}, dataset, loss, folder,
+    seconds = train_stage("preference", {"preference": reward}, dataset, loss, folder,
                   iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
     _standardise(reward, dataset, lambda images, prompts: reward.raw_score(images, reward.embed_text(prompts)))
     return reward, seconds
@@ -130,6 +130,6 @@ def train_judge(dataset: Dataset, folder: Path, iterations: int, batch_size: int
         scores = judge.from_statistics(statistics).float().unflatten(0, versions.shape[:2])
         return F.mse_loss(scores, quality) * 4 + _ranking_loss(scores * 10, quality)
 
-    seconds = fit("judge", {"judge": judge}, dataset, loss, folder,
+    seconds = train_stage("judge", {"judge": judge}, dataset, loss, folder,
                   iterations=iterations, batch_size=batch_size, learning_rate=2e-3, **options)  # fmt: skip
     return judge, seconds

@@ -1,85 +1,286 @@
-"""What RFSR asks of a diffusion super-resolution model: the protocol every base model satisfies."""
+"""What RFSR asks of a diffusion super-resolution model, and the code that is the same for every one of them."""
 
-from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+import copy
+import dataclasses
+import hashlib
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-__all__ = ["Condition", "ISRModel"]
+from rfsr_ext.models.process import Process, check_scheduler
+
+__all__ = ["Condition", "ISRModel", "Recipe"]
+
+_STARTS = ("lr", "noise")
 
 
 @dataclass(frozen=True)
 class Condition:
     """Everything a denoising step is conditioned on, encoded once per batch.
 
+    Tensors are sorted by what tiled sampling does with them.
+
     Attributes:
-        controlnet_cond: the LR image upscaled to the output size, ``[N, 3, H, W]`` in [0, 1] (paper: I_lr, c_v).
-        prompt_embeds: text embedding ``[N, L, D]`` (paper: c_t), or None for a model without text.
-        prompts: the prompts themselves; text-conditioned rewards score against them.
+        image: what the result is compared with and takes its colors from, ``[N, 3, H, W]`` in [0, 1] at the output's
+            size: the enlarged LR image (paper: I_lr), or what a first stage made of it (DiffBIR).
+        prompts: one per image; rewards with text score against them.
+        spatial: tensors that tiles cut, by the name the network gives them: a control image ``[N, 3, H, W]`` or
+            a control latent ``[N, C, h, w]``.
+        shared: tensors that all tiles share, batch first: text embeddings, pooled text, image tokens, guidance.
+        negative: the condition of classifier-free guidance, or None.
     """
 
-    controlnet_cond: Tensor
-    prompt_embeds: Tensor | None
+    image: Tensor
     prompts: list[str]
+    spatial: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    negative: "Condition | None" = None
 
     def __len__(self) -> int:
-        return self.controlnet_cond.shape[0]
+        return self.image.shape[0]
 
     def __getitem__(self, part: slice) -> "Condition":
-        embeds = None if self.prompt_embeds is None else self.prompt_embeds[part]
-        return Condition(self.controlnet_cond[part], embeds, self.prompts[part])
+        """A part of the batch."""
+        return Condition(
+            self.image[part],
+            self.prompts[part],
+            {name: x[part] for name, x in self.spatial.items()},
+            {name: x[part] for name, x in self.shared.items()},
+            None if self.negative is None else self.negative[part],
+        )
+
+    def tiles(self, cut: Callable[[Tensor], Tensor], count: int) -> "Condition":
+        """The condition of ``count`` tiles of the only image; ``cut`` takes a spatial tensor to a batch of tiles."""
+        return Condition(
+            cut(self.image),
+            self.prompts * count,
+            {name: cut(x) for name, x in self.spatial.items()},
+            {name: x.expand(count, *x.shape[1:]) for name, x in self.shared.items()},
+            None if self.negative is None else self.negative.tiles(cut, count),
+        )
 
 
-@runtime_checkable
-class ISRModel(Protocol):
-    """A latent diffusion model that turns a low-resolution image into a sharp one ``scale`` times its size.
+@dataclass(frozen=True)
+class Recipe:
+    """How a model's authors use it; every value can be overridden where it is used.
 
     Attributes:
-        scheduler: a diffusers scheduler; `rfsr_ext.sampling` works on copies, this one is never stepped.
-        num_inference_steps: how many sampling steps the model is meant for.
-        scale: output size over input size.
-        multiple: output height and width must be multiples of this many pixels.
-        device: where it computes.
+        num_inference_steps: sampling steps.
+        start: x_T is the encoded enlarged LR image noised to the first timestep ("lr", SeeSR), or pure noise ("noise",
+            DiffBIR).
+        guidance_scale: of classifier-free guidance at inference; 1 is none.
+        added_prompt: appended to every prompt at inference, such as "clean, high-resolution, 8k".
+        negative_prompt: of classifier-free guidance.
+        structure_window, reward_window: which steps get which loss, in ``window_unit``; None for none.
+        window_unit: "steps", "timesteps" or "noise", see `rfsr_ext.sampling.TimestepWindows`.
+
+    Raises:
+        ValueError: if a value is out of range.
     """
 
-    scheduler: object
-    num_inference_steps: int
+    num_inference_steps: int = 50
+    start: str = "lr"
+    guidance_scale: float = 1.0
+    added_prompt: str = ""
+    negative_prompt: str = ""
+    structure_window: tuple[float, float] | None = (1, 20)
+    reward_window: tuple[float, float] | None = (41, 50)
+    window_unit: str = "steps"
+
+    def __post_init__(self):
+        if self.start not in _STARTS:
+            raise ValueError(f"start must be one of {', '.join(_STARTS)}, got {self.start!r}")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
+        for name in ("structure_window", "reward_window"):  # JSON has lists only
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they may stand in JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+class ISRModel(ABC):
+    """A latent diffusion model that turns a low-resolution image into a sharp one ``scale`` times its size.
+
+    A subclass sets the attributes, then calls ``super().__init__()``, and says what differs between models:
+    `condition`, `predict`, `encode` and `decode`; `process` where one scheduler with uniform timesteps is not all.  Latents are
+    ``[N, C, h, w]`` everywhere but inside `predict`.
+
+    Attributes:
+        networks: every network by name.  Trainers put wrapped ones (adapters, several processes) in their place here.
+        trained: what fine-tuning changes by default: by network a regular expression that the names of its parameters
+            are searched for, "" for all of them.  The paper trains ``{"unet": "", "controlnet": ""}``.
+        recipe: the authors' values.
+        scheduler: a diffusers scheduler, never stepped; see `rfsr_ext.models.Process`.
+        scale: output size over input size.
+        multiple: output height and width must be multiples of this many pixels.
+        latent_channels: channels of the latents.
+        vae_scale_factor: pixels per latent, in each direction.
+
+    Raises:
+        ValueError: if the scheduler cannot serve or ``trained`` names an unknown network.
+    """
+
+    networks: dict[str, nn.Module]
+    trained: dict[str, str]
+    recipe: Recipe
+    scheduler: Any
     scale: int
     multiple: int
+    latent_channels: int
+    vae_scale_factor: int
 
-    @property
-    def device(self) -> torch.device: ...
+    def __init__(self):
+        check_scheduler(self.scheduler)
+        for name in self.trained:
+            if name not in self.networks:
+                raise ValueError(f"trained must name networks among {', '.join(self.networks)}, got {name!r}")
+        for network in self.networks.values():
+            network.eval().requires_grad_(False)
 
-    def encode_condition(self, lr: Tensor, prompts: list[str]) -> Condition:
-        """``lr`` ``[N, 3, h, w]`` in [0, 1] and one prompt per image, without gradient."""
+    # -- what differs between models ------------------------------------------------------------------------------
 
-    def initial_latents(self, condition: Condition, timestep: Tensor, generator) -> Tensor:
-        """The latents x_T the rollout starts from; ``generator`` is one `torch.Generator` or a list, one per image."""
+    @abstractmethod
+    def condition(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> Condition:
+        """``lr`` ``[N, 3, h, w]`` in [0, 1] and one prompt per image, without gradient.
 
-    def predict_noise(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """The scheduler's ``model_output`` (noise or velocity, as its ``prediction_type`` says) for z_t and t."""
+        With ``negative_prompts``, one per image, the condition holds a second one for classifier-free guidance.
+        """
 
-    def pred_original_sample(self, model_output: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
-        """The z_0 estimate that ``model_output`` implies at z_t."""
+    @abstractmethod
+    def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """The network's output (noise, velocity or flow, as the scheduler's ``prediction_type`` says).
 
+        ``latents`` ``[N, C, h, w]`` are scaled for the network already; ``timestep`` is a scalar or ``[N]``.
+        """
+
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Images ``[N, 3, H, W]`` in [0, 1] to latents, without gradient."""
 
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images ``[N, 3, H, W]``, nominally in [0, 1], not clamped; differentiable."""
 
-    def trainable_groups(self) -> dict[str, nn.Module]:
-        """The modules fine-tuning changes, by name: for the paper ``unet`` and ``controlnet``."""
+    def process(self, num_inference_steps: int | None = None) -> Process:
+        """A fresh noise process for one trajectory."""
+        return Process(self.scheduler, num_inference_steps or self.recipe.num_inference_steps)
 
-    def set_trainable_groups(self, groups: dict[str, nn.Module]) -> None:
-        """Put other modules in their place, such as ones wrapped for several processes."""
+    # -- what is the same for all ---------------------------------------------------------------------------------
 
-    def reference(self) -> Self:
-        """A frozen copy with its own trainable groups and everything else shared (paper: G_θ′ of eq. 6)."""
+    def check_lr(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> None:
+        """Refuse what no model can take.
+
+        Raises:
+            TypeError: if ``lr`` is not floating point.
+            ValueError: if a shape, the value range or the number of prompts is wrong, or a value is not finite.
+        """
+        if lr.ndim != 4 or lr.shape[1] != 3:
+            raise ValueError(f"lr must have shape [N, 3, h, w], got {list(lr.shape)}")
+        if not lr.is_floating_point():
+            raise TypeError(f"lr must be floating point in [0, 1], got {lr.dtype}; divide 8-bit images by 255")
+        for name, texts in (("prompts", prompts), ("negative_prompts", negative_prompts)):
+            if texts is not None and len(texts) != lr.shape[0]:
+                raise ValueError(f"{name} must hold one prompt per image of lr ({lr.shape[0]}), got {len(texts)}")
+        unit = math.lcm(self.scale, self.multiple) // self.scale
+        if any(n % unit for n in lr.shape[2:]):
+            raise ValueError(
+                f"lr must be a multiple of {unit} pixels high and wide, got "
+                f"{lr.shape[2]}x{lr.shape[3]}; rfsr_ext.sampling.upscale pads images of any size"
+            )
+        if lr.numel() and not (lr.min() >= 0 and lr.max() <= 1):  # also catches NaN
+            raise ValueError(
+                f"lr must be finite and in [0, 1], got values from {lr.min().item():g} to {lr.max().item():g}"
+            )
+
+    def initial_latents(self, condition: Condition, process: Process, generator=None) -> Tensor:
+        """x_T, which a rollout starts from; ``generator`` is one `torch.Generator` or a list, one per image."""
+        height, width = (n // self.vae_scale_factor for n in condition.image.shape[-2:])
+        shape = (len(condition), self.latent_channels, height, width)
+        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        if self.recipe.start == "noise":
+            return noise * process.init_noise_sigma
+        return process.add_noise(self.encode(condition.image), noise, process.timesteps[0])
+
+    @property
+    def _denoiser(self) -> nn.Parameter:
+        return next(self.networks[next(iter(self.trained))].parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the latents: that of the first network in ``trained``."""
+        return self._denoiser.dtype
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Move every module, in place."""
+        """Move every network, in place."""
+        for network in self.networks.values():
+            nn.Module.to(network, device=device, dtype=dtype)  # diffusers' own warns of a cast that is meant
+        return self
 
-    def save_pretrained(self, path) -> None:
-        """Write a folder that ``from_pretrained`` of the same class opens; nothing half written is ever left."""
+    def trainable_networks(self) -> dict[str, nn.Module]:
+        """The networks named in ``trained``, as they are in ``networks`` now."""
+        return {name: self.networks[name] for name in self.trained}
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What fine-tuning changes, by ``network.parameter``."""
+        return {
+            f"{network}.{name}": parameter
+            for network, pattern in self.trained.items()
+            for name, parameter in self.networks[network].named_parameters()
+            if re.search(pattern, name)
+        }
+
+    def unfreeze(self) -> Self:
+        """Let exactly the trained parameters ask for gradients.
+
+        Raises:
+            ValueError: if a pattern of ``trained`` matches no parameter.
+        """
+        for network in self.networks.values():
+            network.requires_grad_(False)
+        found = self.trained_parameters()
+        for network, pattern in self.trained.items():
+            if not any(name.startswith(f"{network}.") for name in found):
+                raise ValueError(f"trained[{network!r}] must match a parameter of that network, got {pattern!r}")
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        return self
+
+    def reference(self) -> Self:
+        """A frozen copy with trained networks of its own and everything else shared (paper: G_θ′ of eq. 6)."""
+        twin = copy.copy(self)
+        frozen = {n: copy.deepcopy(m).requires_grad_(False).eval() for n, m in self.trainable_networks().items()}
+        twin.networks = self.networks | frozen
+        return twin
+
+    def fingerprint(self) -> str:
+        """Tells one model from another: a SHA-256 over names, shapes and the first values of every parameter."""
+        digest = hashlib.sha256()
+        for network, module in self.networks.items():
+            for name, parameter in module.named_parameters():
+                digest.update(f"{network}.{name}{list(parameter.shape)}".encode())
+                digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that `rfsr_ext.models.load_model` opens; models that can be saved override it.
+
+        Raises:
+            TypeError: if this model cannot be saved.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be saved; define save_pretrained(path) in it")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rfsr_ext.models import Process
+
 __all__ = ["TimestepWindows"]
 
 
@@ -11,7 +13,7 @@ __all__ = ["TimestepWindows"]
 class TimestepWindows:
     """Two windows of sampling steps; st = 1 is the first denoising step (the largest timestep), ``last`` the final one.
 
-    The structure window holds the low-frequency loss, the reward window the rewards and their regulariser; a step in
+    The structure window holds the low-frequency loss, the reward window the rewards and the style loss; a step in
     neither gets no loss.  Windows are inclusive ``(first, last)`` pairs or None for an empty one.
 
     Paper settings: ``from_steps(20, 40, 50)`` for SeeSR and DiffBIR, ``from_steps(8, 17, 20)`` for PASD.
@@ -51,8 +53,9 @@ class TimestepWindows:
     def from_timesteps(
         cls,
         timesteps: Tensor | list[int],
-        structure: tuple[int, int] | None = (600, 1000),
-        reward: tuple[int, int] | None = (0, 200),
+        structure: tuple[float, float] | None = (600, 1000),
+        reward: tuple[float, float] | None = (0, 200),
+        allow_overlap: bool = False,
     ) -> "TimestepWindows":
         """The same windows for any sampler, from t ∈ [600, 1000] and t ∈ [0, 200] and the sampler's own timesteps.
 
@@ -60,23 +63,65 @@ class TimestepWindows:
         names 18–20: step 17 is t = 151, so its two statements differ there; ``from_steps(8, 17, 20)`` is its wording.
 
         Args:
-            timesteps: ``scheduler.timesteps``, largest first.
+            timesteps: those of a `rfsr_ext.models.Process` or of a scheduler, in sampling order.
             structure, reward: inclusive ranges of timesteps, in 0 … 1000.
-        """
-        values = [float(t) for t in timesteps]
+            allow_overlap: see the class.
 
-        def steps(name: str, interval: tuple[int, int] | None) -> tuple[int, int] | None:
+        Raises:
+            ValueError: if a range holds none of the timesteps, or the windows overlap.
+        """
+        return cls._from_values([float(t) for t in timesteps], "timesteps", structure, reward, allow_overlap)
+
+    @classmethod
+    def from_process(
+        cls,
+        process: Process,
+        structure: tuple[float, float] | None,
+        reward: tuple[float, float] | None,
+        unit: str = "steps",
+        allow_overlap: bool = False,
+    ) -> "TimestepWindows":
+        """The windows of a trajectory, from inclusive ranges in one of three units.
+
+        Args:
+            process: of the model that will be sampled; its timesteps are the sampling steps.
+            structure, reward: ``(first, last)`` steps, or ``(low, high)`` of timesteps or noise; None for no window.
+            unit: "steps", "timesteps" (0 … 1000), or "noise": the share σ² / (α² + σ²) of noise in z_t, from 0 to 1,
+                which means the same for models with other schedules (t = 600 of Stable Diffusion is 0.84, t = 200 is
+                0.25; FLUX reaches these shares at other timesteps).
+            allow_overlap: see the class.
+
+        Raises:
+            ValueError: if the unit is not known, a range holds no step, or the windows overlap.
+        """
+        if unit == "steps":
+            return cls(structure, reward, len(process), allow_overlap)
+        values = {"timesteps": lambda: process.timesteps, "noise": lambda: process.noise_share(process.timesteps)}
+        if unit not in values:
+            raise ValueError(f"unit must be steps, timesteps or noise, got {unit!r}")
+        return cls._from_values(values[unit]().tolist(), unit, structure, reward, allow_overlap)
+
+    @classmethod
+    def _from_values(
+        cls,
+        values: list[float],
+        unit: str,
+        structure: tuple[float, float] | None,
+        reward: tuple[float, float] | None,
+        allow_overlap: bool,
+    ) -> "TimestepWindows":
+        def steps(name: str, interval: tuple[float, float] | None) -> tuple[int, int] | None:
             if interval is None:
                 return None
-            inside = [st for st, t in enumerate(values, start=1) if interval[0] <= t <= interval[1]]
+            inside = [st for st, value in enumerate(values, start=1) if interval[0] <= value <= interval[1]]
             if not inside:
                 raise ValueError(
-                    f"{name} window of timesteps must contain one of the sampler's {len(values)} timesteps "
+                    f"{name} window in {unit} must contain one of the sampler's {len(values)}, "
                     f"{values[0]:g} … {values[-1]:g}, got {list(interval)}"
                 )
             return inside[0], inside[-1]
 
-        return cls(steps("structure", structure), steps("reward", reward), len(values))
+        return cls(steps("structure", structure), steps("reward", reward), len(values), allow_overlap)
 
     def in_structure(self, step: int) -> bool:
         """Whether the low-frequency loss applies at sampling step ``step``."""

@@ -1,7 +1,22 @@
-"""Reward feedback fine-tuning: settings, the objective of one batch, and the trainer."""
+"""Training: settings, the loop, the methods that run on it, and what measures them."""
 
-from rfsr_ext.training.config import RFSRConfig
+from rfsr_ext.training.config import RFSRConfig, RunConfig
+from rfsr_ext.training.held_out import HeldOut
+from rfsr_ext.training.loop import Loop, NonFiniteLossError
+from rfsr_ext.training.method import Method
 from rfsr_ext.training.objective import RFSRObjective
-from rfsr_ext.training.trainer import NonFiniteLossError, RFSRTrainer, TrainingResult
+from rfsr_ext.training.rfsr import RFSR, RFSRTrainer, TrainingResult, build_objective
 
-__all__ = ["NonFiniteLossError", "RFSRConfig", "RFSRObjective", "RFSRTrainer", "TrainingResult"]
+__all__ = [
+    "HeldOut",
+    "Loop",
+    "Method",
+    "NonFiniteLossError",
+    "RFSR",
+    "RFSRConfig",
+    "RFSRObjective",
+    "RFSRTrainer",
+    "RunConfig",
+    "TrainingResult",
+    "build_objective",
+]

@@ -12,9 +12,8 @@ from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.files import replace_file
 from rfsr_ext.models import load_model
-from rfsr_ext.training.checkpoint import fingerprint
 from rfsr_ext.training.config import RFSRConfig
-from rfsr_ext.training.trainer import RFSRTrainer
+from rfsr_ext.training.rfsr import RFSRTrainer
 
 __all__ = ["VARIANTS", "ablate"]
 
@@ -103,7 +102,7 @@ def ablate(
     common = {
         "samples": _digest(samples),
         "scorers": sorted(scorers),
-        "base model": fingerprint(base.trainable_groups()),
+        "base model": base.fingerprint(),
     }
     parts = []
     for seed in seeds:

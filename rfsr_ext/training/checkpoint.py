@@ -1,31 +1,96 @@
-"""Checkpoints of a run: one safetensors file each, complete or absent, the newest few kept."""
+"""What a run must remember, and the files it is kept in: one safetensors file a checkpoint, whole or absent."""
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from rfsr_ext.files import load_tensors, save_tensors
 
-__all__ = ["CheckpointFolder", "fingerprint"]
+__all__ = ["CheckpointFolder", "TrainingState"]
 
 
-def fingerprint(modules: dict[str, nn.Module]) -> str:
-    """Tells one base model from another: a SHA-256 over names, shapes and the first values of every parameter."""
-    digest = hashlib.sha256()
-    for group, module in modules.items():
-        for name, parameter in module.named_parameters():
-            digest.update(f"{group}.{name}{list(parameter.shape)}".encode())
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+class TrainingState:
+    """Trained parameters of several named networks, the optimizer's moments and the moving average.
+
+    Only parameters that require a gradient count; frozen ones belong to the base model.
+
+    Args:
+        networks: by name.
+        optimizer: an Adam-like optimizer over their parameters.
+        ema_decay: decay of the exponential moving average; as in diffusers it ramps up as (1+k)/(10+k).
+    """
+
+    def __init__(self, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema_decay: float):
+        self.parameters: dict[str, nn.Parameter] = {
+            f"{network}.{name}": parameter
+            for network, module in networks.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.optimizer = optimizer
+        self.ema = EMAModel(self.parameters.values(), decay=ema_decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state; names start with ``parameters.``, ``ema.`` or ``optimizer.<key>.``."""
+        tensors = {f"parameters.{name}": parameter for name, parameter in self.parameters.items()}
+        tensors |= {f"ema.{name}": shadow for name, shadow in zip(self.parameters, self.ema.shadow_params, strict=True)}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], optimizer_steps: int) -> None:
+        """Take over what `tensors` gave after this many optimizer steps.
+
+        Raises:
+            ValueError: if the tensors are those of other networks; nothing is changed then.
+        """
+        for name, parameter in self.parameters.items():
+            for kind in ("parameters", "ema"):
+                found = tensors.get(f"{kind}.{name}")
+                if found is None or found.shape != parameter.shape:
+                    what = "nothing" if found is None else list(found.shape)
+                    raise ValueError(
+                        f"checkpoint is of another model: {kind}.{name} must have shape {list(parameter.shape)}, "
+                        f"got {what}"
+                    )
+        known = {f"{kind}.{name}" for name in self.parameters for kind in ("parameters", "ema")}
+        strange = [name for name in tensors if not name.startswith("optimizer.") and name not in known]
+        if strange:
+            raise ValueError(
+                f"checkpoint is of another model: it has {len(strange)} unknown tensors such as {strange[0]}"
+            )
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, key, parameter_name = name.split(".", 2)
+                moments.setdefault(parameter_name, {})[key] = tensor
+        for (name, parameter), shadow in zip(self.parameters.items(), self.ema.shadow_params, strict=True):
+            parameter.copy_(tensors[f"parameters.{name}"])
+            shadow.copy_(tensors[f"ema.{name}"])
+            if name in moments:
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device)
+                    for key, value in moments[name].items()
+                }
+        self.ema.optimization_step = optimizer_steps
+
+    def ema_tensors(self) -> dict[str, Tensor]:
+        """The moving average by parameter name (``network.parameter``)."""
+        return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
 
 
 class CheckpointFolder:
     """``iteration-000100.safetensors`` files in one folder.
 
-    A checkpoint is written aside and renamed, so a run killed at any moment leaves whole files only.
+    A checkpoint is written aside and renamed, so a run killed at any moment leaves whole files only.  It is *confirmed*
+    once a loss after it was finite: the step that destroys the weights is itself taken after a good loss.  Old ones are
+    removed when a newer one is confirmed, never before.
 
     Args:
         folder: created when first needed.
@@ -34,22 +99,38 @@ class CheckpointFolder:
 
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder, self.keep = Path(folder), keep
+        self._unconfirmed: Path | None = None
 
     def paths(self) -> list[Path]:
         """Checkpoints, oldest first."""
-        return sorted(
-            p for p in self.folder.glob("iteration-*.safetensors") if re.fullmatch(r"iteration-\d{6,}", p.stem)
-        )
+        found = (p for p in self.folder.glob("iteration-*.safetensors") if re.fullmatch(r"iteration-\d{6,}", p.stem))
+        return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
 
     def save(self, iteration: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
-        """Write one and remove those older than the newest ``keep``, with whatever a killed run left half written."""
+        """Write one; it is not confirmed yet."""
         path = self.folder / f"iteration-{iteration:06d}.safetensors"
         save_tensors(path, tensors, metadata | {"iteration": iteration})
-        for old in [*self.paths()[: -self.keep], *self.folder.glob(".*.partial")]:
-            old.unlink(missing_ok=True)
+        self._unconfirmed = path
         return path
 
+    def confirm(self) -> None:
+        """The newest is good: remove those beyond ``keep``, with whatever a killed run left half written."""
+        if self._unconfirmed is not None:
+            self._unconfirmed = None
+            for old in [*self.paths()[: -self.keep], *self.folder.glob(".*.partial")]:
+                old.unlink(missing_ok=True)
+
+    def reject(self) -> None:
+        """No loss after the newest was finite: remove it, so that a resumed run begins before it."""
+        if self._unconfirmed is not None:
+            self._unconfirmed.unlink(missing_ok=True)
+            self._unconfirmed = None
+
     def load_newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint, or None if there is none."""
+        """The newest checkpoint, or None if there is none; it counts as not confirmed."""
         paths = self.paths()
-        return load_tensors(paths[-1]) if paths else None
+        if not paths:
+            return None
+        found = load_tensors(paths[-1])
+        self._unconfirmed = paths[-1]
+        return found

@@ -10,16 +10,23 @@ from torch import Tensor
 
 from rfsr_ext.models import Condition, ISRModel
 from rfsr_ext.rewards import WeightedReward, check_rewards, reward_loss
-from rfsr_ext.sampling import TimestepWindows, Trajectory, rollout
+from rfsr_ext.sampling import State, TimestepWindows, denoise, rollout
 
 __all__ = ["Prediction", "RFSRObjective"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one denoising step with gradient gives: the network's output and the decoded z_0 estimate I_t (eq. 3)."""
+    """What one denoising step with gradient gives.
+
+    Attributes:
+        model_output: the network's output at z_t.
+        pred_original_sample: the z_0 estimate it implies.
+        images: the estimate decoded, I_t (eq. 3), not clamped.
+    """
 
     model_output: Tensor
+    pred_original_sample: Tensor
     images: Tensor
 
 
@@ -27,7 +34,7 @@ class RFSRObjective:
     """Eq. 7 for a batch at one sampling step:
 
     * st in the structure window: λ_dwt · L_dwt(I_t, I_gt), eq. 2;
-    * st in the reward window: L_reward(I_t, c_t) + λ_r · L_gram-kl(I_t, I′_t), eq. 5 and 6, where I′_t is what the
+    * st in the reward window: L_reward(I_t, c_t) + λ_r · L_style(I_t, I′_t), eq. 5 and 6, where I′_t is what the
       frozen pre-trained model makes of the same z_t under the same condition.
 
     Args:
@@ -37,13 +44,16 @@ class RFSRObjective:
         lambda_structure: λ_dwt.
         rewards: the weighted rewards of eq. 5.
         balance_rewards: see `rfsr_ext.rewards.reward_loss`.
-        style_loss: ``f(images, reference images)`` for Gram-KL, or None.
-        kl: regularise by the mean squared change of the network's output instead (Table 4, "KL"): up to a factor, the
-            Kullback–Leibler divergence between the two models' denoising steps.
-        lambda_regularization: λ_r.
+        style_loss: ``f(images, reference images)``, the paper's Gram-KL, or None.
+        kl: hold the style by the mean squared change of the network's output instead (Table 4, "KL"): up to a factor,
+            the Kullback–Leibler divergence between the two models' denoising steps.
+        lambda_style: λ_r.
         reference: the frozen pre-trained model; needed by ``style_loss`` and ``kl``.
         disable_adapters: instead of ``reference``, a context under which ``model`` itself is the pre-trained one.
-        num_inference_steps: of the rollout; None takes the model's own.
+        num_inference_steps: of the rollout; None takes the recipe's.
+        guidance_scale: of classifier-free guidance in the rollout and in the step with gradient; 1 is none, as in the
+            paper.
+        negative_prompt: of that guidance.
     """
 
     def __init__(
@@ -57,30 +67,34 @@ class RFSRObjective:
         balance_rewards: bool = False,
         style_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         kl: bool = False,
-        lambda_regularization: float = 5e-5,
+        lambda_style: float = 5e-5,
         reference: ISRModel | None = None,
         disable_adapters: Callable[[], contextlib.AbstractContextManager] | None = None,
         num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        negative_prompt: str = "",
     ):
         if (style_loss or kl) and reference is None and disable_adapters is None:
-            raise ValueError("reference must be the frozen pre-trained model when a regulariser is used, got None")
+            raise ValueError("reference must be the frozen pre-trained model when the style is held, got None")
         check_rewards(rewards, windows.reward)
         self.model, self.windows = model, windows
         self.structure_loss, self.lambda_structure = structure_loss, lambda_structure
         self.rewards, self.balance_rewards = list(rewards), balance_rewards
         self.style_loss, self.kl = style_loss, kl
-        self.lambda_regularization = lambda_regularization
+        self.lambda_style = lambda_style
         self.reference, self.disable_adapters = reference, disable_adapters
         self.num_inference_steps = num_inference_steps
+        self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
 
-    def predict(self, model: ISRModel, state: Trajectory, condition: Condition) -> Prediction:
+    def predict(self, model: ISRModel, state: State, condition: Condition) -> Prediction:
         """One denoising step at z_t and its decoded z_0 estimate."""
-        model_output = model.predict_noise(state.latents, state.timestep, condition)
-        latents = model.pred_original_sample(model_output, state.timestep, state.latents)
-        return Prediction(model_output, model.decode(latents))
+        process = state.process
+        output = denoise(model, process, state.latents, state.timestep, condition, self.guidance_scale)
+        estimate = process.pred_original_sample(output, state.timestep, state.latents)
+        return Prediction(output, estimate, model.decode(estimate))
 
     @torch.no_grad()
-    def predict_reference(self, state: Trajectory, condition: Condition) -> Prediction:
+    def predict_reference(self, state: State, condition: Condition) -> Prediction:
         """The same step by the pre-trained model."""
         if self.reference is not None:
             return self.predict(self.reference, state, condition)
@@ -108,8 +122,9 @@ class RFSRObjective:
         in_structure, in_reward = self.windows.in_structure(step), self.windows.in_reward(step)
         if not (in_structure or in_reward):
             raise ValueError(f"step must be one of {self.windows.steps()}, got {step}")
-        condition = self.model.encode_condition(lr, prompts)
-        state = rollout(self.model, condition, step, generator, self.num_inference_steps)
+        negative = None if self.guidance_scale == 1 else [self.negative_prompt] * len(prompts)
+        condition = self.model.condition(lr, prompts, negative)
+        state = rollout(self.model, condition, step, generator, self.num_inference_steps, self.guidance_scale)
         prediction = self.predict(self.model, state, condition)
         loss, logs = prediction.images.new_zeros((), dtype=torch.float32), {}
         if in_structure and self.structure_loss is not None:
@@ -123,9 +138,9 @@ class RFSRObjective:
             if self.style_loss is not None or self.kl:
                 before = self.predict_reference(state, condition)
             if self.style_loss is not None:
-                logs["regularization"] = self.style_loss(images, before.images.clamp(0, 1))
+                logs["style"] = self.style_loss(images, before.images.clamp(0, 1))
             elif self.kl:
-                logs["regularization"] = F.mse_loss(prediction.model_output.float(), before.model_output.float())
-            if "regularization" in logs:
-                loss = loss + self.lambda_regularization * logs["regularization"]
+                logs["style"] = F.mse_loss(prediction.model_output.float(), before.model_output.float())
+            if "style" in logs:
+                loss = loss + self.lambda_style * logs["style"]
         return loss, {name: value.detach().float() for name, value in logs.items()} | {"loss": loss.detach()}

@@ -2,14 +2,16 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
 
 from rfsr_ext.data import ImageFolder, PhotographCrops, photographs
+from rfsr_ext.files import replace_folder
 from rfsr_ext.importing import create_object, is_import_name
-from rfsr_ext.losses import HaarLLLoss, VGGGramLoss
+from rfsr_ext.losses import HaarLLLoss
 from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards import Reward, WeightedReward, create_reward
 from rfsr_ext.sampling import TimestepWindows
@@ -21,8 +23,8 @@ __all__ = [
     "build_rewards",
     "build_windows",
     "merge_adapters",
+    "save_adapters",
     "structure_loss",
-    "style_loss",
 ]
 
 
@@ -37,15 +39,13 @@ def build_dataset(config: RFSRConfig) -> Dataset:
 
 def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:
     """The windows, in sampling steps of the model's own scheduler."""
-    last = config.num_inference_steps or model.num_inference_steps
-    if config.window_unit == "noise":
-        raise ValueError("window_unit must be steps or timesteps for this model, got 'noise'")
-    if config.window_unit == "timesteps":
-        scheduler = copy.deepcopy(model.scheduler)
-        scheduler.set_timesteps(last)
-        windows = TimestepWindows.from_timesteps(scheduler.timesteps, config.structure_window, config.reward_window)
-    else:
-        windows = TimestepWindows(config.structure_window, config.reward_window, last, config.allow_overlap)
+    windows = TimestepWindows.from_process(
+        model.process(config.num_inference_steps),
+        config.structure_window,
+        config.reward_window,
+        config.window_unit,
+        config.allow_overlap,
+    )
     if config.structure_loss == "none":  # steps without a loss are not drawn
         windows = dataclasses.replace(windows, structure=None)
     return windows
@@ -63,13 +63,8 @@ def build_rewards(terms: dict[str, float | dict[str, Any]]) -> list[WeightedRewa
 
 
 def structure_loss(kind: str) -> nn.Module | None:
-    """The low-frequency loss or what Table 5 puts in its place."""
+    """The structure loss, or what Table 5 puts in its place."""
     return {"haar-ll": HaarLLLoss, "l1": nn.L1Loss, "none": lambda: None}[kind]()
-
-
-def style_loss(config: RFSRConfig) -> VGGGramLoss | None:
-    """The Gram distance, if the configuration asks for it."""
-    return VGGGramLoss(weights=config.vgg_weights) if config.style_loss == "gram" else None
 
 
 def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:
@@ -79,10 +74,19 @@ def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:
     except ImportError:
         raise ModuleNotFoundError("lora_rank needs the package peft; pip install 'rfsr_ext[lora]'") from None
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
-    model.set_trainable_groups({name: get_peft_model(m, lora) for name, m in model.trainable_groups().items()})
+    model.networks |= {name: get_peft_model(m, lora) for name, m in model.trainable_networks().items()}
 
 
 def merge_adapters(module: nn.Module) -> nn.Module:
     """A copy of a module with its adapters merged into the weights; any other module as it is."""
     merge = getattr(module, "merge_and_unload", None)
     return copy.deepcopy(module).merge_and_unload() if merge else module
+
+
+def save_adapters(networks: dict[str, nn.Module], folder: Path) -> None:
+    """Write the adapters of every network that has some as ``folder/NETWORK``, in peft's own files."""
+    adapters = {name: network for name, network in networks.items() if hasattr(network, "merge_and_unload")}
+    if adapters:
+        with replace_folder(folder) as aside:
+            for name, network in adapters.items():
+                network.save_pretrained(aside / name)

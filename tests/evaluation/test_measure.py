@@ -11,36 +11,38 @@ from rfsr_ext.data import evaluation_crops
 from rfsr_ext.evaluation import compare, evaluate, evaluate_bicubic, measure_trajectory, summarise
 from rfsr_ext.metrics import band_ssim, psnr, ssim
 from rfsr_ext.mini import architecture
-from rfsr_ext.models import Condition
+from rfsr_ext.models import Condition, ISRModel, Recipe
 from rfsr_ext.sampling import generators
 
 
-class NoisyBicubic:
-    """Satisfies what sampling asks of a model: bicubic interpolation with a little of the initial noise left in it."""
+class NoisyBicubic(ISRModel):
+    """Bicubic interpolation with a little of the initial noise left in it."""
 
-    scale, multiple, num_inference_steps, device = 4, 8, 5, torch.device("cpu")
+    scale, multiple, latent_channels, vae_scale_factor = 4, 8, 3, 1
 
     def __init__(self, strength=0.02):
+        self.networks, self.trained = {"network": torch.nn.Linear(1, 1)}, {"network": ""}
+        self.recipe = Recipe(num_inference_steps=5, start="noise")
         # to the very end: Stable Diffusion's own setting leaves the noise of the first timestep in the result
         self.scheduler = DDIMScheduler.from_config(architecture.scheduler().config, set_alpha_to_one=True)
         self.strength = strength
+        super().__init__()
 
-    def encode_condition(self, lr, prompts):
+    def condition(self, lr, prompts, negative_prompts=None):
         assert not lr.requires_grad and len(lr) == len(prompts)
-        return Condition(F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1), None, prompts)
+        return Condition(F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1), prompts)
 
-    def initial_latents(self, condition, timestep, generator):
-        noise = torch.cat([torch.randn(1, 3, *condition.controlnet_cond.shape[-2:], generator=g) for g in generator])
-        self.image = condition.controlnet_cond + self.strength * noise
+    def initial_latents(self, condition, process, generator=None):
+        noise = super().initial_latents(condition, process, generator)
+        self.image = condition.image + self.strength * noise
         return noise
 
-    def predict_noise(self, latents, timestep, condition):
+    def predict(self, latents, timestep, condition):
         alpha_bar = self.scheduler.alphas_cumprod[timestep]  # the velocity that leads to self.image
         return (alpha_bar.sqrt() * latents - self.image) / (1 - alpha_bar).sqrt()
 
-    def pred_original_sample(self, model_output, timestep, latents):
-        alpha_bar = self.scheduler.alphas_cumprod[timestep]
-        return alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * model_output
+    def encode(self, images):
+        return images
 
     def decode(self, latents):
         return latents
@@ -98,8 +100,8 @@ def test_seeds_differ(frame):
 
 def test_steps_are_passed_on(samples):
     model, calls = NoisyBicubic(), []
-    predict = model.predict_noise
-    model.predict_noise = lambda z, t, c: calls.append(int(t)) or predict(z, t, c)
+    predict = model.predict
+    model.predict = lambda z, t, c: calls.append(int(t)) or predict(z, t, c)
     evaluate(model, samples[:1], {}, num_inference_steps=3)
     assert len(calls) == 3
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from rfsr_ext.mini import architecture
-from rfsr_ext.mini.fit import fit
 from rfsr_ext.mini.scores import similarity
+from rfsr_ext.mini.stage import train_stage
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -48,12 +48,12 @@ def train(folder, iterations=40, stop=None):
         noise = torch.randn(1, generator=generator)
         return (module(batch["x"]) - 2 * batch["x"] + 0.01 * noise).square().mean()
 
-    fit("linear", {"m": module}, Numbers(), loss, folder, iterations=iterations, batch_size=4, learning_rate=0.1,
+    train_stage("linear", {"m": module}, Numbers(), loss, folder, iterations=iterations, batch_size=4, learning_rate=0.1,
         ema_decay=0.9, bf16=False, checkpoint_every=10)  # fmt: skip
     return module, calls
 
 
-def test_fit_learns_and_a_resumed_fit_equals_an_uninterrupted_one(tmp_path):
+def test_a_stage_learns_and_a_resumed_one_equals_an_uninterrupted_one(tmp_path):
     whole, seen = train(tmp_path / "whole")
     assert len(seen) == 40
     with pytest.raises(KeyboardInterrupt):

@@ -37,8 +37,8 @@ def test_the_mini_model_is_an_isr_model():
     model = load_model()
     assert isinstance(model, ISRModel)
     assert isinstance(model, ControlNetISRModel)
-    assert (model.scale, model.num_inference_steps) == (4, 50)
-    assert set(model.trainable_groups()) == {"unet", "controlnet"}
+    assert (model.scale, model.recipe.num_inference_steps) == (4, 50)
+    assert set(model.trainable_networks()) == {"unet", "controlnet"}
 
 
 def held_out_versions(kinds, count=40):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rfsr_ext.mini import architecture
-from rfsr_ext.models import ControlNetISRModel
+from rfsr_ext.models import ControlNetISRModel, Recipe
 
 
 @pytest.fixture(scope="session")
@@ -17,11 +17,11 @@ def model():
                 torch.nn.init.normal_(parameter, std=0.05)
         return ControlNetISRModel(
             architecture.autoencoder(), architecture.text_encoder(tokenizer), tokenizer, unet, controlnet,
-            architecture.scheduler(), num_inference_steps=10,
+            architecture.scheduler(), recipe=Recipe(num_inference_steps=10),
         )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def condition(model):
     lr = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return model.encode_condition(lr, ["cat", "", "flower, petals"])
+    return model.condition(lr, ["cat", "", "flower, petals"])

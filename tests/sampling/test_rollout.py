@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfsr_ext.sampling import generators, rollout, sample, trajectory
+from rfsr_ext.sampling import denoise, generators, rollout, sample, trajectory
 
 SCHEDULERS = [DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler, DPMSolverMultistepScheduler]
 
@@ -61,11 +62,11 @@ def test_trajectory(any_model, condition):
 def test_trajectory_is_the_schedulers_own_loop(any_model, condition):
     scheduler, noise = copy.deepcopy(any_model.scheduler), generators(5, range(3))
     scheduler.set_timesteps(6)
-    latents = any_model.initial_latents(condition, scheduler.timesteps[0], noise)
+    latents = any_model.initial_latents(condition, any_model.process(6), noise)
     options = {} if isinstance(scheduler, UniPCMultistepScheduler) else {"generator": noise}
     for t in scheduler.timesteps:
         with torch.no_grad():
-            output = any_model.predict_noise(latents, t, condition)
+            output = any_model.predict(latents, t, condition)
         latents = scheduler.step(output, t, latents, **options).prev_sample
     *_, (_, end) = trajectory(any_model, condition, generators(5, range(3)), 6)
     torch.testing.assert_close(end, latents)
@@ -81,8 +82,8 @@ def test_rollout_is_the_trajectorys_state(any_model, condition, step):
 
 def test_rollout_calls_the_network_only_before_its_step(model, condition, monkeypatch):
     calls = []
-    predict = model.predict_noise
-    monkeypatch.setattr(model, "predict_noise", lambda z, t, c: calls.append(int(t)) or predict(z, t, c))
+    predict = model.predict
+    monkeypatch.setattr(model, "predict", lambda z, t, c: calls.append(int(t)) or predict(z, t, c))
     rollout(model, condition, 1)
     assert calls == []
     rollout(model, condition, 4)
@@ -96,17 +97,16 @@ def test_rollout_rejects_steps(model, condition, step):
 
 
 def test_no_gradient_is_recorded(model, condition):
-    for module in model.trainable_groups().values():
-        module.requires_grad_(True)
+    model.unfreeze()
     try:
         with torch.enable_grad():
             assert not rollout(model, condition, 3).latents.requires_grad
             for state, estimate in trajectory(model, condition, num_inference_steps=2):
                 assert torch.is_grad_enabled()  # the loop's body is the caller's
                 assert not state.latents.requires_grad and not estimate.requires_grad
-            assert not sample(model, condition.controlnet_cond[:, :, ::4, ::4], [""] * 3, None, 2).requires_grad
+            assert not sample(model, condition.image[:, :, ::4, ::4], [""] * 3, None, 2).requires_grad
     finally:
-        for module in model.trainable_groups().values():
+        for module in model.networks.values():
             module.requires_grad_(False)
 
 
@@ -123,3 +123,40 @@ def test_sample(any_model):
     assert first.shape == (2, 3, 32, 40) and first.min() >= 0 and first.max() <= 1
     assert torch.equal(first, again)
     assert (first - other).abs().max() > 1e-3
+
+
+# -- classifier-free guidance -----------------------------------------------------------------------------------------
+
+
+def test_guidance_is_the_formula(model):
+    lr, prompts = torch.rand(2, 3, 8, 8), ["cat, fur", ""]
+    condition = model.condition(lr, prompts, ["blurry, noisy"] * 2)
+    process = model.process()
+    z, t = torch.randn(2, 12, 8, 8), process.timesteps[3]
+    with torch.no_grad():
+        positive, negative = (model.predict(z, t, c) for c in (condition, condition.negative))
+        assert (positive - negative).abs().max() > 1e-5
+        for scale in (0.0, 2.5, 7.0):
+            expected = negative + scale * (positive - negative)
+            torch.testing.assert_close(denoise(model, process, z, t, condition, scale), expected)
+        assert torch.equal(denoise(model, process, z, t, condition, 1.0), positive)
+    with pytest.raises(ValueError, match="condition must hold a negative condition for guidance_scale 2, got none"):
+        denoise(model, process, z, t, model.condition(lr, prompts), 2.0)
+
+
+def test_the_recipe_guides_unless_told_otherwise(model):
+    lr, seeds = torch.rand(1, 3, 8, 8), lambda: generators(0, [0])
+    guided = copy.copy(model)
+    guided.recipe = dataclasses.replace(model.recipe, guidance_scale=3.0, negative_prompt="blurry", added_prompt="8k")
+    plain, told = sample(model, lr, ["cat"], seeds(), 3), sample(model, lr, ["cat, 8k"], seeds(), 3, 3.0, "blurry")
+    by_recipe = sample(guided, lr, ["cat"], seeds(), 3)
+    assert torch.equal(by_recipe, told) and not torch.equal(by_recipe, plain)
+    again = sample(guided, lr, ["cat"], seeds(), 3, guidance_scale=1.0)
+    assert torch.equal(again, sample(model, lr, ["cat, 8k"], seeds(), 3))
+
+
+def test_guidance_needs_two_evaluations_a_step(model, monkeypatch):
+    calls, predict = [], model.predict
+    monkeypatch.setattr(model, "predict", lambda z, t, c: calls.append(c.prompts) or predict(z, t, c))
+    sample(model, torch.rand(1, 3, 8, 8), ["cat"], generators(0, [0]), 2, 4.0, "blurry")
+    assert calls == [["cat"], ["blurry"]] * 2

@@ -7,42 +7,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfsr_ext.mini import architecture
-from rfsr_ext.models import Condition
-from rfsr_ext.sampling import generators, sample, upscale
-from rfsr_ext.sampling.upscale import _pad, _Tiles, adain_color_fix, wavelet_color_fix
+from rfsr_ext.models import Condition, ISRModel, Recipe
+from rfsr_ext.sampling import Tiles, adain_color_fix, generators, sample, upscale, wavelet_color_fix
+from rfsr_ext.sampling.upscale import _pad
 
 
-class PixelwiseModel:
-    """Satisfies what sampling asks of a model, with networks that look at one latent pixel at a time.
+class PixelwiseModel(ISRModel):
+    """A model whose networks look at one latent pixel at a time.
 
     Tiling can change nothing about it, so whatever differs is a mistake of the tiles.
     """
 
-    scale, multiple, num_inference_steps, device = 4, 8, 4, torch.device("cpu")
+    scale, multiple, latent_channels, vae_scale_factor = 4, 8, 3, 4
 
     def __init__(self):
-        self.scheduler = architecture.scheduler()
-        self.seen = [0]  # sides of what entered a network; a shallow copy of the model shares the list
+        self.networks, self.trained = {"network": torch.nn.Linear(1, 1)}, {"network": ""}
+        self.recipe, self.scheduler = Recipe(num_inference_steps=4), architecture.scheduler()
+        self.seen = [0]  # sides of what entered a network
+        super().__init__()
 
     def _see(self, pixels):
         self.seen.extend(pixels.shape[-2:])
 
-    def encode_condition(self, lr, prompts):
-        upscaled = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
-        return Condition(upscaled, torch.full((len(lr), 2, 3), float(len(prompts[0]))), prompts)
+    def condition(self, lr, prompts, negative_prompts=None):
+        image = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
+        text = torch.full((len(lr), 2, 3), float(len(prompts[0])))
+        negative = self.condition(lr, negative_prompts) if negative_prompts else None
+        return Condition(image, prompts, {"picture": image, "latent": F.avg_pool2d(image, 4)}, {"text": text}, negative)
 
-    def initial_latents(self, condition, timestep, generator):
-        z = self.encode(condition.controlnet_cond)
-        return self.scheduler.add_noise(z, torch.randn(z.shape, generator=generator[0]), timestep.reshape(1))
-
-    def predict_noise(self, latents, timestep, condition):
-        self._see(condition.controlnet_cond)
-        assert len(latents) == len(condition) == len(condition.prompts) == len(condition.prompt_embeds)
-        seen = F.avg_pool2d(condition.controlnet_cond, 4)
-        return torch.sin(3 * latents + seen) + condition.prompt_embeds.mean() / 10
-
-    def pred_original_sample(self, model_output, timestep, latents):
-        return latents
+    def predict(self, latents, timestep, condition):
+        self._see(condition.image)
+        parts = (latents, condition, condition.prompts, *condition.spatial.values(), *condition.shared.values())
+        assert len({len(part) for part in parts}) == 1
+        assert condition.spatial["picture"].shape == condition.image.shape
+        seen = F.avg_pool2d(condition.spatial["picture"], 4) + condition.spatial["latent"]
+        return torch.sin(3 * latents + seen) + condition.shared["text"].mean() / 10
 
     def encode(self, images):
         self._see(images)
@@ -58,14 +57,19 @@ QUIET = {"progress": False}
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 40), st.sampled_from([(32, 8), (32, 0), (40, 24), (33, 5)]), st.integers(1, 5)
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([(32, 8), (32, 0), (40, 24), (33, 5)]),
+    st.integers(1, 5),
+    st.sampled_from([1.0, 2.5]),
 )
-def test_tiles_change_nothing_for_a_pixelwise_model(height, width, tiling, batch_size):
+def test_tiles_change_nothing_for_a_pixelwise_model(height, width, tiling, batch_size, guidance):
     image = torch.rand(3, height, width)
     tile, overlap = tiling
-    whole = upscale(PixelwiseModel(), image, "cat", tile=4096, color_fix=None, **QUIET)
+    options = {"color_fix": None, "guidance_scale": guidance, "negative_prompt": "blurry", **QUIET}
+    whole = upscale(PixelwiseModel(), image, "cat", tile=4096, **options)
     model = PixelwiseModel()
-    tiled = upscale(model, image, "cat", tile=tile, overlap=overlap, batch_size=batch_size, color_fix=None, **QUIET)
+    tiled = upscale(model, image, "cat", tile=tile, overlap=overlap, batch_size=batch_size, **options)
     assert tiled.shape == (3, 4 * height, 4 * width)
     assert max(model.seen) <= math.ceil(tile / 8) * 8  # nothing larger ever entered a network
     torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=0)
@@ -77,7 +81,7 @@ def test_tiles_change_nothing_for_a_pixelwise_model(height, width, tiling, batch
 )
 def test_tiles_cover_the_image(height, width, tiling):
     overlap, tile = (8 * n for n in tiling)
-    tiles = _Tiles(8 * height, 8 * width, tile, overlap, unit=8, batch_size=3)
+    tiles = Tiles(8 * height, 8 * width, tile, overlap, unit=8, batch_size=3)
     for starts, length in (
         (sorted({top for top, _ in tiles.corners()}), 8 * height),
         (sorted({left for _, left in tiles.corners()}), 8 * width),
@@ -91,18 +95,19 @@ def test_tiles_cover_the_image(height, width, tiling):
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 2, 4]))
 def test_blending_gives_back_what_was_cut(height, width, factor):
     """Weights sum to one everywhere, between images, latents and pixels alike."""
-    tiles = _Tiles(8 * height, 8 * width, 32, 8, unit=8, batch_size=2)
+    tiles = Tiles(8 * height, 8 * width, 32, 8, unit=8, batch_size=2)
     pixels = torch.rand(1, 3, 8 * height, 8 * width)
     torch.testing.assert_close(
-        tiles.blend(lambda x: F.avg_pool2d(x, factor), pixels), F.avg_pool2d(pixels, factor), atol=1e-5, rtol=0
+        tiles.blend(lambda cut, n: F.avg_pool2d(cut(pixels), factor)), F.avg_pool2d(pixels, factor), atol=1e-5, rtol=0
     )
 
 
 def test_blending_hides_disagreement():
     """Tiles of different brightness meet in a ramp: no step is as large as a seam would be."""
-    tiles = _Tiles(64, 112, 64, 16, unit=8, batch_size=1)
+    tiles = Tiles(64, 112, 64, 16, unit=8, batch_size=1)
     brightness = iter([0.0, 1.0])
-    result = tiles.blend(lambda x: torch.full_like(x, next(brightness)), torch.rand(1, 3, 64, 112))
+    image = torch.rand(1, 3, 64, 112)
+    result = tiles.blend(lambda cut, n: torch.full_like(cut(image), next(brightness)))
     assert result[..., :48].abs().max() == 0 and (result[..., 64:] == 1).all()
     assert result.diff(dim=-1).max() < 0.15
     assert result.diff(dim=-1).min() >= 0
@@ -167,12 +172,12 @@ def test_rejects(model, image, options, error, message):
         upscale(model, image, **options, **QUIET)
 
 
-# -- padding and colours ----------------------------------------------------------------------------------------------
+# -- padding and colors ----------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 12), st.integers(0, 12))
-def test_padding_keeps_the_image_and_invents_no_colour(height, width, below, right):
+def test_padding_keeps_the_image_and_invents_no_color(height, width, below, right):
     image = torch.rand(1, 3, height, width)
     padded = _pad(image, height + below, width + right)
     assert padded.shape == (1, 3, height + below, width + right)

@@ -78,5 +78,5 @@ def test_overlapping_windows():
 
 
 def test_window_without_any_timestep():
-    with pytest.raises(ValueError, match=r"reward window .* one of .* 3 timesteps 900 … 300, got \[0, 200\]"):
+    with pytest.raises(ValueError, match=r"reward window in timesteps .* one of .* 3, 900 … 300, got \[0, 200\]"):
         TimestepWindows.from_timesteps([900, 600, 300])

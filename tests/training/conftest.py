@@ -1,52 +1,15 @@
-"""A diffusion SR model so small that a training run takes seconds; random weights, real diffusers classes."""
+"""What trainings of a few seconds need."""
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
-from rfsr_ext.mini import architecture
-from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.rewards import Reward, WeightedReward
+from tests import tiny
 
 
-def make_tiny_model(seed: int = 0, num_inference_steps: int = 5) -> ControlNetISRModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = architecture.tokenizer()
-        text_encoder = architecture.text_encoder(tokenizer)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-        )
-        unet = UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            cross_attention_dim=64,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
-        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
-        for parameter in controlnet.parameters():  # the zero convolutions would hide the condition
-            torch.nn.init.normal_(parameter, std=0.05) if not parameter.any() else None
-    return ControlNetISRModel(
-        vae,
-        text_encoder,
-        tokenizer,
-        unet,
-        controlnet,
-        architecture.scheduler(),
-        num_inference_steps=num_inference_steps,
-    )
+def make_tiny_model(seed: int = 0):
+    return tiny.tiny_model(seed, num_inference_steps=5)
 
 
 class Brightness(Reward):

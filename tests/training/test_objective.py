@@ -21,25 +21,23 @@ def batch(parts):
 
 def by_hand(model, lr, prompts, step):
     """z_t after step − 1 DDIM steps, and the decoded z_0 estimate there, written out."""
-    condition = model.encode_condition(lr, prompts)
+    condition = model.condition(lr, prompts)
     scheduler = copy.deepcopy(model.scheduler)
     scheduler.set_timesteps(5)
-    latents = model.initial_latents(condition, scheduler.timesteps[0], generators(0, range(2)))
+    latents = model.initial_latents(condition, model.process(5), generators(0, range(2)))
     with torch.no_grad():
         for timestep in scheduler.timesteps[: step - 1]:
-            output = model.predict_noise(latents, timestep, condition)
+            output = model.predict(latents, timestep, condition)
             latents = scheduler.step(output, timestep, latents).prev_sample
     timestep = scheduler.timesteps[step - 1]
-    output = model.predict_noise(latents, timestep, condition)
+    output = model.predict(latents, timestep, condition)
     alpha_bar = scheduler.alphas_cumprod[timestep]
     estimate = alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * output
     return output, model.decode(estimate)
 
 
 def trained(model):
-    for module in model.trainable_groups().values():
-        module.requires_grad_(True)
-    return [p for module in model.trainable_groups().values() for p in module.parameters()]
+    return list(model.unfreeze().trained_parameters().values())
 
 
 def test_structure_window(tiny_model, batch):
@@ -56,7 +54,7 @@ def test_structure_window(tiny_model, batch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 
-def test_reward_window_with_each_regulariser(tiny_model, batch, parts):
+def test_reward_window_with_each_way_to_hold_the_style(tiny_model, batch, parts):
     lr, gt, prompts = batch
     reference = tiny_model.reference()
     trained(tiny_model)
@@ -65,27 +63,26 @@ def test_reward_window_with_each_regulariser(tiny_model, batch, parts):
             parameter.add_(0.01)
     output, images = by_hand(tiny_model, lr, prompts, 4)
     brightness = images.clamp(0, 1).mean()
-    options = {"rewards": parts["rewards"], "reference": reference, "lambda_regularization": 0.7}
+    options = {"rewards": parts["rewards"], "reference": reference, "lambda_style": 0.7}
 
     plain, _ = RFSRObjective(tiny_model, WINDOWS, rewards=parts["rewards"])(lr, gt, prompts, 4, generators(0, range(2)))
     torch.testing.assert_close(plain, -brightness, rtol=1e-5, atol=1e-6)
 
     # the reference sees the z_t of the model being trained
     with torch.no_grad():
-        condition = tiny_model.encode_condition(lr, prompts)
+        condition = tiny_model.condition(lr, prompts)
         scheduler = copy.deepcopy(tiny_model.scheduler)
         scheduler.set_timesteps(5)
-        latents = tiny_model.initial_latents(condition, scheduler.timesteps[0], generators(0, range(2)))
+        latents = tiny_model.initial_latents(condition, tiny_model.process(5), generators(0, range(2)))
         for timestep in scheduler.timesteps[:3]:
-            latents = scheduler.step(tiny_model.predict_noise(latents, timestep, condition), timestep, latents)[0]
-        before = reference.predict_noise(latents, scheduler.timesteps[3], condition)
-        before_images = reference.decode(reference.pred_original_sample(before, scheduler.timesteps[3], latents)).clamp(
-            0, 1
-        )
+            latents = scheduler.step(tiny_model.predict(latents, timestep, condition), timestep, latents)[0]
+        before = reference.predict(latents, scheduler.timesteps[3], condition)
+        alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps[3]]
+        before_images = reference.decode(alpha_bar.sqrt() * latents - (1 - alpha_bar).sqrt() * before).clamp(0, 1)
 
     kl, logs = RFSRObjective(tiny_model, WINDOWS, kl=True, **options)(lr, gt, prompts, 4, generators(0, range(2)))
     torch.testing.assert_close(kl, -brightness + 0.7 * (output - before).square().mean(), rtol=1e-5, atol=1e-6)
-    assert logs["regularization"] > 0
+    assert logs["style"] > 0
 
     style = torch.nn.MSELoss()
     gram, _ = RFSRObjective(tiny_model, WINDOWS, style_loss=style, **options)(
@@ -117,6 +114,30 @@ def test_sentences(tiny_model, batch, parts):
         objective(torch.full_like(lr, float("nan")), gt, prompts, 4)
     with pytest.raises(ValueError, match="reference must be the frozen pre-trained model"):
         RFSRObjective(tiny_model, WINDOWS, kl=True)
+
+
+def test_guidance_acts_in_the_rollout_and_in_the_step_with_gradient(tiny_model, batch):
+    lr, gt, prompts = batch
+    trained(tiny_model)
+    objective = RFSRObjective(
+        tiny_model, WINDOWS, structure_loss=torch.nn.L1Loss(), lambda_structure=1.0, guidance_scale=3.0,
+        negative_prompt="blurry",
+    )  # fmt: skip
+    loss, _ = objective(lr, gt, prompts, 2, generators(0, range(2)))
+    condition, process = tiny_model.condition(lr, prompts, ["blurry"] * 2), tiny_model.process(5)
+
+    def guided(z, t):
+        with torch.set_grad_enabled(bool(t == process.timesteps[1])):
+            p, n = (tiny_model.predict(z, t, c) for c in (condition, condition.negative))
+        return n + 3 * (p - n)
+
+    z = tiny_model.initial_latents(condition, process, generators(0, range(2)))
+    z = process.step(guided(z, process.timesteps[0]), process.timesteps[0], z)
+    t = process.timesteps[1]
+    images = tiny_model.decode(process.pred_original_sample(guided(z, t), t, z))
+    torch.testing.assert_close(loss, (images - gt).abs().mean(), rtol=1e-5, atol=1e-6)
+    plain = RFSRObjective(tiny_model, WINDOWS, structure_loss=torch.nn.L1Loss(), lambda_structure=1.0)
+    assert (plain(lr, gt, prompts, 2, generators(0, range(2)))[0] - loss).abs() > 1e-6
 
 
 def test_windows_given_as_timesteps_need_no_steps(tiny_model):

@@ -75,15 +75,15 @@ def test_lora_trains_adapters_and_its_base_is_the_reference(settings, parts):
     )
     assert all("lora_" in name for name in trainer.state.parameters)
     with trainer._disable_adapters():
-        condition = model.encode_condition(parts["validation"][0]["lr"][None], [""])
+        condition = model.condition(parts["validation"][0]["lr"][None], [""])
         z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        base = model.predict_noise(z, torch.tensor(500), condition)
+        base = model.predict(z, torch.tensor(500), condition)
     result = trainer.train()
     assert not any("lora_" in name for name, _ in result.model.unet.named_parameters())  # merged
     assert result.model.unet.state_dict().keys() == before.keys()
     assert any(not torch.equal(p, before[name]) for name, p in result.model.unet.named_parameters())
     untouched = make_tiny_model()
-    torch.testing.assert_close(base, untouched.predict_noise(z, torch.tensor(500), condition))
+    torch.testing.assert_close(base, untouched.predict(z, torch.tensor(500), condition))
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(settings, parts, tmp_path):

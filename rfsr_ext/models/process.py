@@ -1,0 +1,290 @@
+"""The noise process of one trajectory: z_t = α_t z_0 + σ_t ε, over any diffusers scheduler that can serve.
+
+Everything else follows from α and σ at a timestep and from what the network predicts (r² = α² + σ²):
+
+================ ========================= ============================= ==============================
+network gives    training target           estimate of z_0               of which models
+================ ========================= ============================= ==============================
+``epsilon``      ε                         (z − σ ε) / α                 SD 1.5, SD 2 base, SeeSR, PASD
+``v_prediction`` v = (α ε − σ z_0) / r     (α z − σ r v) / r²            SD 2.1, DiffBIR v2.1, the mini model
+``sample``       z_0                       z_0                           some autoencoders
+``flow``         u = ε − z_0               (z − σ u) / (α + σ)           FLUX, SD 3
+================ ========================= ============================= ==============================
+
+Schedulers differ in α and σ (their *family*):
+
+* variance-preserving, α² + σ² = 1: DDPM, DDIM, PNDM, DEIS, UniPC, DPM-Solver++, LCM, TCD;
+* sigma-space, α = 1: Euler, Euler-ancestral, Heun, LMS, whose network sees z / √(1 + σ²); and EDM, whose network sees
+  z / √(σ_data² + σ²) and whose output is scaled by the scheduler's own preconditioning (Karras et al., 2022);
+* flow matching, α = 1 − σ: FlowMatchEuler, and DPM-Solver or UniPC with ``use_flow_sigmas``.
+"""
+
+import copy
+import inspect
+import math
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+__all__ = ["NonUniformProcess", "Process", "check_scheduler"]
+
+_PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+
+
+def _family(scheduler) -> str:
+    """One of "flow", "edm", "sigma" and "vp", told by what the scheduler does, not by what it is called."""
+    if scheduler.config.get("use_flow_sigmas") or not hasattr(scheduler, "add_noise"):
+        return "flow"
+    if hasattr(scheduler, "precondition_outputs"):
+        return "edm"
+    probe = torch.ones(1, dtype=torch.float64)
+    scaled = copy.deepcopy(scheduler).scale_model_input(probe, scheduler.timesteps[0])
+    return "vp" if torch.equal(scaled, probe) else "sigma"
+
+
+class Process:
+    """One trajectory's noise process; it owns a copy of the scheduler, which nobody else steps.
+
+    Multistep schedulers keep a history, so a process serves one trajectory and is then thrown away.
+
+    Args:
+        scheduler: a diffusers scheduler; it is copied and never changed.
+        num_inference_steps: sampling steps asked for; ``len(process)`` says how many network evaluations the scheduler
+            makes of them (PNDM one more, Heun almost twice as many).
+        options: for the scheduler's ``set_timesteps``, such as ``mu=`` for FLUX.
+
+    Attributes:
+        timesteps: ``[len(process)]``, in sampling order.
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow".
+        init_noise_sigma: standard deviation of pure noise to start from.
+
+    Raises:
+        ValueError: if ``num_inference_steps`` is below 1, or the scheduler's prediction type is not known.
+    """
+
+    def __init__(self, scheduler, num_inference_steps: int, **options):
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        self._scheduler = copy.deepcopy(scheduler)
+        self._scheduler.set_timesteps(num_inference_steps, **options)
+        self._family = _family(self._scheduler)
+        self.prediction_type = self._prediction_type()
+        # This class scales the input itself; Euler would warn that its own method was not called.
+        if hasattr(self._scheduler, "is_scale_input_called"):
+            self._scheduler.is_scale_input_called = True
+        self.timesteps: Tensor = self._scheduler.timesteps
+        self.init_noise_sigma = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
+        self._own = self._own_levels()
+        self._accepts_generator = "generator" in inspect.signature(self._scheduler.step).parameters
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def _prediction_type(self) -> str:
+        given = self._scheduler.config.get("prediction_type", "epsilon")
+        kind = "flow" if self._family == "flow" and given in ("epsilon", "flow_prediction") else given
+        if self._family == "flow" and not hasattr(self._scheduler, "add_noise"):
+            kind = "flow"
+        if kind not in _PREDICTIONS:
+            raise ValueError(
+                f"scheduler prediction_type must be epsilon, v_prediction, sample or flow_prediction, got {given!r}"
+            )
+        return kind
+
+    # -- noise level ----------------------------------------------------------------------------------------------
+
+    def _own_levels(self) -> dict[float, tuple[float, float]]:
+        """(α, σ) of the trajectory's timesteps, from the scheduler's own sigmas where it has them (Karras's, say)."""
+        sigmas = getattr(self._scheduler, "sigmas", None)
+        if sigmas is None:
+            return {}
+        found = {}
+        for timestep, sigma in zip(self.timesteps.tolist(), sigmas.tolist(), strict=False):
+            found.setdefault(timestep, self._from_sigma(sigma))
+        return found
+
+    def _from_sigma(self, sigma: float) -> tuple[float, float]:
+        if self._family == "flow":
+            return 1 - sigma, sigma
+        if self._family == "vp":  # these schedulers store σ/α
+            return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
+        return 1.0, sigma
+
+    def _closed_form(self, timestep: float) -> tuple[float, float]:
+        """(α, σ) of any timestep the network was trained with, in the trajectory or not."""
+        if self._family == "edm":
+            return 1.0, math.exp(4 * timestep)  # the inverse of EDM's t = ln(σ) / 4
+        if self._family == "flow":
+            sigma = timestep / self._scheduler.config.num_train_timesteps
+            return 1 - sigma, sigma
+        alpha_bar = self._scheduler.alphas_cumprod
+        last = len(alpha_bar) - 1
+        if not 0 <= timestep <= last:
+            raise ValueError(f"timestep must be in 0 … {last}, got {timestep:g}")
+        below, above = math.floor(timestep), math.ceil(timestep)
+        a, b = alpha_bar[below].item(), alpha_bar[above].item()
+        mean = a + (timestep - below) * (b - a)
+        alpha, sigma = math.sqrt(mean), math.sqrt(1 - mean)
+        return (1.0, sigma / alpha) if self._family == "sigma" else (alpha, sigma)
+
+    def level(self, timestep: Tensor | float) -> tuple[Tensor, Tensor]:
+        """α and σ at one timestep or at several, in double precision and of ``timestep``'s shape."""
+        timesteps = torch.as_tensor(timestep)
+        values = timesteps.detach().cpu().double().reshape(-1).tolist()
+        levels = [self._own.get(value) or self._closed_form(value) for value in values]
+        alpha, sigma = torch.tensor(levels, dtype=torch.float64).reshape(*timesteps.shape, 2).unbind(-1)
+        return alpha, sigma
+
+    def noise_share(self, timestep: Tensor | float) -> Tensor:
+        """σ² / (α² + σ²), the share of noise in z_t: 0 clean, 1 pure noise; comparable between all families."""
+        alpha, sigma = self.level(timestep)
+        return sigma.square() / (alpha.square() + sigma.square())
+
+    def _broadcast(self, timestep: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(x.reshape(-1, *[1] * (like.ndim - 1)).to(like) for x in self.level(timestep))
+
+    # -- formulas -------------------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timestep: Tensor | float) -> Tensor:
+        """z_t = α z_0 + σ ε at one timestep, or at one per sample."""
+        alpha, sigma = self._broadcast(timestep, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def scale_model_input(self, latents: Tensor, timestep: Tensor | float) -> Tensor:
+        """What the network wants to see of z_t: z_t itself, or in sigma-space z_t brought to the scale of z_0."""
+        if self._family in ("vp", "flow"):
+            return latents
+        sigma_data = self._scheduler.config.sigma_data if self._family == "edm" else 1.0
+        _, sigma = self._broadcast(timestep, latents)
+        return latents / (sigma.square() + sigma_data**2).sqrt()
+
+    def pred_original_sample(self, model_output: Tensor, timestep: Tensor | float, latents: Tensor) -> Tensor:
+        """The z_0 estimate that the network's output implies at z_t (unscaled latents), see the table above."""
+        if self.prediction_type == "sample":
+            return model_output
+        alpha, sigma = self._broadcast(timestep, latents)
+        if self._family == "edm":
+            return self._scheduler.precondition_outputs(latents, model_output, sigma)
+        if self.prediction_type == "epsilon":
+            return (latents - sigma * model_output) / alpha
+        if self.prediction_type == "flow":
+            return (latents - sigma * model_output) / (alpha + sigma)
+        square = alpha.square() + sigma.square()
+        return (alpha * latents - sigma * square.sqrt() * model_output) / square
+
+    def perfect_output(self, original_samples: Tensor, timestep: Tensor | float, latents: Tensor) -> Tensor:
+        """The network's output at z_t whose z_0 estimate is ``original_samples``: `pred_original_sample`, solved."""
+        at_zero = self.pred_original_sample(torch.zeros_like(latents), timestep, latents)
+        at_one = self.pred_original_sample(torch.ones_like(latents), timestep, latents)
+        return (original_samples - at_zero) / (at_one - at_zero)  # the estimate is linear in the output
+
+    def target(self, original_samples: Tensor, noise: Tensor, timestep: Tensor | float) -> Tensor:
+        """What a network is trained to give for z_0 and ε, see the table above (EDM: before its preconditioning)."""
+        if self._family == "edm":
+            return self.perfect_output(original_samples, timestep, self.add_noise(original_samples, noise, timestep))
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return original_samples
+        if self.prediction_type == "flow":
+            return noise - original_samples
+        alpha, sigma = self._broadcast(timestep, original_samples)
+        return (alpha * noise - sigma * original_samples) / (alpha.square() + sigma.square()).sqrt()
+
+    def step(self, model_output: Tensor, timestep: Tensor, latents: Tensor, generator=None) -> Tensor:
+        """The scheduler's own step from z_t to the next latents; call it once for every timestep, in order."""
+        options = {"generator": generator} if self._accepts_generator else {}
+        return self._scheduler.step(model_output, timestep, latents, **options, return_dict=False)[0]
+
+
+class NonUniformProcess(Process):
+    """CCSR's non-uniform sampling: one leap to an estimate, re-noised to ``t_max``, then steps to ``t_min``.
+
+    Of ``n`` uniform timesteps t_1 > … > t_n the trajectory takes t_1 and those from the last round(n·t_max) to, not
+    included, the last round(n·t_min).  After the first step the z_0 estimate gets fresh noise at the next timestep;
+    after the last one the estimate itself is the result.  The network is evaluated 1 + round(n·t_max) − round(n·t_min)
+    times (CCSR, arXiv 2401.00877, section 3.2; 45, 2/3 and 1/3 give 16).
+
+    Args:
+        scheduler, num_inference_steps, options: as for `Process`; for a scheduler whose step needs no history (DDPM,
+            DDIM).
+        t_max, t_min: shares of the schedule, 0 ≤ t_min ≤ t_max < 1.
+
+    Raises:
+        ValueError: if the shares are out of range, or the scheduler counts its own steps.
+    """
+
+    def __init__(self, scheduler, num_inference_steps: int, t_max: float = 2 / 3, t_min: float = 1 / 3, **options):
+        if not 0 <= t_min <= t_max < 1:
+            raise ValueError(f"t_max and t_min must satisfy 0 <= t_min <= t_max < 1, got {t_max} and {t_min}")
+        super().__init__(scheduler, num_inference_steps, **options)
+        if hasattr(self._scheduler, "step_index") or hasattr(self._scheduler, "counter"):
+            raise ValueError(
+                f"scheduler must not count its own steps for non-uniform sampling, got "
+                f"{type(scheduler).__name__}; take DDPMScheduler or DDIMScheduler"
+            )
+        n = len(self.timesteps)
+        first, last = n - round(n * t_max), n - round(n * t_min)
+        self.timesteps = torch.cat([self.timesteps[:1], self.timesteps[max(first, 1) : last]])
+
+    def step(self, model_output: Tensor, timestep: Tensor, latents: Tensor, generator=None) -> Tensor:
+        place = self.timesteps.tolist().index(float(timestep))
+        if 0 < place < len(self) - 1:
+            return super().step(model_output, timestep, latents, generator)
+        estimate = self.pred_original_sample(model_output, timestep, latents)
+        if place == len(self) - 1:
+            return estimate
+        noise = randn_tensor(estimate.shape, generator=generator, device=estimate.device, dtype=estimate.dtype)
+        return self.add_noise(estimate, noise, self.timesteps[1])
+
+
+_KNOWN = 3.0  # beyond 1, so that a scheduler which clips its estimates is noticed
+_PROBE_STEPS = 25  # enough for samplers that are right in the limit only, such as PNDM on velocities
+
+
+def check_scheduler(scheduler) -> None:
+    """Refuse a scheduler whose arithmetic is not that of `Process`.
+
+    A network that always knows z_0 = 3 is sampled for 25 steps on 4096 numbers. Whatever the sampler draws or solves,
+    z_t must then have mean 3 α and standard deviation σ before every step, and the end must be 3.
+
+    Raises:
+        ValueError: if it cannot serve; the sentence says why.
+    """
+    name = type(scheduler).__name__
+    advice = "take another, such as DDIMScheduler.from_config(scheduler.config, clip_sample=False)"
+    if not all(hasattr(scheduler, part) for part in ("config", "set_timesteps", "step", "scale_model_input")) and not (
+        hasattr(scheduler, "scale_noise")
+    ):
+        raise ValueError(f"scheduler must be a diffusers scheduler, got {name}; {advice}")
+    options = {"mu": 0.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    try:
+        process = Process(scheduler, _PROBE_STEPS, **options)
+        fault = _fault(process)
+    except Exception as error:
+        fault = " ".join(str(error).split())[:200] or type(error).__name__
+    if fault:
+        raise ValueError(f"scheduler {name} cannot serve: {fault}; {advice}")
+
+
+def _fault(process: Process) -> str:
+    """What is wrong with a trajectory whose network always knows that z_0 is `_KNOWN`; empty if nothing is."""
+    if (process.timesteps.diff() > 0).any():
+        return "its timesteps rise, from the image to noise"
+    known = torch.full((4096, 1, 1, 1), _KNOWN, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(known.shape, generator=generator, dtype=known.dtype)
+    latents = process.add_noise(known, noise, process.timesteps[0])
+    for timestep in process.timesteps:
+        alpha, sigma = (x.item() for x in process.level(timestep))
+        mean, deviation = latents.mean().item(), latents.std().item()
+        if not (abs(mean - alpha * _KNOWN) < 0.1 * sigma + 0.05 and abs(deviation - sigma) < 0.1 * sigma + 0.05):
+            return (
+                f"before timestep {timestep:g} a perfect network has z_t of mean {mean:.3g} and deviation "
+                f"{deviation:.3g} instead of {alpha * _KNOWN:.3g} and {sigma:.3g}"
+            )
+        output = process.perfect_output(known, timestep, latents)
+        latents = process.step(output, timestep, latents, generator)
+    end = latents.mean().item()
+    return "" if abs(end - _KNOWN) < 0.1 else f"with a perfect network it ends at {end:.3g} instead of {_KNOWN:g}"

@@ -1,0 +1,116 @@
+"""Overlapping tiles: one image through networks that only ever see a part of it.
+
+The tiles share one noise and are blended at every sampling step, as in MultiDiffusion (Bar-Tal et al., 2023) and SeeSR,
+so that neighbors agree on what they draw and no seam appears.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rfsr_ext.models import Condition, ISRModel, Process
+
+__all__ = ["Tiled", "Tiles"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Overlapping tiles over an image of ``height`` × ``width`` pixels; every number is a multiple of ``unit``."""
+
+    height: int
+    width: int
+    tile: int
+    overlap: int
+    unit: int
+    batch_size: int
+
+    def _starts(self, length: int) -> list[int]:
+        """First pixels of the fewest tiles that overlap enough, spread evenly."""
+        if length <= self.tile:
+            return [0]
+        count = math.ceil((length - self.overlap) / (self.tile - self.overlap))
+        return [round((length - self.tile) * i / (count - 1) / self.unit) * self.unit for i in range(count)]
+
+    def corners(self) -> list[tuple[int, int]]:
+        """Top and left of each tile, in pixels."""
+        return list(itertools.product(self._starts(self.height), self._starts(self.width)))
+
+    def _part(self, corner: tuple[int, int], factor: int) -> tuple:
+        """The index of a tile in something ``factor`` times smaller than the image."""
+        top, left = (n // factor for n in corner)
+        height, width = (min(self.tile, n) // factor for n in (self.height, self.width))
+        return ..., slice(top, top + height), slice(left, left + width)
+
+    def blend(self, function: Callable[[Callable[[Tensor], Tensor], int], Tensor]) -> Tensor:
+        """Outputs of the tiles of one image, put together with Hann windows as weights.
+
+        Args:
+            function: gets ``cut``, which takes a tensor ``[1, C, h, w]`` to a batch of its tiles, and their number;
+                gives their outputs.  Tensors may be pixels or latents: how much smaller one is than the image follows
+                from its size.
+
+        Returns:
+            ``[1, C, h, w]``.
+        """
+        result = weights = None
+        corners = self.corners()
+        for first in range(0, len(corners), self.batch_size):
+            batch = corners[first : first + self.batch_size]
+
+            def cut(x: Tensor, batch=batch) -> Tensor:
+                return torch.cat([x[self._part(corner, self.height // x.shape[-2])] for corner in batch])
+
+            outputs = function(cut, len(batch))
+            factor = min(self.tile, self.height) // outputs.shape[-2]
+            if result is None:
+                # float32 also for half-precision models: windows multiply to 1e-7 in the corners
+                size = self.height // factor, self.width // factor
+                result = torch.zeros(1, outputs.shape[1], *size, device=outputs.device)
+                weights = torch.zeros_like(result[:, :1])
+                # without the zeros at its ends, so that the image's own border has a weight too
+                rows, columns = (
+                    torch.hann_window(n + 2, periodic=False, device=outputs.device)[1:-1] for n in outputs.shape[-2:]
+                )
+                window = rows[:, None] * columns
+            for corner, output in zip(batch, outputs, strict=True):
+                result[self._part(corner, factor)] += window * output
+                weights[self._part(corner, factor)] += window
+        return (result / weights).to(outputs.dtype)
+
+
+class Tiled(ISRModel):
+    """A model whose networks see one image through tiles; the model itself is untouched.
+
+    Args:
+        model: any base model.
+        tiles: of the image's size; the batch must hold one image.
+    """
+
+    def __init__(self, model: ISRModel, tiles: Tiles):
+        # no super().__init__(): networks and scheduler are the model's, which has checked them
+        self.model, self.tiles = model, tiles
+        self.networks, self.trained, self.recipe = model.networks, model.trained, model.recipe
+        self.scheduler, self.scale, self.multiple = model.scheduler, model.scale, model.multiple
+        self.latent_channels, self.vae_scale_factor = model.latent_channels, model.vae_scale_factor
+
+    def condition(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> Condition:
+        return self.model.condition(lr, prompts, negative_prompts)
+
+    def process(self, num_inference_steps: int | None = None) -> Process:
+        return self.model.process(num_inference_steps)
+
+    def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        def part(cut: Callable[[Tensor], Tensor], count: int) -> Tensor:
+            return self.model.predict(cut(latents), timestep, condition.tiles(cut, count))
+
+        return self.tiles.blend(part)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tiles.blend(lambda cut, count: self.model.encode(cut(images)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.tiles.blend(lambda cut, count: self.model.decode(cut(latents)))

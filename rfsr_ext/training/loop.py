@@ -1,0 +1,378 @@
+"""The training loop: any `Method` on accelerate, seeded, resumable, and indifferent to what is trained."""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from rfsr_ext.files import lock_folder, replace_file
+from rfsr_ext.training.checkpoint import CheckpointFolder, TrainingState
+from rfsr_ext.training.config import RunConfig
+from rfsr_ext.training.method import Method
+
+__all__ = ["Loop", "Monitor", "NonFiniteLossError", "create_accelerator"]
+
+logger = logging.getLogger(__name__)
+
+_OWNED = ("config.json", "history.csv", "validation.csv", "model", "best", "checkpoints")  # what a run writes
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many iterations in a row had no finite loss or gradient; the last good checkpoint is intact."""
+
+
+class Monitor(Protocol):
+    """Held-out measurements, as the loop sees them; `rfsr_ext.training.held_out.HeldOut` is one."""
+
+    measured: list[dict[str, Any]]
+
+    def measure(self, iteration: int, log_images) -> bool:
+        """Measure the weights as they stand, append a row to ``measured``, and say whether they are the best so far."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def create_accelerator(config: RunConfig, cpu: bool = False) -> Accelerator:
+    """accelerate's `Accelerator` for a run.
+
+    Its state is shared by the whole process; a second run, in a notebook say, may want another precision.  The loop
+    accumulates gradients itself, so accelerate must not divide the loss, whatever its environment variables say.
+    """
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=cpu,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with="tensorboard",
+        project_dir=config.output_dir,
+    )
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of the number of processes ({accelerator.num_processes}) times "
+            f"gradient_accumulation_steps ({config.gradient_accumulation_steps}), got {config.batch_size}"
+        )
+    return accelerator
+
+
+class Loop:
+    """Trains a method's networks; it knows nothing of images or rewards.
+
+    Iteration k sees samples ``k·batch_size …`` of the dataset, cut over processes and accumulation steps.  A step is
+    skipped if its loss or gradient is not finite.  Checkpoints hold everything; none is written while steps are being
+    skipped.
+
+    Args:
+        config: the settings every method shares.
+        method: what is trained.
+        dataset: indexable by any non-negative integer.
+        held_out: measures during training, or None.
+        accelerator: by default a new one.
+        name: of the progress bar.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        dataset: Dataset,
+        held_out: Monitor | None = None,
+        accelerator: Accelerator | None = None,
+        name: str = "train",
+    ):
+        self.config, self.method, self.dataset, self.held_out = config, method, dataset, held_out
+        self.accelerator = accelerator or create_accelerator(config)
+        self.folder, self.name = Path(config.output_dir), name
+        self.fingerprint = method.fingerprint()
+        self.states: dict[str, TrainingState] = {}
+        self.wrapped: dict[str, dict[str, nn.Module]] = {}
+        for player, networks in method.players.items():
+            parameters = [p for module in networks.values() for p in module.parameters() if p.requires_grad]
+            if not parameters:
+                raise ValueError(f"player {player!r} must have a parameter that asks for a gradient, got none")
+            optimizer = method.optimizer(player, parameters, config.learning_rate, config.adam_betas)
+            self.states[player] = TrainingState(networks, optimizer, config.ema_decay)
+            prepared = self.accelerator.prepare(*networks.values())
+            prepared = prepared if isinstance(prepared, (tuple, list)) else (prepared,)
+            self.wrapped[player] = dict(zip(networks, prepared, strict=True))
+        self.checkpoints = CheckpointFolder(self.folder / "checkpoints", config.keep_checkpoints)
+        self.iteration = 0
+        self.skipped_in_a_row = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+
+    # -- one iteration --------------------------------------------------------------------------------------------
+
+    def _loader(self, first: int) -> DataLoader:
+        """This process's parts of every batch from iteration ``first`` on: sample i of the run is always the same."""
+        n, parts = self.config.batch_size, self.config.gradient_accumulation_steps
+        share = n // self.accelerator.num_processes
+        offset = self.accelerator.process_index * share
+        indices = [k * n + offset + i for k in range(first, self.config.iterations) for i in range(share)]
+        return DataLoader(self.dataset, share // parts, sampler=indices, num_workers=self.config.num_workers)
+
+    def _samples(self, iteration: int, part: int) -> range:
+        n, parts = self.config.batch_size, self.config.gradient_accumulation_steps
+        share = n // self.accelerator.num_processes
+        first = iteration * n + self.accelerator.process_index * share + part * (share // parts)
+        return range(first, first + share // parts)
+
+    @contextlib.contextmanager
+    def _installed(self, networks: dict[str, dict[str, nn.Module]]) -> Iterator[None]:
+        """The method computes with these networks for as long as the block lasts, then with its own again."""
+        for player, own in networks.items():
+            self.method.install(player, own)
+        try:
+            yield
+        finally:
+            for player, own in self.method.players.items():
+                self.method.install(player, own)
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.accelerator.device
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _backward(self, player: str, batches: Sequence[dict], iteration: int) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the parts of a batch, and the mean of what the method logs."""
+        total: dict[str, Tensor] = {}
+        for part, batch in enumerate(batches):
+            last = part == len(batches) - 1
+            with contextlib.ExitStack() as stack:
+                if not last:  # processes exchange gradients once
+                    for module in self.wrapped[player].values():
+                        stack.enter_context(self.accelerator.no_sync(module))
+                with self.accelerator.autocast():
+                    loss, logs = self.method.loss(player, batch, iteration, self._samples(iteration, part))
+                self.accelerator.backward(loss / len(batches))
+            for name, value in logs.items():
+                total[name] = total.get(name, 0) + value / len(batches)
+        return total
+
+    def _train_step(self, batches: Sequence[dict], iteration: int) -> dict[str, Any]:
+        """One step of every player."""
+        row: dict[str, Any] = {"iteration": iteration + 1} | self.method.describe(iteration)
+        skipped = False
+        for player, state in self.states.items():
+            prefix = "" if len(self.states) == 1 else f"{player}/"
+            parameters = list(state.parameters.values())
+            with self._installed(self.wrapped):
+                logs = self._backward(player, batches, iteration)
+            limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
+            norm = nn.utils.clip_grad_norm_(parameters, limit)
+            names = sorted(logs)
+            values = self.accelerator.reduce(torch.stack([logs[name].detach().float() for name in names]), "mean")
+            found = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": norm.item()}
+            if np.isfinite(found.get("loss", 0.0)) and np.isfinite(found["grad_norm"]):
+                factor = self.method.learning_rate_factor(player, iteration)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = self.config.learning_rate * factor
+                state.optimizer.step()
+                state.ema.step(parameters)
+            else:
+                skipped = True
+                logger.warning(
+                    "iteration %d: %sloss %s or its gradient is not finite, step skipped",
+                    iteration + 1, prefix, found.get("loss"),
+                )  # fmt: skip
+            for other in self.states.values():  # a player's loss may reach another player's networks
+                other.optimizer.zero_grad(set_to_none=True)
+            row |= {f"{prefix}{name}": value for name, value in found.items()}
+        row["skipped"] = skipped
+        return row
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self, resume: bool = True) -> pd.DataFrame:
+        """Train to ``config.iterations``, going on from the newest checkpoint in the run's folder if there is one.
+
+        The weights are the moving averages afterwards.
+
+        Returns:
+            One row per iteration.
+
+        Raises:
+            NonFiniteLossError: after ``config.max_skipped`` iterations in a row without a finite loss, or if the run ends
+                while steps are being skipped.
+            ValueError: if the checkpoint is of another model or method, or was made with other settings.
+            RuntimeError: if another run holds the folder.
+        """
+        main = self.accelerator.is_main_process
+        with lock_folder(self.folder, _OWNED) if main else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            if resume:
+                self._resume()
+            elif self.checkpoints.paths():
+                raise FileExistsError(
+                    f"output_dir {str(self.folder)!r} holds checkpoints of a run; resume it or give another"
+                )
+            if main:
+                self.accelerator.init_trackers("tensorboard")
+                with replace_file(self.folder / "config.json") as path:
+                    path.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            try:
+                self._run()
+            except NonFiniteLossError:
+                if main:
+                    self.checkpoints.reject()
+                raise
+            for state in self.states.values():
+                state.ema.copy_to(list(state.parameters.values()))
+            history = pd.DataFrame(self.history)
+            if main:
+                self.method.export(self.folder / "model")
+                frames = {"history": history}
+                if self.held_out is not None:
+                    frames["validation"] = pd.DataFrame(self.held_out.measured)
+                for name, frame in frames.items():
+                    with replace_file(self.folder / f"{name}.csv") as path:
+                        frame.to_csv(path, index=False)
+            self.accelerator.wait_for_everyone()
+            if main and self.accelerator.trackers:
+                self.accelerator.get_tracker("tensorboard").finish()  # end_training would end the process group as well
+        return history
+
+    def _run(self) -> None:
+        config, main = self.config, self.accelerator.is_main_process
+        if self.held_out is not None and not self.held_out.measured:
+            self._measure()
+        loader = iter(self._loader(self.iteration))
+        started = time.monotonic() - self.seconds
+        progress = tqdm(
+            total=config.iterations, initial=self.iteration, desc=self.name, disable=not main, unit="it", mininterval=0.5
+        )
+        with contextlib.closing(progress):
+            while self.iteration < config.iterations:
+                began = time.monotonic()
+                batches = [self._to_device(next(loader)) for _ in range(config.gradient_accumulation_steps)]
+                row = self._train_step(batches, self.iteration)
+                self.iteration += 1
+                self.seconds = time.monotonic() - started
+                row["seconds"] = time.monotonic() - began
+                self.history.append(row)
+                self._count_skipped(row["skipped"])
+                progress.update()
+                progress.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k.endswith(("loss", "step"))}, refresh=False)
+                last = self.iteration == config.iterations
+                if main:
+                    scalars = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("iteration", "skipped")}
+                    self.accelerator.log(scalars, step=self.iteration)
+                if self.skipped_in_a_row:
+                    if last:
+                        raise NonFiniteLossError(self._advice("the run ended while steps were being skipped"))
+                    continue
+                if self.held_out is not None and (self.iteration % config.validate_every == 0 or last):
+                    self._measure()
+                if self.iteration % config.checkpoint_every == 0 or last:
+                    self._checkpoint()
+
+    def _count_skipped(self, skipped: bool) -> None:
+        if not skipped:
+            self.skipped_in_a_row = 0
+            if self.accelerator.is_main_process:
+                self.checkpoints.confirm()
+            return
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise NonFiniteLossError(
+                self._advice(
+                    f"stopped after {self.config.max_skipped} iterations in a row without a finite loss and gradient "
+                    f"(max_skipped)"
+                )
+            )
+
+    def _advice(self, what: str) -> str:
+        return f"{what}; lower learning_rate or the loss weights and run again: it goes on from the last good checkpoint"
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            tensors = {f"{player}.{k}": v for player, state in self.states.items() for k, v in state.tensors().items()}
+            metadata = {
+                "config": self.config.to_dict(),
+                "fingerprint": self.fingerprint,
+                "history": self.history,
+                "seconds": self.seconds,
+                "method": self.method.state_dict(),
+                "held_out": self.held_out.state_dict() if self.held_out is not None else {},
+                "optimizer_steps": {player: state.ema.optimization_step for player, state in self.states.items()},
+            }
+            self.checkpoints.save(self.iteration, tensors, metadata)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = self.checkpoints.load_newest()
+        if found is None:
+            return
+        tensors, metadata = found
+        folder = str(self.checkpoints.folder)
+        if metadata.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"checkpoint in {folder!r} is of another base model than {self.config.model!r}; give that model or "
+                f"another output_dir"
+            )
+        changed = self.config.differs(metadata["config"])
+        if changed:
+            raise ValueError(
+                f"checkpoint in {folder!r} was made with other settings ({', '.join(changed)}); restore them or give "
+                f"another output_dir"
+            )
+        if metadata["iteration"] > self.config.iterations:
+            raise ValueError(
+                f"iterations must be at least {metadata['iteration']}, which the run in {str(self.folder)!r} has done, "
+                f"got {self.config.iterations}; give another output_dir for a shorter run"
+            )
+        self.method.load_state_dict(metadata["method"])
+        for player, state in self.states.items():
+            own = {k.removeprefix(f"{player}."): v for k, v in tensors.items() if k.startswith(f"{player}.")}
+            state.load(own, metadata["optimizer_steps"][player])
+        if self.held_out is not None:
+            self.held_out.load_state_dict(metadata["held_out"])
+        self.iteration, self.history, self.seconds = metadata["iteration"], metadata["history"], metadata["seconds"]
+        logger.info("going on from iteration %d", self.iteration)
+
+    # -- held-out measurements ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The networks with the moving average of their weights, for as long as the block lasts."""
+        for state in self.states.values():
+            state.ema.store(list(state.parameters.values()))
+            state.ema.copy_to(list(state.parameters.values()))
+        try:
+            yield
+        finally:
+            for state in self.states.values():
+                state.ema.restore(list(state.parameters.values()))
+
+    def _measure(self) -> None:
+        """Measure the averaged weights; keep them in ``best/`` if they are the best so far."""
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                best = self.held_out.measure(self.iteration, self._log_images)
+                if best:
+                    self.method.export(self.folder / "best")
+            row = {k: v for k, v in self.held_out.measured[-1].items() if k != "iteration"}
+            self.accelerator.log({f"held-out/{key}": value for key, value in row.items()}, step=self.iteration)
+        self.accelerator.wait_for_everyone()
+
+    def _log_images(self, images: np.ndarray) -> None:
+        """``[N, H, W, 3]`` images in [0, 1] for TensorBoard."""
+        tracker = self.accelerator.get_tracker("tensorboard")
+        tracker.log_images({"held-out": images}, step=self.iteration, dataformats="NHWC")

@@ -1,0 +1,229 @@
+"""Reward feedback learning as a `Method`, and the trainer that puts it together from a configuration."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import Dataset
+
+from rfsr_ext.data import Sample, evaluation_crops, photographs
+from rfsr_ext.evaluation.measure import Scorer
+from rfsr_ext.losses import VGGGramLoss
+from rfsr_ext.metrics.judge import Judge
+from rfsr_ext.models import ISRModel, load_model
+from rfsr_ext.rewards import WeightedReward
+from rfsr_ext.sampling import generators
+from rfsr_ext.training import setup
+from rfsr_ext.training.config import RFSRConfig
+from rfsr_ext.training.held_out import HeldOut
+from rfsr_ext.training.loop import Loop, create_accelerator
+from rfsr_ext.training.method import Method
+from rfsr_ext.training.objective import RFSRObjective
+
+__all__ = ["RFSR", "RFSRTrainer", "TrainingResult", "build_objective"]
+
+
+def build_objective(
+    config: RFSRConfig,
+    model: ISRModel,
+    rewards: Sequence[WeightedReward] | None = None,
+    style_loss: VGGGramLoss | None = None,
+) -> RFSRObjective:
+    """The objective of a configuration for a model, on the model's device; what is not given is built.
+
+    With ``lora_rank`` the model must have its adapters already; without them it is the reference.
+
+    Raises:
+        ValueError: if there is a reward window and no reward.
+    """
+    windows = setup.build_windows(config, model)
+    rewards = setup.build_rewards(config.rewards) if rewards is None else list(rewards)
+    if windows.reward and not rewards:
+        raise ValueError("rewards must name at least one reward for a reward window, got none")
+    for term in rewards:
+        if not term.offload:
+            term.reward.to(model.device)
+    held = config.style_loss != "none" and windows.reward is not None
+    if config.style_loss != "gram" or not held:
+        style_loss = None
+    elif style_loss is None:
+        style_loss = VGGGramLoss(weights=config.vgg_weights)
+    return RFSRObjective(
+        model,
+        windows,
+        structure_loss=setup.structure_loss(config.structure_loss),
+        lambda_structure=config.lambda_structure,
+        rewards=rewards,
+        balance_rewards=config.balance_rewards,
+        style_loss=style_loss.to(model.device) if style_loss else None,
+        kl=held and config.style_loss == "kl",
+        lambda_style=config.lambda_style,
+        reference=model.reference() if held and not config.lora_rank else None,
+        disable_adapters=functools.partial(_disable_adapters, model) if config.lora_rank else None,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale or 1.0,
+        negative_prompt=config.negative_prompt,
+    )
+
+
+@contextlib.contextmanager
+def _disable_adapters(model: ISRModel) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for network in model.trainable_networks().values():
+            stack.enter_context(getattr(network, "module", network).disable_adapter())
+        yield
+
+
+class RFSR(Method):
+    """Eq. 7 at one drawn sampling step per iteration, the same step for the whole batch (section 3.5).
+
+    Args:
+        config: its seed draws the steps and makes the noise; with ``lora_rank`` adapters are trained, else what the model
+            declares as ``trained``.
+        objective: the loss of a batch, with the model.
+    """
+
+    def __init__(self, config: RFSRConfig, objective: RFSRObjective):
+        self.seed, self.objective, self.model = config.seed, objective, objective.model
+        self.steps = objective.windows.steps()
+        self.base = self.model.fingerprint()
+        if config.lora_rank:
+            set_seed(config.seed)  # adapters start from random numbers
+            setup.add_adapters(self.model, config.lora_rank, config.lora_targets)
+        else:
+            self.model.unfreeze()
+        self.players = {"model": self.model.trainable_networks()}
+
+    def install(self, player: str, networks: dict[str, nn.Module]) -> None:
+        self.model.networks |= networks
+
+    def draw_step(self, iteration: int) -> int:
+        """The sampling step of an iteration: uniform over both windows, the same on every process."""
+        return int(np.random.default_rng((self.seed, iteration, 2)).choice(self.steps))
+
+    def loss(self, player: str, batch: dict[str, Any], iteration: int, samples: Sequence[int]):
+        noise = generators(self.seed, samples)
+        return self.objective(batch["lr"], batch["gt"], batch["prompt"], self.draw_step(iteration), noise)
+
+    def describe(self, iteration: int) -> dict[str, Any]:
+        step, windows = self.draw_step(iteration), self.objective.windows
+        inside = {"structure": windows.in_structure(step), "reward": windows.in_reward(step)}
+        return {"step": step, "window": " and ".join(name for name, is_inside in inside.items() if is_inside)}
+
+    def state_dict(self) -> dict[str, Any]:
+        terms = self.objective.rewards
+        return {"reward_statistics": {term.reward.name: term.statistics.state() for term in terms}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        statistics = state["reward_statistics"]
+        names = [term.reward.name for term in self.objective.rewards]
+        if set(statistics) != set(names):
+            raise ValueError(
+                f"rewards must be those of the checkpoint, {', '.join(statistics) or 'none'}, got "
+                f"{', '.join(names) or 'none'}"
+            )
+        for term in self.objective.rewards:
+            term.statistics.load(statistics[term.reward.name])
+
+    def fingerprint(self) -> str:
+        return self.base
+
+    def export(self, folder: Path) -> None:
+        """The model as an ordinary folder, adapters merged; adapters themselves beside it, as peft keeps them."""
+        own = self.model.trainable_networks()
+        self.model.networks |= {name: setup.merge_adapters(network) for name, network in own.items()}
+        try:
+            self.model.save_pretrained(folder)
+        finally:
+            self.model.networks |= own
+        setup.save_adapters(own, folder.with_name(f"{folder.name}-adapters"))
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run leaves behind.
+
+    Attributes:
+        model: the fine-tuned model, with the moving average of its weights.
+        folder: the run's folder: ``model/`` (the end), ``best/`` (best held-out), ``history.csv``, ``checkpoints/``; for
+            adapters also ``model-adapters/`` and ``best-adapters/``.
+        history: one row per iteration.
+        validation: one row per held-out measurement, see `rfsr_ext.training.held_out.HeldOut`.
+        best_iteration: of the weights in ``best/``; 0 is the base model.
+    """
+
+    model: ISRModel
+    folder: Path
+    history: pd.DataFrame
+    validation: pd.DataFrame
+    best_iteration: int
+
+
+class RFSRTrainer:
+    """Fine-tunes any `ISRModel` by reward feedback learning as the paper describes (sections 3.2 to 3.5).
+
+    Every part can be given; what is not given is built from ``config``.  All randomness of iteration k comes from
+    ``(config.seed, k)``, so that a resumed run, or one on several processes, does what a single uninterrupted one does.
+
+    Args:
+        config: all settings.
+        model: the pre-trained model; it is trained in place.
+        dataset: samples as `rfsr_ext.data.Sample`, indexable by any non-negative integer.
+        rewards: the weighted rewards.
+        style_loss: the Gram loss, where ``config.style_loss`` is "gram".
+        validation: held-out samples, measured during training.
+        judges: scorers by name that training never uses, see `rfsr_ext.training.held_out.HeldOut`.
+    """
+
+    def __init__(
+        self,
+        config: RFSRConfig,
+        model: ISRModel | None = None,
+        *,
+        dataset: Dataset | None = None,
+        rewards: Sequence[WeightedReward] | None = None,
+        style_loss: VGGGramLoss | None = None,
+        validation: list[Sample] | None = None,
+        judges: dict[str, Scorer] | None = None,
+    ):
+        accelerator = create_accelerator(config)
+        self.model = load_model(config.model) if model is None else model
+        if config.crop_size % self.model.multiple:
+            raise ValueError(
+                f"crop_size must be a multiple of {self.model.multiple} for this model, got {config.crop_size}"
+            )
+        self.model.to(accelerator.device)
+        self.objective = build_objective(config, self.model, rewards, style_loss)
+        dataset = setup.build_dataset(config) if dataset is None else dataset
+        if validation is None:
+            validation = evaluation_crops(photographs("validation"), config.validation_size, config.validation_crops)
+        if judges is None:
+            judges = {"judge": Judge.from_pretrained().to(accelerator.device).score}
+        self.method = RFSR(config, self.objective)
+        self.held_out = HeldOut(
+            self.model,
+            validation,
+            self.objective.rewards,
+            judges,
+            max_psnr_drop=config.max_psnr_drop,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            num_inference_steps=config.num_inference_steps,
+        )
+        self.loop = Loop(config, self.method, dataset, self.held_out, accelerator, name="RFSR")
+
+    def train(self, resume: bool = True) -> TrainingResult:
+        """Train to ``config.iterations``, see `rfsr_ext.training.loop.Loop.train`."""
+        history = self.loop.train(resume)
+        self.model.networks |= {n: setup.merge_adapters(m) for n, m in self.model.trainable_networks().items()}
+        for network in self.model.networks.values():
+            network.requires_grad_(False)
+        validation = pd.DataFrame(self.held_out.measured)
+        return TrainingResult(self.model, self.loop.folder, history, validation, self.held_out.best_iteration)
