@@ -26,7 +26,7 @@ README = HERE / "README.md"
 COVER = HERE / "before_after.webp"
 ORDER = (
     "00_start_here", "01_sample_by_hand", "02_split_bands", "03_see_when_bands_form", "04_keep_the_low_band",
-    "05_ask_clip_iqa", "06_ask_image_reward", "07_guard_with_gram", "08_train_by_stage", "09_ablate_and_doubt",
+    "05_ask_clip_iqa", "06_ask_image_reward", "07_hold_the_style", "08_train_by_window", "09_ablate_and_doubt",
     "10_fuse_the_kernels", "11_reuse_and_scale",
 )  # fmt: skip
 _WIDGET = "application/vnd.jupyter.widget-view+json"  # refers to a widget of a kernel that is gone

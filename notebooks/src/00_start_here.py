@@ -32,8 +32,8 @@
 #
 # **The map.** [01](01_sample_by_hand.ipynb) the sampler → [02](02_split_bands.ipynb),
 # [03](03_see_when_bands_form.ipynb) coarse and fine bands → [04](04_keep_the_low_band.ipynb) the structure loss →
-# [05](05_ask_clip_iqa.ipynb), [06](06_ask_image_reward.ipynb) two rewards → [07](07_guard_with_gram.ipynb) the style guard
-# → [08](08_train_by_stage.ipynb) training → [09](09_ablate_and_doubt.ipynb) doubts →
+# [05](05_ask_clip_iqa.ipynb), [06](06_ask_image_reward.ipynb) two rewards → [07](07_hold_the_style.ipynb) holding the style
+# → [08](08_train_by_window.ipynb) training → [09](09_ablate_and_doubt.ipynb) doubts →
 # [10](10_fuse_the_kernels.ipynb) kernels → [11](11_reuse_and_scale.ipynb) your own model. Section 5 says what each promises.
 
 # %%
@@ -72,14 +72,14 @@ noise = generators(0, range(3))
 before = sample(model, lr, prompts, [g.clone_state() for g in noise])
 
 # %% [markdown]
-# Now the method. The objective, which training makes small, needs a structure loss, two rewards and a style guard, each
+# Now the method. The objective, which training makes small, needs a structure loss, two rewards and a style loss, each
 # with its weight; the values are those of the preset `mini`, a file of settings in the package. A *reward* is a network
 # that scores a picture: `MiniIQA` stands in for CLIP-IQA (is the picture sharp and clean?), `MiniPreference` for
-# ImageReward (does it fit the prompt?). The guard compares what a VGG19, a network for recognising objects, sees in two
+# ImageReward (does it fit the prompt?). The style loss compares what a VGG19, a network for recognising objects, sees in two
 # pictures; its weights are random here, because the published ones would be a download.
 
 # %%
-iqa, preference, guard = create_reward("mini-iqa"), create_reward("mini-preference"), VGGGramLoss(weights="random")
+iqa, preference, style = create_reward("mini-iqa"), create_reward("mini-preference"), VGGGramLoss(weights="random")
 trained = copy.deepcopy(model)
 objective = RFSRObjective(
     trained,
@@ -87,8 +87,8 @@ objective = RFSRObjective(
     structure_loss=HaarLLLoss(),
     lambda_structure=4.0,
     rewards=[WeightedReward(iqa, 0.1), WeightedReward(preference, 0.005)],
-    style_loss=guard,
-    lambda_regularization=2000.0,
+    style_loss=style,
+    lambda_style=2000.0,
     reference=model,
 )
 
@@ -100,7 +100,7 @@ objective = RFSRObjective(
 
 # %%
 others = PhotographCrops(["astronaut", "china", "coins", "motorcycle"], 64, dead_leaves_share=0, recolour=False)
-weights = [p.requires_grad_() for part in trained.trainable_groups().values() for p in part.parameters()]
+weights = list(trained.unfreeze().trained_parameters().values())
 optimiser = torch.optim.Adam(weights, lr=1e-4)
 drawn = torch.tensor([*range(1, 21), *range(41, 51)])[
     torch.randint(30, (24,), generator=torch.Generator().manual_seed(3))
@@ -141,15 +141,15 @@ for k, name in enumerate(crops):
     print(f"{name:7s}", *(f"{t['before'][k]:8{f}} → {t['after'][k]:5{f}}   " for t, f in cells))
 mean = {name: (liked[name].mean().item(), fidelity[name].mean().item()) for name in fidelity}
 assert mean["after"][0] > mean["before"][0] + 0.01, "feedback must raise the reward on pictures it has not seen"
-assert mean["after"][1] > mean["before"][1] - 1, "and the guards must hold the fidelity to a decibel"
+assert mean["after"][1] > mean["before"][1] - 1, "and structure and style loss must hold the fidelity to a decibel"
 
 # %%
 detail = {"cup": (60, 50), "cat": (40, 64), "flower": (8, 20)}
 tiles, titles = [], []
-for stage, images in (("before", before), ("after", after)):
+for when, images in (("before", before), ("after", after)):
     for k, (name, (top, left)) in enumerate(detail.items()):
         tiles.append(images[k, :, top : top + 56, left : left + 56])
-        titles.append(f"{name}, {stage}\nMiniIQA {liked[stage][k]:.2f}")
+        titles.append(f"{name}, {when}\nMiniIQA {liked[when][k]:.2f}")
 show(
     pictures(tiles, titles, columns=3, tile=2.24),
     "Details of 56 pixels, before feedback above and after below. MiniIQA of the whole pictures: "
@@ -161,7 +161,7 @@ show(
 # **What to see.** After feedback specks are gone and the dark gaps are deeper, which is what `MiniIQA` was taught to
 # like. In the cup one speck was a trace of a reflection that the truth has; it went, too. Colours moved a little as
 # well; nobody asked for that. It is the method's weak side in small: *a reward can be pleased by a picture that is less
-# true*. The guards limit that, they do not forbid it.
+# true*. The other two losses limit that, they do not forbid it.
 #
 # *How much is luck?* The learning rate and the seed of this run (3) were chosen by hand, so that 24 steps show something.
 # With the seeds 0, 1, 2 and 4 the mean `MiniIQA` of the three pictures rose by 0.02 to 0.12 (here by 0.05), PSNR changed
@@ -169,12 +169,12 @@ show(
 # is a demonstration, not evidence.
 #
 # Evidence is the full preset, measured on 48 held-out crops and three training seeds: it raises `MiniIQA` by 0.06
-# at no loss of PSNR; without the style guard it gains 0.17 and loses 1.8 dB
+# at no loss of PSNR; without the style loss it gains 0.17 and loses 1.8 dB
 # ([the card](../rfsr_ext/weights/README.md) has the table; `make demo` runs the preset in a few minutes).
 #
 # ## 2 · What computes here?
 #
-# Two of RFSR's four losses are compiled for CPU and CUDA: the structure loss and the Gram loss of the style guard. The
+# Two of RFSR's four losses are compiled for CPU and CUDA: the structure loss and the Gram loss of the style loss. The
 # table below lists each after the transform it is built on. Where a compiler was missing, PyTorch serves instead,
 # slower but to the same result. In the table *native* is a compiled kernel and *reference* is PyTorch. The right column
 # says what was compiled, which needs no GPU: the machine that stored this page has none. `rfsr doctor` says how to get
@@ -243,14 +243,14 @@ show(*draw(3))
 #
 # RFSR has four loss terms. **Predict first**: which of them complain when the photograph is (a) blurred, (b) moved by one
 # pixel, (c) made noisy, (d) brightened? Write down four times four yes or no, then run. (No model takes part here, so the
-# guard compares with the untouched photograph.)
+# style loss compares with the untouched photograph.)
 #
 # | term | compares with | through |
 # |---|---|---|
 # | structure | the true photograph | 2×2 averages |
 # | quality reward | nothing | a network, one number |
 # | preference reward | the prompt | a network, one number |
-# | style guard | the model before training | Gram matrices of VGG19's layers |
+# | style loss | the model before training | Gram matrices of VGG19's layers |
 
 # %%
 whole = gt[..., 32:96, 32:96]  # the middle of the three true photographs
@@ -264,7 +264,7 @@ rows = {}
 with torch.no_grad():
     for name, x in damages.items():
         rewards = [(r.score(x, prompts) - r.score(whole, prompts)).mean().item() for r in (iqa, preference)]
-        rows[name] = [haar_ll_l1_loss(x, whole).item(), *rewards, 1e6 * guard(x, whole).item()]
+        rows[name] = [haar_ll_l1_loss(x, whole).item(), *rewards, 1e6 * style(x, whole).item()]
 print("            structure    quality  preference   style (millionths)")
 for name, (structure, quality, liking, style) in rows.items():
     print(f"{name:11s} {structure:9.3f} {quality:+10.2f} {liking:+11.2f} {style:14.1f}")
@@ -274,7 +274,7 @@ for name, (structure, quality, liking, style) in rows.items():
 # dislike blur. Noise divides them: the quality reward dislikes it a little, the preference likes it. Brightness pleases
 # both. Neither has a truth to compare with. The structure loss has one, and answers the other way round: brightness is
 # its loudest alarm, and blur, which the rewards dislike most, it minds six times less. Only the structure loss minds
-# the shift; the style guard forgets where things are. No term alone would do.
+# the shift; the style loss forgets where things are. No term alone would do.
 
 # %%
 structure, quality, liking, style = ({name: row[k] for name, row in rows.items()} for k in range(4))
@@ -301,7 +301,7 @@ check("brightening by 0.1 costs 0.2 where nothing clips", haar_ll_l1_loss(0.5 * 
 # | sampling before the trained step | from noise to step t, without gradient | none; one pass at the drawn t | as in the paper |
 # | low frequencies | one-level wavelet, LL band | three-level dual-tree wavelet | one-level Haar LL |
 # | Gram distance | squared Frobenius norm | mean absolute difference, layer-normalised features, fp16 | squared Frobenius norm, fp32 |
-# | what the guard compares with | the pre-trained model | plain Stable Diffusion with the *trained* ControlNet | a frozen copy of the pre-trained model |
+# | what the style loss compares with | the pre-trained model | plain Stable Diffusion with the *trained* ControlNet | a frozen copy of the pre-trained model |
 # | reward shape | not said | relu(2 − r), flat above 2 | −r |
 #
 # The gain that the paper puts first is PASD's on the photographs of DRealSR: 39 % in MANIQA, 37 % in CLIPIQA, 27 % in
@@ -432,7 +432,7 @@ print(f"LPIPS got worse in {worse(lpips)} of {len(lpips)}")
 #   the weights.
 # * Here, 24 steps raise the rewards on photographs never trained on; fidelity stays within a decibel.
 # * In the paper's Table 1 LPIPS, a distance to the truth, gets worse in eleven of twelve cases.
-# * The structure loss and the guard compare with a picture; the rewards compare with none, so they can be cheated.
+# * Structure loss and style loss compare with a picture; the rewards compare with none, so they can be cheated.
 # * Compiled or not, every operator computes the same formula, and each notebook checks it.
 #
 # NAVIGATION

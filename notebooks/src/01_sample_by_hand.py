@@ -30,7 +30,7 @@ import torch
 
 from rfsr_ext.data import evaluation_crops
 from rfsr_ext.metrics import psnr
-from rfsr_ext.models import load_model
+from rfsr_ext.models import Process, load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.sampling import TimestepWindows, generators, sample, trajectory
 
@@ -47,7 +47,7 @@ lr, gt, prompt = crop["lr"][None], crop["gt"][None], crop["prompt"]
 
 # %%
 result = sample(model, lr, [prompt], generators(0, [0]))
-condition = model.encode_condition(lr, [prompt])
+condition = model.condition(lr, [prompt])
 titles = ["low resolution\n24×24", f"sampled 96×96\n{psnr(result, gt)[0]:.1f} dB", "truth\n96×96"]
 show(
     pictures([lr[0], result[0], gt[0]], titles, tile=2.5),
@@ -144,18 +144,18 @@ velocity = alpha_bar[t].sqrt() * noise - (1 - alpha_bar[t]).sqrt() * z0
 check("true noise gives the picture back", z0_from_noise(z_t, noise, t), z0, 1e-5)
 check("true velocity does, too", z0_from_velocity(z_t, velocity, t), z0, 1e-5)
 check("velocity in diffusers", velocity, scheduler.get_velocity(z0, noise, torch.tensor([t])), 1e-6)
-other = copy.copy(model)  # the same model, declared to predict noise
-other.scheduler = type(scheduler).from_config(scheduler.config, prediction_type="epsilon")
-check("noise in the package", other.pred_original_sample(noise, torch.tensor(t), z_t), z0, 1e-5)
+declared = type(scheduler).from_config(scheduler.config, prediction_type="epsilon")  # the same schedule, for noise
+check("noise in the package", Process(declared, 50).pred_original_sample(noise, t, z_t), z0, 1e-5)
 
 # %% [markdown]
-# Now with the network's answer in place of the true one. Ours predicts velocity; the package hides which it is behind
-# `pred_original_sample`.
+# Now with the network's answer in place of the true one. Ours predicts velocity. The package's noise `Process` knows which
+# it is: one object for one run of the sampler, with its timesteps and these formulas.
 
 # %%
 with torch.no_grad():
-    model_output = model.predict_noise(z_t, torch.tensor(t), condition)
-estimate = model.pred_original_sample(model_output, torch.tensor(t), z_t)
+    model_output = model.predict(z_t, torch.tensor(t), condition)
+process = model.process(50)
+estimate = process.pred_original_sample(model_output, t, z_t)
 check("z_0 estimate", z0_from_velocity(z_t, model_output, t), estimate, 1e-6)
 print("prediction_type:", scheduler.config.prediction_type)
 rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
@@ -193,8 +193,8 @@ show(
 t = int(scheduler.timesteps[0])
 alpha, sigma = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
 with torch.no_grad():
-    start = model.initial_latents(condition, torch.tensor(t), generators(0, [0]))
-    v = model.predict_noise(start, torch.tensor(t), condition)
+    start = model.initial_latents(condition, process, generators(0, [0]))
+    v = model.predict(start, torch.tensor(t), condition)
     eps = alpha * v + sigma * start  # the same answer, said as noise
     error = 0.05 * noise
     guesses = {
@@ -244,10 +244,10 @@ check("one DDIM step", ddim_step(start, v, 981), by_diffusers, 1e-6)
 # %%
 @torch.no_grad()
 def sample_by_hand(condition, noise):
-    latents = add_noise(model.encode(condition.controlnet_cond), noise, 981)
+    latents = add_noise(model.encode(condition.image), noise, 981)
     farthest = 0.0
     for t in range(981, 0, -20):
-        model_output = model.predict_noise(latents, torch.tensor(t), condition)
+        model_output = model.predict(latents, torch.tensor(t), condition)
         theirs = scheduler.step(model_output, torch.tensor(t), latents, return_dict=False)[0]
         latents = ddim_step(latents, model_output, t)
         farthest = max(farthest, (latents - theirs).abs().max().item())
@@ -273,7 +273,7 @@ with torch.no_grad():
 
 # %%
 passes = len(scheduler.timesteps)
-parameters = sum(p.numel() for group in model.trainable_groups().values() for p in group.parameters())
+parameters = sum(p.numel() for p in model.trained_parameters().values())
 print(f"{passes} passes through {parameters / 1e6:.1f} million parameters for one picture")
 
 # %% [markdown]
@@ -302,7 +302,7 @@ assert (ends.structure, ends.reward) == ((1, 2), (5, 6))
 # %% [markdown]
 # Steps 21 to 40 get no loss at all: the paper trains only the two ends. Watch the estimate along the way: click the
 # slider's handle and use the arrow keys. At every position the left picture is what the sampler holds, the middle one what
-# the model believes.
+# the model estimates.
 
 # %%
 with torch.no_grad():
@@ -440,9 +440,9 @@ exercise(3, verify_stochastic)
 # ## Summary
 #
 # * Noising mixes picture and noise: $z_t=\alpha z_0+\sigma\varepsilon$ with $\alpha^2+\sigma^2=1$.
-# * From noise, velocity or picture the other two follow; `pred_original_sample` is the model's belief at a step.
+# * From noise, velocity or picture the other two follow; `pred_original_sample` is the model's estimate at a step.
 # * At step 1 an error in the noise reaches the picture thirteen times larger, an error in the velocity does not.
-# * A DDIM step mixes belief and implied noise anew for a smaller timestep; the sampler is that, fifty times.
+# * A DDIM step mixes estimate and implied noise anew for a smaller timestep; the sampler is that, fifty times.
 # * st = 1 … 50 is t = 981 … 1; structure is trained at st 1–20, rewards at 41–50, nothing between.
 #
 # NAVIGATION

@@ -55,22 +55,23 @@ gt, lr = portrait["gt"][None], portrait["lr"][None]  # [1, 3, 96, 96] and [1, 3,
 # Here is the whole loop by hand, keeping every estimate.
 
 # %%
-condition = model.encode_condition(lr, [portrait["prompt"]])
+condition = model.condition(lr, [portrait["prompt"]])
 scheduler = copy.deepcopy(model.scheduler)
 scheduler.set_timesteps(50)
-z = model.initial_latents(condition, scheduler.timesteps[0], generators(0, [0]))  # seed 0, image 0
+process = model.process(50)  # the package's own copy of the noise schedule
+z = model.initial_latents(condition, process, generators(0, [0]))  # seed 0, image 0
 states, estimates = [], []
 with torch.no_grad():
     for t in scheduler.timesteps:
         share = scheduler.alphas_cumprod[t]
-        v = model.predict_noise(z, t, condition)
+        v = model.predict(z, t, condition)
         states.append(z)
         estimates.append(share.sqrt() * z - (1 - share).sqrt() * v)
         result = scheduler.step(v, t, z)
         z = result.prev_sample
     images = [model.decode(estimate).clamp(0, 1) for estimate in estimates]  # images[0] is sampling step 1
 check("last estimate: by hand and diffusers", estimates[-1], result.pred_original_sample, 1e-5)
-check("last estimate: by hand and package", estimates[-1], model.pred_original_sample(v, t, states[-1]), 1e-5)
+check("last estimate: by hand and package", estimates[-1], process.pred_original_sample(v, t, states[-1]), 1e-5)
 
 # %% [markdown]
 # Now Figure 1 (a) of the paper for our cat, at six steps. The rows are the estimate, its LL band (the picture at half
@@ -172,7 +173,7 @@ print(frame.drop(columns="model").head(3).round(2).to_string(index=False))
 
 # %%
 with torch.no_grad():
-    condition = model.encode_condition(inputs, [sample["prompt"] for sample in samples])
+    condition = model.condition(inputs, [sample["prompt"] for sample in samples])
     *steps, _ = trajectory(model, condition, generators(0, range(6)))
     six = [model.decode(estimate).clamp(0, 1) for _, estimate in steps]  # 50 × [6, 3, 64, 64]
 for step in (1, 25, 50):

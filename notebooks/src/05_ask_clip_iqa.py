@@ -402,7 +402,7 @@ assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1
 # **What to see.** $q$ never gets tired, the score does, by a factor of more than ten thousand. In 32-bit numbers it
 # finally *is* 1, and its gradient exactly 0. So saturation does stop the ascent, but long after the picture is ruined.
 # It slows down only those who step by the size of the gradient. Our step is normalised, and Adam's nearly is: for them a
-# thousandth of a gradient is as good as a whole one. A bounded reward needs a guard like any other; notebook 07 has it.
+# thousandth of a gradient is as good as a whole one. A bounded reward needs a style loss like any other; notebook 07 has it.
 #
 # The released code takes $\text{relu}(2-r)$ as the loss of both rewards. For a score below 1 that is the line $2-r$:
 # the same gradient as $-r$, everywhere. (For ImageReward it is not: notebook 06.)
@@ -483,9 +483,9 @@ check("random crops of 64 pixels", ours, iqa.score(torch.stack(cut)), 1e-6)
 #
 # From Tables 3 and 4: SeeSR, one of the paper's diffusion models, trained with different rewards and measured on
 # DIV2K-val. These are the paper's numbers, not ours. CLIPIQA is the reward itself; LPIPS is a distance to the truth,
-# lower is closer. Gram-KL is the style guard of notebook 07.
+# lower is closer. Gram-KL is the paper's name of the style loss of notebook 07.
 #
-# | rewards | regulariser | CLIPIQA ↑ | LPIPS ↓ |
+# | rewards | style loss | CLIPIQA ↑ | LPIPS ↓ |
 # |---|---|---|---|
 # | none | – | 0.7146 | 0.3311 |
 # | ImageReward | Gram-KL | 0.6671 | 0.3310 |
@@ -493,7 +493,7 @@ check("random crops of 64 pixels", ours, iqa.score(torch.stack(cut)), 1e-6)
 # | both | Gram-KL | 0.7944 | 0.3369 |
 # | both | none | 0.8964 | 0.4062 |
 #
-# (Table 3 does not name its regulariser; its last row is Table 4's with Gram-KL. In Table 1, SeeSR before any of this
+# (Table 3 does not name its style loss; its last row is Table 4's with Gram-KL. In Table 1, SeeSR before any of this
 # training has 0.6989 and 0.3329.) The score that was trained on rises, as it must; that alone proves nothing. The last
 # row is section 6 at full size: the best CLIPIQA of the table with the worst LPIPS.
 #
@@ -596,7 +596,7 @@ def smooth_reward():
 exercise(2, verify_smooth)
 
 # %% [markdown]
-# **Exercise 3 (harder).** A guard like the structure loss of notebook 04: climb for 20 steps of length 0.5 as `ascend`
+# **Exercise 3 (harder).** A second term like the structure loss of notebook 04: climb for 20 steps of length 0.5 as `ascend`
 # does (leave out its `clamp`), but do not touch the Haar LL band, the half-size picture of 2×2 sums, halved. Return the
 # last picture. Predict first: will it stay nearer to the truth?
 # <details><summary>Hint</summary>Subtract the LL part of every gradient: `haar_ll(g)`, each coefficient halved,
@@ -604,23 +604,23 @@ exercise(2, verify_smooth)
 
 
 # %%
-def guarded_ascent(x):
+def held_ascent(x):
     raise NotImplementedError
 
 
-def verify_guarded():
-    x = guarded_ascent(start)
+def verify_held():
+    x = held_ascent(start)
     check("LL band", haar_ll(x), haar_ll(start), 1e-4)
     assert iqa.score(x) > 0.9, "it must still climb"
-    print(f"score {iqa.score(x).item():.2f}, {psnr(x, eye)[0]:.0f} dB; without the guard {loss_of_signal[20]:.0f} dB")
+    print(f"score {iqa.score(x).item():.2f}, {psnr(x, eye)[0]:.0f} dB; without this {loss_of_signal[20]:.0f} dB")
 
 
-exercise(3, verify_guarded)
+exercise(3, verify_held)
 
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution to exercise 3 (expand to read)
-def guarded_ascent(x):
+def held_ascent(x):
     for _ in range(20):
         g = gradient(iqa.score, x)
         g = g - (haar_ll(g) / 2).repeat_interleave(2, -2).repeat_interleave(2, -1)
@@ -628,10 +628,10 @@ def guarded_ascent(x):
     return x
 
 
-exercise(3, verify_guarded)
+exercise(3, verify_held)
 
 # %% [markdown]
-# It does not stay nearer: the grid of section 6 finds room enough in the fine bands. A structure loss guards structure,
+# It does not stay nearer: the grid of section 6 finds room enough in the fine bands. A structure loss holds structure,
 # not texture.
 #
 # ## Summary

@@ -518,7 +518,7 @@ assert preference.score(results["cap 2"][0], [prompt]) >= 2
 
 # %% [markdown]
 # **What to see.** With a cap the ascent stops by itself; without one it goes on to a score that none of our photographs
-# has, and the picture drowns in a pattern. But the cap is no guard by itself: where it lies decides, and it is measured
+# has, and the picture drowns in a pattern. But the cap is no protection by itself: where it lies decides, and it is measured
 # on the reward's own scale. A cap of 2 on a picture that started below 0 already costs fidelity. A reward that ends at
 # 1, such as CLIP-IQA, never reaches a cap of 2, so there the cap changes nothing.
 #

@@ -121,7 +121,7 @@ paper = {title: pd.DataFrame(rows, index=COLUMNS).T for title, rows in PAPER.ite
 # %% [markdown]
 # Two plain questions. In how many columns is the paper's own choice the best row of its table? And is a sentence of the
 # paper true of its own Table 4: "LoRA and KL achieve higher scores on perceptual metrics"? (These are the other two
-# guards of notebook 07: LoRA trains few numbers, KL keeps the network's output near the untouched model's.)
+# ways of notebook 07 to hold the style: LoRA trains few numbers, KL keeps the network's output near the untouched model's.)
 
 # %%
 best = {}

@@ -36,17 +36,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from rfsr_ext import haar_ll_l1_loss
 from rfsr_ext.data import PhotographCrops, evaluation_crops, photographs
-from rfsr_ext.files import replace_folder
 from rfsr_ext.losses import HaarLLLoss, VGGGramLoss
 from rfsr_ext.metrics import psnr
-from rfsr_ext.models import Condition, ISRModel, load_model
+from rfsr_ext.models import Condition, ISRModel, Recipe, check_model, load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import MiniIQA, WeightedReward, create_reward
 from rfsr_ext.sampling import TimestepWindows, generators, sample
@@ -189,26 +187,28 @@ model = load_model("mini")
 unet, controlnet, vae, noise_scheduler = model.unet, model.controlnet, model.vae, model.scheduler
 unet.requires_grad_(True), controlnet.requires_grad_(True)  # the autoencoder stays frozen
 lr, gt = test_lr[[0, 3]], test_gt[[0, 3]]
-condition = model.encode_condition(lr, [test_prompts[i] for i in (0, 3)])
+condition = model.condition(lr, [test_prompts[i] for i in (0, 3)])
 g = torch.Generator().manual_seed(0)
 
 latents = model.encode(gt)
 noise, timesteps = torch.randn(latents.shape, generator=g), torch.tensor([200, 900])
 noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-residuals, middle = controlnet(noisy, timesteps, condition.prompt_embeds, condition.controlnet_cond, return_dict=False)
+text, control = condition.shared["encoder_hidden_states"], condition.spatial["controlnet_cond"]
+residuals, middle = controlnet(noisy, timesteps, text, control, return_dict=False)
 prediction = unet(
-    noisy, timesteps, condition.prompt_embeds, return_dict=False,
+    noisy, timesteps, text, return_dict=False,
     down_block_additional_residuals=residuals, mid_block_additional_residual=middle,
 )[0]  # fmt: skip
 loss = F.mse_loss(prediction, noise_scheduler.get_velocity(latents, noise, timesteps))
-# new: the picture this step foresees keeps the structure of the real one
+# new: the estimate of this step keeps the structure of the real picture
 alpha = noise_scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-foreseen = alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction  # for velocity; notebook 01 has the others
-images = vae.decode(foreseen / vae.config.scaling_factor).sample / 2 + 0.5
+pred_original_sample = alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction  # for velocity; others: notebook 01
+images = vae.decode(pred_original_sample / vae.config.scaling_factor).sample / 2 + 0.5
 structure = haar_ll_l1_loss(images, gt, weight=(timesteps >= 600).float())
 accelerator.backward(loss + 0.1 * structure)  # the script's optimizer.step() follows as before
 
-check("foreseen latents and the package", foreseen, model.pred_original_sample(prediction, timesteps, noisy), 1e-6)
+theirs = model.process().pred_original_sample(prediction, timesteps, noisy)
+check("estimate and the package", pred_original_sample, theirs, 1e-6)
 each = haar_ll_l1_loss(images, gt, reduction="none")
 check("only the second sample counts", structure, each[1] / 2, 1e-6)
 
@@ -222,14 +222,14 @@ titles = [f"t = {t}, weight {int(t >= 600)}" for t in timesteps.tolist()]
 tiles = [tile for pair in zip(images.detach(), gt, strict=True) for tile in pair]
 show(
     pictures(tiles, [titles[0], "truth", titles[1], "truth"], tile=1.9),
-    "What the mini model foresees, beside the truth: a cup from noise at timestep 200, and a saucer at 900. The structure "
+    "What the mini model estimates, beside the truth: a cup from noise at timestep 200, and a saucer at 900. The structure "
     f"losses are {each[0]:.2f} and {each[1]:.2f}; only the second has weight 1.",
 )
 unet.zero_grad(), controlnet.zero_grad()
-del loss, structure, images, foreseen, prediction, residuals, middle, each  # and with them what backward kept
+del loss, structure, images, pred_original_sample, theirs, prediction, residuals, middle, each  # and what they kept
 
 # %% [markdown]
-# **What to see.** The saucer is smooth: at large $t$ the model can only foresee structure, and structure is
+# **What to see.** The saucer is smooth: at large $t$ the model can only estimate structure, and structure is
 # what the loss looks at. The gradient went through the frozen decoder into U-Net and ControlNet.
 #
 # This is *a use of the loss*, not RFSR: the paper does not noise the truth, it rolls out the sampler from $x_T$ to $z_t$ and
@@ -237,9 +237,8 @@ del loss, structure, images, foreseen, prediction, residuals, middle, each  # an
 #
 # ## 4 · Your own base model
 #
-# What must a model be able to do? The protocol `ISRModel` lists it: encode the condition, give the start, predict, tell
-# what the prediction implies, encode and decode pictures, name the parts to train, and give a frozen copy of itself. Let
-# us adapt a toy that has nothing in common with Stable Diffusion: no autoencoder, no text, ten steps, and a network
+# What must a model be able to do? The class `ISRModel` asks for four things: make the condition, predict, encode and
+# decode pictures. It has the rest: noise process, start, parts to train, a frozen copy of itself. Let us adapt a toy that has nothing in common with Stable Diffusion: no autoencoder, no text, ten steps, and a network
 # that answers with the *picture*, not with noise.
 
 
@@ -256,35 +255,28 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.layers[-1].weight), nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, latents, timestep, enlarged):
-        time = (timestep / 1000).expand(len(latents)).view(-1, 1, 1, 1).expand(-1, 1, *latents.shape[2:])
+        time = (torch.as_tensor(timestep) / 1000).expand(len(latents)).view(-1, 1, 1, 1).expand(-1, 1, *latents.shape[2:])
         return enlarged * 2 - 1 + 0.3 * self.layers(torch.cat([latents, enlarged * 2 - 1, time], dim=1))
 
 
 # %%
-class PixelSampler:
-    """What sampling asks of a model."""
+class PixelISR(ISRModel):
+    """Latents are the picture itself, in [-1, 1]; the network answers with the picture."""
 
-    scale, multiple, num_inference_steps = 4, 4, 10
+    scale, multiple, latent_channels, vae_scale_factor = 4, 4, 3, 1
 
     def __init__(self, network):
-        self.network = network.requires_grad_(False).eval()
+        self.networks, self.trained = {"network": network}, {"network": ""}  # all of it is trained
+        self.recipe = Recipe(num_inference_steps=10, start="noise")
         self.scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
+        super().__init__()
 
-    @property
-    def device(self):
-        return next(self.network.parameters()).device
+    def condition(self, lr, prompts, negative_prompts=None):
+        enlarged = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
+        return Condition(enlarged, list(prompts), spatial={"enlarged": enlarged})  # tiles would cut it
 
-    def encode_condition(self, lr, prompts):
-        return Condition(F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1), None, list(prompts))
-
-    def initial_latents(self, condition, timestep, generator):
-        return randn_tensor(condition.controlnet_cond.shape, generator=generator, device=self.device)
-
-    def predict_noise(self, latents, timestep, condition):
-        return self.network(latents, timestep, condition.controlnet_cond)
-
-    def pred_original_sample(self, model_output, timestep, latents):
-        return model_output  # this network answers with the picture itself
+    def predict(self, latents, timestep, condition):
+        return self.networks["network"](latents, timestep, condition.spatial["enlarged"])
 
     def encode(self, images):
         return images * 2 - 1
@@ -293,64 +285,16 @@ class PixelSampler:
         return latents / 2 + 0.5
 
 
-# %%
-class PixelISR(PixelSampler):
-    """And what training asks besides."""
-
-    def trainable_groups(self):
-        return {"network": self.network}
-
-    def set_trainable_groups(self, groups):
-        self.network = groups["network"]
-
-    def reference(self):
-        return PixelISR(copy.deepcopy(self.network))
-
-    def to(self, device, dtype=None):
-        self.network.to(device, dtype)
-        return self
-
-    def save_pretrained(self, path):
-        with replace_folder(path) as folder:
-            torch.save(self.network.state_dict(), folder / "network.pt")
-
-
 # %% [markdown]
 # An adapter can be wrong in ways that no error message tells: training runs, and learns nothing. So test it first. Five
-# facts hold for every correct model, whatever it is made of: the protocol is complete; `decode` undoes `encode`; the
-# right answer of the network gives the latents back; the gradient goes from a picture of the right size into every part
-# to train; and the reference shares no weight with the model.
+# facts hold for every correct model, whatever it is made of: sizes and ranges fit; the right answer of the network gives
+# the latents back; images of a batch do not mix; the gradient goes from a picture into every part to train, and nowhere
+# else; and the reference is frozen and shares no weight with the model. `check_model` tries all five.
 
 
 # %%
 def preflight(model):
-    assert isinstance(model, ISRModel), "a member of the protocol is missing"
-    lr, gt, prompts = batch(3, 2)
-    condition, z0 = model.encode_condition(lr, prompts), model.encode(gt)
-    assert psnr(model.decode(z0).detach().clamp(0, 1), gt).min() > 22, "decode does not undo encode"
-
-    scheduler, t = copy.deepcopy(model.scheduler), torch.tensor(500)
-    noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
-    z_t = scheduler.add_noise(z0, noise, t.view(1))
-    kind = scheduler.config.prediction_type
-    right = (
-        {"sample": z0, "epsilon": noise}[kind]
-        if kind != "v_prediction"
-        else scheduler.get_velocity(z0, noise, t.view(1))
-    )
-    check(f"the right {kind} gives the latents back", model.pred_original_sample(right, t, z_t), z0, 1e-4)
-
-    twin = model.reference()
-    groups = {name: module.requires_grad_(True) for name, module in twin.trainable_groups().items()}
-    image = twin.decode(twin.pred_original_sample(twin.predict_noise(z_t, t, condition), t, z_t))
-    assert image.shape == gt.shape, "decode gives another size"
-    assert image.requires_grad, "the gradient is lost between network and picture"
-    image.square().mean().backward()
-    for name, module in groups.items():
-        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters()), f"none reaches {name}"
-    mine = {p.data_ptr() for module in model.trainable_groups().values() for p in module.parameters()}
-    assert not mine & {p.data_ptr() for m in groups.values() for p in m.parameters()}, "reference shares weights"
-    print(f"{type(model).__name__} passes: the gradient reaches {', '.join(groups)}")
+    print(f"{type(model).__name__}:", *check_model(model), sep="\n  ")
 
 
 torch.manual_seed(0)
@@ -360,25 +304,25 @@ preflight(model)
 
 # %% [markdown]
 # Now RFSR on the toy, with the package's objective. Of its ten steps the first four get the structure loss and the last two
-# the reward, here the stand-in `MiniIQA`, held by Gram-KL. Which weights? We try two settings: those of the preset `mini`,
-# and a greedy one: a reward thirty times heavier, a guard a hundred times lighter. (What the code calls `judge` is this
+# the reward, here the stand-in `MiniIQA`, held by the style loss. Which weights? We try two settings: those of the preset `mini`,
+# and a greedy one: a reward thirty times heavier, a style loss a hundred times lighter. (What the code calls `judge` is this
 # reward, not the independent judge of notebook 09.)
 
 # %%
 judge = MiniIQA.from_pretrained()
 
 
-def objective_for(model, reward, guard):
+def objective_for(model, reward, style_weight):
     return RFSRObjective(
         model, TimestepWindows((1, 4), (9, 10), 10), structure_loss=HaarLLLoss(), lambda_structure=4.0,
-        rewards=[WeightedReward(judge, reward)], style_loss=style, lambda_regularization=guard,
+        rewards=[WeightedReward(judge, reward)], style_loss=style, lambda_style=style_weight,
         reference=model.reference(),
     )  # fmt: skip
 
 
-def tune(model, reward, guard, iterations=40):
-    objective = objective_for(model, reward, guard)
-    optimizer = torch.optim.Adam(model.network.requires_grad_(True).parameters(), 1e-3)
+def tune(model, reward, style_weight, iterations=40):
+    objective = objective_for(model, reward, style_weight)
+    optimizer = torch.optim.Adam(model.unfreeze().trained_parameters().values(), 1e-3)
     draw, steps = torch.Generator().manual_seed(0), objective.windows.steps()
     for k in range(iterations):
         step = steps[int(torch.randint(len(steps), (1,), generator=draw))]
@@ -392,13 +336,13 @@ def tune(model, reward, guard, iterations=40):
 # %%
 results = {}
 for name, options in {"before": None, "preset": (0.1, 2000.0), "greedy": (3.0, 20.0)}.items():
-    candidate = PixelISR(copy.deepcopy(toy.network))
+    candidate = PixelISR(copy.deepcopy(toy.networks["network"]))
     if options:
         tune(candidate, *options)
     images = sample(candidate, test_lr, test_prompts, generators(0, range(6)))
     results[name] = images, judge.score(images, test_prompts).mean().item(), psnr(images, test_gt).mean().item()
     print(f"{name:7s} reward {results[name][1]:.2f}   PSNR {results[name][2]:.1f} dB")
-enlarged = toy.encode_condition(test_lr, test_prompts).controlnet_cond
+enlarged = toy.condition(test_lr, test_prompts).image
 check("untrained, the toy only enlarges", results["before"][0], enlarged, 1e-4)
 
 # %%
@@ -424,7 +368,7 @@ assert results["greedy"][2] < results["preset"][2] - 0.5, "and must cost fidelit
 # ### A bug, and the check that catches it
 #
 # `copy.copy` instead of `copy.deepcopy` in `reference`: the "frozen" copy shares its weights with the model. Then
-# Gram-KL compares the model with itself. Every number looks fine, and the guard against reward hacking is gone.
+# the style loss compares the model with itself. Every number looks fine, and nothing holds against reward hacking.
 
 
 # %%
@@ -433,13 +377,13 @@ class SharedISR(PixelISR):
         return copy.copy(self)
 
 
-careless = SharedISR(candidate.network)
+careless = SharedISR(candidate.networks["network"])
 frozen = {"right": toy, "careless": careless.reference()}
 for name, reference in frozen.items():
     objective = objective_for(careless, 1.0, 200.0)
     objective.reference = reference
     _, logs = objective(test_lr, test_gt, test_prompts, 10, generators(0, range(6)))
-    print(f"{name:8s} reference: Gram-KL is {'exactly 0' if logs['regularization'] == 0 else 'above 0'}")
+    print(f"{name:8s} reference: the style loss is {'exactly 0' if logs['style'] == 0 else 'above 0'}")
 caught(lambda: preflight(careless))
 
 # %% [markdown]
@@ -613,10 +557,10 @@ check("activations grow with the area", sum(kept_for_backward(256).values()) / s
 paper, mini = RFSRConfig.load("paper").to_dict(), RFSRConfig.load("mini").to_dict()
 print(f"{'':22s} {'paper':40s} mini")
 for key in ("crop_size", "batch_size", "iterations", "learning_rate", "ema_decay", "structure_window", "reward_window",
-            "lambda_structure", "rewards", "lambda_regularization", "vgg_weights"):  # fmt: skip
+            "lambda_structure", "rewards", "lambda_style", "vgg_weights"):  # fmt: skip
     print(f"{key:22s} {str(paper[key]):40s} {mini[key]}")
 assert (paper["structure_window"], paper["reward_window"]) == ([1, 20], [41, 50]), "section 4.1 of the paper"
-assert (paper["lambda_structure"], paper["lambda_regularization"]) == (5e-4, 5e-5), "section 4.1 of the paper"
+assert (paper["lambda_structure"], paper["lambda_style"]) == (5e-4, 5e-5), "section 4.1 of the paper"
 assert set(paper["rewards"].values()) == {5e-5}, "section 4.1 of the paper"
 assert (paper["learning_rate"], paper["batch_size"], paper["iterations"]) == (5e-6, 8, 10_000)
 
@@ -627,7 +571,7 @@ assert (paper["learning_rate"], paper["batch_size"], paper["iterations"]) == (5e
 # Four more files make the paper's losses real. On your machine:
 
 # %% tags=["nbval-ignore-output"]
-needed = {"clipiqa": ["clip-rn50"], "image-reward": ["imagereward", "bert-vocabulary"], "imagenet VGG19": ["vgg19"]}
+needed = {"clipiqa": ["clip-rn50"], "image-reward": ["image-reward", "bert-vocabulary"], "imagenet VGG19": ["vgg19"]}
 make = {name: lambda name=name: create_reward(name) for name in paper["rewards"]}
 make["imagenet VGG19"] = lambda: registry.locate("vgg19")
 for name, build in make.items():
@@ -646,7 +590,7 @@ for name, build in make.items():
 # %% [markdown]
 # ```sh
 # rfsr weights                                      # every file: where it is looked for, whether it is there
-# rfsr weights fetch clip-rn50 imagereward bert-vocabulary vgg19
+# rfsr weights fetch clip-rn50 image-reward bert-vocabulary vgg19
 # rfsr train paper --set model=my_model/ --set data=my_photos/ --set iterations=2     # try two iterations first
 # accelerate launch --num_processes 2 -m rfsr_ext.cli train paper \
 #     --set model=my_model/ --set data=my_photos/ --set output_dir=runs/paper --set mixed_precision=bf16
@@ -757,9 +701,9 @@ exercise(3, verify_style)
 # ## Summary
 #
 # * The losses are functions of two batches of pictures: one new line in any loop, and the same numbers wherever they ran here.
-# * In a diffusion script they look at the picture a step foresees; the window becomes a weight per sample.
+# * In a diffusion script they look at the estimate of a step; the window becomes a weight per sample.
 # * RFSR itself needs an `ISRModel`; an adapter is forty lines, and five facts test it before the first long run.
-# * A reference that shares weights switches the guard off in silence.
+# * A reference that shares weights switches the style loss off in silence.
 # * On `meta`, PyTorch weighs a model that is not there; at full size the decoder keeps most.
 # * Missing files are named, and nothing pretends to have run.
 #

@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # 08 · Train by stage
+# # 08 · Train by window
 #
 # **You will write all of RFSR's training as one loop, and get the trainer's losses from it, number for number.**
 #
@@ -17,7 +17,7 @@
 # NAVIGATION
 #
 # RFSR does not train on finished pictures. Each iteration stops the sampler at a random step, looks at what the model
-# believes there, and gives this belief the loss of its stage: structure early, reward late. Afterwards you can
+# estimates there, and gives this estimate the loss of its window: structure early, reward late. Afterwards you can
 #
 # * say which sampling step gets which loss, also for a sampler with fewer steps,
 # * write equation 7 and everything around it: rollout, loss weights, frozen reference, moving average,
@@ -56,7 +56,7 @@ style = VGGGramLoss(weights="random")
 data = PhotographCrops(photographs("train"), size=64, seed=0, recolour=False)
 test = evaluation_crops(photographs("test"), size=64, count=12)
 print("rewards:", iqa.label, "and", preference.label)
-print("regulariser:", style.label)
+print("style loss:", style.label)
 
 # %% [markdown]
 # Rewards and VGG19 are *stand-ins* that say so. What we check below, the machinery of training, is the same with the
@@ -70,25 +70,25 @@ print("regulariser:", style.label)
 
 
 # %%
-def stage_by_step(st):
+def window_by_step(st):
     return "structure" if 1 <= st <= 20 else "reward" if 41 <= st <= 50 else "-"
 
 
-def stage_by_time(t):
+def window_by_time(t):
     return "structure" if 600 <= t <= 1000 else "reward" if 0 <= t <= 200 else "-"
 
 
 print(" st    t   by step    by time")
 for st in (1, 20, 21, 40, 41, 50):
     t = 1001 - 20 * st
-    print(f"{st:3d}  {t:3d}   {stage_by_step(st):9s}  {stage_by_time(t):9s}")
-    assert stage_by_step(st) == stage_by_time(t)
+    print(f"{st:3d}  {t:3d}   {window_by_step(st):9s}  {window_by_time(t):9s}")
+    assert window_by_step(st) == window_by_time(t)
 
 steps = range(1, 51)
 by_step = TimestepWindows.from_steps(20, 40, last=50)  # the paper's st_1, st_2, st_latest
 by_time = TimestepWindows.from_timesteps([1001 - 20 * st for st in steps])
 for name, windows in (("by step", by_step), ("by time", by_time)):
-    ours = [[stage_by_step(st) == stage for st in steps] for stage in ("structure", "reward")]
+    ours = [[window_by_step(st) == window for st in steps] for window in ("structure", "reward")]
     theirs = [[windows.in_structure(st) for st in steps], [windows.in_reward(st) for st in steps]]
     check(f"both windows {name}, all 50 steps", ours, theirs, 0)
 check("steps that training draws from", by_step.steps(), [*range(1, 21), *range(41, 51)], 0)
@@ -126,8 +126,8 @@ def strip(count):
     timesteps, windows = windows_of(count)
     figure, axis = panels(width=7.0, height=1.7)
     middle = (windows.structure[1] + 1, windows.reward[0] - 1)
-    stages = {"structure": windows.structure, "no loss": middle, "reward": windows.reward}
-    for (name, (first, last)), colour, height in zip(stages.items(), COLOURS, (1, 0.35, 0.7), strict=False):
+    parts = {"structure": windows.structure, "no loss": middle, "reward": windows.reward}
+    for (name, (first, last)), colour, height in zip(parts.items(), COLOURS, (1, 0.35, 0.7), strict=False):
         t = timesteps[first - 1 : last]
         label = f"{name}: st {first}–{last}"
         axis.bar(t.numpy(), height, width=min(12, 450 / count), color=colour, label=label)
@@ -140,18 +140,18 @@ def strip(count):
     )
 
 
-stages = explore(strip, values=[10, 15, 20, 25, 50], label="sampling steps", start=50)
-stages
+slider = explore(strip, values=[10, 15, 20, 25, 50], label="sampling steps", start=50)
+slider
 
 # %%
-stages.slider.value = 20
+slider.slider.value = 20
 show(*strip(20))
 for count in (50, 20, 10):
     timesteps, windows = windows_of(count)
     print(f"{count} steps: structure {windows.structure}, reward {windows.reward}, {passes(windows):.1f} passes")
 
 # %% [markdown]
-# **What to see.** The stages stay where they are in noise; only the counting changes. PASD, one of the paper's three
+# **What to see.** The windows stay where they are in noise; only the counting changes. PASD, one of the paper's three
 # base models, uses 20 steps. There the rule in timesteps gives reward at 17–20, since step 17 is t = 151. The paper
 # writes st₂ = 17, which, read as st₂ = 40 above, means 18–20: `TimestepWindows.from_steps(8, 17, 20)`.
 #
@@ -177,14 +177,14 @@ def batch(k, n):
 
 @torch.no_grad()
 def roll_out(model, condition, st, noise):
-    z = model.initial_latents(condition, timesteps[0], noise)
+    z = model.initial_latents(condition, model.process(10), noise)
     for t in timesteps[: st - 1]:
-        z = scheduler.step(model.predict_noise(z, t, condition), t, z, return_dict=False)[0]
+        z = scheduler.step(model.predict(z, t, condition), t, z, return_dict=False)[0]
     return z, timesteps[st - 1]
 
 
 lr, gt, prompts, numbers = batch(10, 1)
-condition = model.encode_condition(lr, prompts)
+condition = model.condition(lr, prompts)
 for st in (1, 4, 9, 10):
     z, t = roll_out(model, condition, st, generators(0, numbers))
     state = rollout(model, condition, st, generators(0, numbers), num_inference_steps=10)
@@ -193,44 +193,44 @@ for st in (1, 4, 9, 10):
 
 # %% [markdown]
 # From there **one** step with gradient: the network answers, the answer implies a clean picture (notebook 01), and the
-# decoder shows it. Training sees this belief $I_t$, never the finished sample.
+# decoder shows it. Training sees this estimate $I_t$, never the finished sample.
 
 
 # %%
-def belief(model, z, t, condition):
+def estimate(model, z, t, condition):
     alpha_bar = scheduler.alphas_cumprod[t]
-    velocity = model.predict_noise(z, t, condition)
+    velocity = model.predict(z, t, condition)
     return model.decode(alpha_bar.sqrt() * z - (1 - alpha_bar).sqrt() * velocity)
 
 
-believed = {}
+estimates = {}
 with torch.no_grad():
     for st in (1, 4, 9, 10):
         z, t = roll_out(model, condition, st, generators(0, numbers))
-        believed[st] = belief(model, z, t, condition)[0]
-errors = {st: (image - gt[0]).square().mean().sqrt().item() for st, image in believed.items()}
+        estimates[st] = estimate(model, z, t, condition)[0]
+errors = {st: (image - gt[0]).square().mean().sqrt().item() for st, image in estimates.items()}
 titles = [f"st {st}: {'structure' if st <= 4 else 'reward'}\nerror {error:.3f}" for st, error in errors.items()]
 show(
-    pictures([lr[0], *believed.values(), gt[0]], ["low resolution\n", *titles, "truth\n"], columns=6, tile=1.15),
-    "A training crop, the engine of a motorcycle: its low-resolution version, what the model believes before four "
+    pictures([lr[0], *estimates.values(), gt[0]], ["low resolution\n", *titles, "truth\n"], columns=6, tile=1.15),
+    "A training crop, the engine of a motorcycle: its low-resolution version, what the model estimates before four "
     "steps, and the truth. Errors: " + ", ".join(f"{error:.3f} at step {st}" for st, error in errors.items()) + ".",
 )
 
 # %% [markdown]
-# **What to see.** The early beliefs are smooth: there is structure to judge and no texture to reward. The late ones
-# carry texture. Each stage is asked about what it decides. The error *rises* all the same, from 0.106 to 0.115:
+# **What to see.** The early estimates are smooth: there is structure to judge and no texture to reward. The late ones
+# carry texture. Each window is asked about what it decides. The error *rises* all the same, from 0.106 to 0.115:
 # invented texture rarely lies where the true one does, and a smooth picture risks less (notebook 03).
 #
 # ## 3 · Equation 7
 #
-# $$\mathcal L=\begin{cases}\lambda_{dwt}\,\bigl|LL(I_t)-LL(I_{gt})\bigr|_{\text{mean}}&\text{structure window}\\[2pt]
+# $$\mathcal L=\begin{cases}\lambda_s\,\bigl|LL(I_t)-LL(I_{gt})\bigr|_{\text{mean}}&\text{structure window}\\[2pt]
 # -\sum_k\lambda_k\,r_k(I_t)\;+\;\lambda_r\sum_l w_l\bigl\|G^l(I_t)-G^l(I'_t)\bigr\|_2^2&\text{reward window}
 # \end{cases}$$
 #
 # $LL$ is the low band, the half-size picture of 2×2 sums, halved. $r_k$ are the rewards, learned scores of a picture.
 # $G^l$ is the Gram matrix of layer $l$ of VGG19, which feature goes with which, and $w_l$ that layer's weight. $I'_t$
-# is the belief of the *frozen* pre-trained model at the same $z_t$. Rewards and VGG19 want pictures in [0, 1], so they
-# see the belief clamped; the structure loss sees it unclamped, so that pixels out of range are pulled back. The weights
+# is the estimate of the *frozen* pre-trained model at the same $z_t$. Rewards and VGG19 want pictures in [0, 1], so they
+# see the estimate clamped; the structure loss sees it unclamped, so that pixels out of range are pulled back. The weights
 # $\lambda$ below are the mini preset's, chosen for our small networks and rewards; the paper's are in the preset
 # `paper`.
 #
@@ -239,7 +239,7 @@ show(
 # parts of the loss, before their weights. (One picture is enough here; section 5 compares batches.)
 
 # %%
-LAMBDA = {"dwt": 4.0, "iqa": 0.1, "preference": 0.005, "gram": 2000.0}
+LAMBDA = {"structure": 4.0, "iqa": 0.1, "preference": 0.005, "style": 2000.0}
 
 
 def LL(x):
@@ -256,23 +256,23 @@ def gram_distance(x, y):
 
 
 def equation_7(student, frozen, st, lr, gt, prompts, noise):
-    condition = student.encode_condition(lr, prompts)
+    condition = student.condition(lr, prompts)
     z, t = roll_out(student, condition, st, noise)
-    image = belief(student, z, t, condition)
+    image = estimate(student, z, t, condition)
     if st <= 4:
-        return LAMBDA["dwt"] * (LL(image) - LL(gt)).abs().mean()
+        return LAMBDA["structure"] * (LL(image) - LL(gt)).abs().mean()
     image = image.clamp(0, 1)
     with torch.no_grad():
-        before = belief(frozen, z, t, condition).clamp(0, 1)
+        before = estimate(frozen, z, t, condition).clamp(0, 1)
     scores = LAMBDA["iqa"] * iqa.score(image) + LAMBDA["preference"] * preference.score(image, prompts)
-    return -scores.mean() + LAMBDA["gram"] * gram_distance(image, before)
+    return -scores.mean() + LAMBDA["style"] * gram_distance(image, before)
 
 
 # %%
 def trainable(model):
     """A copy to train, and the list of its parameters."""
     student = model.reference()
-    return student, [p for group in student.trainable_groups().values() for p in group.requires_grad_().parameters()]
+    return student, list(student.unfreeze().trained_parameters().values())
 
 
 student, parameters = trainable(model)
@@ -282,9 +282,9 @@ with torch.no_grad():
         p += 0.02 * p.std(correction=0) * torch.randn(p.shape, generator=g)
 
 objective = RFSRObjective(
-    student, windows, structure_loss=HaarLLLoss(), lambda_structure=LAMBDA["dwt"],
+    student, windows, structure_loss=HaarLLLoss(), lambda_structure=LAMBDA["structure"],
     rewards=[WeightedReward(iqa, LAMBDA["iqa"]), WeightedReward(preference, LAMBDA["preference"])],
-    style_loss=style, lambda_regularization=LAMBDA["gram"], reference=model, num_inference_steps=10,
+    style_loss=style, lambda_style=LAMBDA["style"], reference=model, num_inference_steps=10,
 )  # fmt: skip
 
 
@@ -320,7 +320,7 @@ for st in (0, 5, 8, 11):
 # %%
 crop = test[1]
 one_lr, one_gt, one_prompt = crop["lr"][None], crop["gt"][None], [crop["prompt"]]
-one = model.encode_condition(one_lr, one_prompt)
+one = model.condition(one_lr, one_prompt)
 fifty = scheduler_of(50)
 path = [state.latents for state, _ in trajectory(model, one, generators(0, [0]))]  # z before each of the 50 steps
 
@@ -341,8 +341,8 @@ def through(K, st, loss):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         z = path[st - K]
         for t in fifty.timesteps[st - K : st - 1]:
-            z = fifty.step(learner.predict_noise(z, t, one), t, z, return_dict=False)[0]
-        value = loss(belief(learner, z, fifty.timesteps[st - 1], one))
+            z = fifty.step(learner.predict(z, t, one), t, z, return_dict=False)[0]
+        value = loss(estimate(learner, z, fifty.timesteps[st - 1], one))
     found = torch.autograd.grad(value, weights, allow_unused=True)
     norm = torch.stack([d.norm() for d in found if d is not None]).norm()
     return value.item(), sum(kept.values()) / 1e6, norm.item()
@@ -399,29 +399,29 @@ show(figure, f"Memory and gradient norm over the number K of last steps with gra
 def train_by_hand(iterations, n=2, learning_rate=3e-5, decay=0.95, seed=0):
     frozen = model.reference()  # G' of eq. 6
     student = model.reference()
-    parameters = [p for group in student.trainable_groups().values() for p in group.requires_grad_().parameters()]
+    parameters = list(student.unfreeze().trained_parameters().values())
     average = [p.detach().clone() for p in parameters]  # 4.1: EMA
     adam = torch.optim.Adam(parameters, learning_rate)  # 4.1
     rows = []
     for k in range(iterations):
         lr, gt, prompts, numbers = batch(k, n)
         st = int(np.random.default_rng((seed, k, 2)).choice([1, 2, 3, 4, 9, 10]))  # one step out of both windows
-        condition = student.encode_condition(lr, prompts)
+        condition = student.condition(lr, prompts)
         with torch.no_grad():  # 3.5: x_T → … → z_t
-            z = student.initial_latents(condition, timesteps[0], generators(seed, numbers))
+            z = student.initial_latents(condition, student.process(10), generators(seed, numbers))
             for t in timesteps[: st - 1]:
-                z = scheduler.step(student.predict_noise(z, t, condition), t, z, return_dict=False)[0]
+                z = scheduler.step(student.predict(z, t, condition), t, z, return_dict=False)[0]
         t = timesteps[st - 1]
-        image = belief(student, z, t, condition)  # eq. 3: the one step with gradient
+        image = estimate(student, z, t, condition)  # eq. 3: the one step with gradient
         if st <= 4:
-            loss = LAMBDA["dwt"] * (LL(image) - LL(gt)).abs().mean()  # eq. 2
+            loss = LAMBDA["structure"] * (LL(image) - LL(gt)).abs().mean()  # eq. 2
         else:
             image = image.clamp(0, 1)
             loss = -LAMBDA["iqa"] * iqa.score(image).mean()  # eq. 5
             loss = loss - LAMBDA["preference"] * preference.score(image, prompts).mean()
             with torch.no_grad():
-                before = belief(frozen, z, t, condition).clamp(0, 1)
-            loss = loss + LAMBDA["gram"] * gram_distance(image, before)  # eq. 6
+                before = estimate(frozen, z, t, condition).clamp(0, 1)
+            loss = loss + LAMBDA["style"] * gram_distance(image, before)  # eq. 6
         adam.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # the released code does; the paper is silent
@@ -535,7 +535,7 @@ show(figure, f"A noisy weight rises towards 1 in 600 iterations. Its averages en
 # about 0 to 100 that no training uses.
 
 # %%
-scorers = {"MiniIQA": iqa.score, "MiniPreference": preference.score, "judge": Judge.from_pretrained().score}
+scorers = {"mini-iqa": iqa.score, "mini-preference": preference.score, "judge": Judge.from_pretrained().score}
 with redirect_stderr(io.StringIO()):
     before = evaluate(model, test, scorers, num_inference_steps=10, name="before")
     longer = config.replace(batch_size=3, iterations=30, output_dir=f"{folder.name}/thirty")
@@ -572,7 +572,7 @@ show(
 # **What to see.** Little, as expected: the change has to be shown ten times enlarged. The table knows more than the
 # eye. Both bands came closer to the truth, by about four standard errors and more; PSNR and MiniIQA rose by about two
 # or three, MiniPreference by less. The judge, which was not trained on, did not move beyond its error. So in this run
-# neither stage spoiled the other. Is that settled? No: it is one seed, and twelve crops of three photographs. The card
+# neither window spoiled the other. Is that settled? No: it is one seed, and twelve crops of three photographs. The card
 # of the model ([measured figures](../rfsr_ext/weights/README.md)) has the preset's full length over three seeds, where
 # PSNR stays and the judge *falls*.
 
@@ -580,13 +580,13 @@ show(
 record = run.history
 figure, axes = panels(1, 3, width=7.4, height=2.3)
 for axis, column, label, colour in zip(
-    axes, ("structure", "reward/MiniPreference"), ("LL error", "MiniPreference"), COLOURS, strict=False
+    axes, ("structure", "reward/mini-preference"), ("LL error", "MiniPreference"), COLOURS, strict=False
 ):
     axis.plot(record.iteration, record[column], "o", color=colour, markersize=4)
     axis.set(xlabel="iteration", ylabel=label, xlim=(0, 31))
-for stage, colour, marker in (("structure", COLOURS[0], "o"), ("reward", COLOURS[1], "^")):
-    part = record[record.window == stage]
-    axes[2].semilogy(part.step, part.grad_norm, marker, color=colour, markersize=4, label=stage)
+for window, colour, marker in (("structure", COLOURS[0], "o"), ("reward", COLOURS[1], "^")):
+    part = record[record.window == window]
+    axes[2].semilogy(part.step, part.grad_norm, marker, color=colour, markersize=4, label=window)
 axes[2].set(xlabel="sampling step", ylabel="gradient norm", xticks=[1, 2, 3, 4, 9, 10])
 axes[2].legend(frameon=False, fontsize=8)
 counts, typical = record.window.value_counts(), record.groupby("step").grad_norm.median()
@@ -605,7 +605,7 @@ assert typical[10] < typical[9] / 3, "the last step must push least"
 # **What to see.** No learning curve. Each point is another picture at another step, and that matters more than thirty
 # iterations of progress. To know whether training helps, measure on held-out pictures.
 #
-# The right panel shows something else: the *last* step has the smallest gradient by far. With velocity, the belief is
+# The right panel shows something else: the *last* step has the smallest gradient by far. With velocity, the estimate is
 # $\alpha z_t-\sigma v$, so everything the network says is multiplied by the share of noise $\sigma$, and at t = 1 that
 # is a few percent. What can still change there changes little. That is also the jump of section 4: with $K=1$ only this
 # last step has gradient, with $K=2$ the one before it joins, whose word weighs more.
@@ -627,11 +627,11 @@ caught(lambda: check("moving average", average_by_hand(walk, 0.95), frozen, 1e-5
 
 # %%
 careless = roll_out.__wrapped__  # our rollout without its decorator
-condition = student.encode_condition(lr[:1], prompts[:1])
+condition = student.condition(lr[:1], prompts[:1])
 images = {}
 for name, walk_there in (("right", roll_out), ("careless", careless)):
     z, t = walk_there(student, condition, 9, generators(0, numbers[:1]))
-    images[name] = belief(student, z, t, condition).clamp(0, 1)
+    images[name] = estimate(student, z, t, condition).clamp(0, 1)
 values = {name: -LAMBDA["iqa"] * iqa.score(image).mean() for name, image in images.items()}
 check("loss", values["right"], values["careless"], 1e-6)  # sees nothing
 slopes = {name: slope(value) for name, value in values.items()}
@@ -699,7 +699,7 @@ exercise(2, verify_two_windows)
 
 # %% [markdown]
 # **Exercise 3 (harder).** In the third row of the paper's Table 2 both windows cover *every* step. Write the loss of
-# that row at step `st`, without a regulariser.
+# that row at step `st`, without a style loss.
 # <details><summary>Hint</summary>Take `equation_7` apart: no `if`, no Gram term. The structure loss sees the picture
 # before clamping, the rewards after.</details>
 
@@ -712,7 +712,7 @@ def loss_everywhere(student, st, lr, gt, prompts, noise):
 def verify_everywhere():
     everywhere = RFSRObjective(
         student, TimestepWindows((1, 10), (1, 10), last=10, allow_overlap=True), structure_loss=HaarLLLoss(),
-        lambda_structure=LAMBDA["dwt"], rewards=objective.rewards, num_inference_steps=10,
+        lambda_structure=LAMBDA["structure"], rewards=objective.rewards, num_inference_steps=10,
     )  # fmt: skip
     for st in (1, 6):
         ours = loss_everywhere(student, st, lr, gt, prompts, generators(0, numbers))
@@ -725,10 +725,10 @@ exercise(3, verify_everywhere)
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution to exercise 3 (expand to read)
 def loss_everywhere(student, st, lr, gt, prompts, noise):
-    condition = student.encode_condition(lr, prompts)
+    condition = student.condition(lr, prompts)
     z, t = roll_out(student, condition, st, noise)
-    image = belief(student, z, t, condition)
-    structure = LAMBDA["dwt"] * (LL(image) - LL(gt)).abs().mean()
+    image = estimate(student, z, t, condition)
+    structure = LAMBDA["structure"] * (LL(image) - LL(gt)).abs().mean()
     image = image.clamp(0, 1)
     scores = LAMBDA["iqa"] * iqa.score(image) + LAMBDA["preference"] * preference.score(image, prompts)
     return structure - scores.mean()
@@ -740,7 +740,7 @@ exercise(3, verify_everywhere)
 # ## Summary
 #
 # * Steps 1–20 of 50 train structure, 41–50 reward, and 21–40 nothing; in timesteps the rule fits any sampler.
-# * One iteration: draw a step, sample up to it without gradient, take one step with gradient, weigh its belief.
+# * One iteration: draw a step, sample up to it without gradient, take one step with gradient, weigh its estimate.
 # * More steps with gradient cost memory in proportion; here the reward's gradient grows with them, structure's does
 #   not.
 # * Thirty-five lines and the trainer agree: losses to 1e-6, moving averages to 1 % of the way they moved.
