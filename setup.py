@@ -25,7 +25,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "rfsr_ext" / "_build"))
+sys.path.insert(0, str(ROOT / "build_backend"))
 
 import toolchain  # noqa: E402
 

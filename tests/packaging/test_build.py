@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_toolchain():
-    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "rfsr_ext/_build/toolchain.py")
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "build_backend/toolchain.py")
     module = sys.modules["toolchain"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -125,7 +125,8 @@ def sources(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    for name in ("csrc", "build_backend"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     unwanted = shutil.ignore_patterns("*.so", "_build_record.json", "__pycache__", "weights")
     shutil.copytree(ROOT / "rfsr_ext", tree / "rfsr_ext", ignore=unwanted)
     return tree
