@@ -1,5 +1,5 @@
 # make demo    set up, fine-tune the mini model, show what changed
-# make test    set up, run every test, quick ones first, then every notebook
+# make test    set up, check style and types, run every test, quick ones first, then every notebook
 # make notebooks    run the course's sources in notebooks/src and store the notebooks; ONLY="02 04" for some of them,
 #                   ONLY=--prose to take over new text without running
 # make mutants    plant errors in the package, one at a time, and see which notebook notices (tests/notebooks/mutants.txt);
@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-BUILD  := pyproject.toml setup.py $(shell find csrc rfsr_ext/_build -type f -not -name '*.pyc')
+BUILD  := pyproject.toml setup.py $(shell find csrc build_backend -type f -not -name '*.pyc')
 
 .PHONY: demo test notebooks mutants bench install-matrix clean
 
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed
 	$(BIN)/rfsr demo
 
 test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m "slow"
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks
@@ -40,7 +43,7 @@ install-matrix: $(VENV)/.installed
 # the torch that stays, instead of a second copy in a temporary build environment.
 $(VENV)/.installed: $(BUILD) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "torch>=2.11"
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install -e ".[train]"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = ["load_tensors", "lock_folder", "make_folder", "replace_file", "replace_folder", "save_tensors"]
@@ -67,8 +65,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
+    except Exception as error:
+        code = re.search(r"os error (\d+)", str(error))  # as Rust words it
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
@@ -260,6 +258,8 @@ def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
     """Write a safetensors file with JSON metadata, aside first and then by one rename."""
+    from safetensors.torch import save_file  # here, because the losses need this module where torch is alone
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replace_file(path) as aside:
         save_file(contiguous, aside, metadata={"json": json.dumps(metadata or {})})
@@ -271,6 +271,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: if the file is not a whole safetensors file.
     """
+    from safetensors import safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("json", "{}"))

@@ -33,7 +33,7 @@ def examine() -> None:
         try:
             _line(name, version(name))
         except PackageNotFoundError:
-            _line(name, "MISSING; pip install rfsr_ext again")
+            _line(name, "MISSING; pip install 'rfsr_ext[train]'")
     for name, purpose in _OPTIONAL.items():
         _line(name, version(name) if importlib.util.find_spec(name) else f"not installed; only needed for {purpose}")
     typer.echo("\ncompute")

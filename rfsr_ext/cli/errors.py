@@ -29,6 +29,8 @@ def sentence(error: BaseException) -> str:
         place = "a file that the system does not name" if error.filename is None else repr(str(error.filename))
         return _SYSTEM.get(error.errno, f"{error.strerror} ({{}})").format(place)
     text = str(error)
+    if isinstance(error, ModuleNotFoundError) and text == f"No module named {error.name!r}":
+        return f"{text}; pip install 'rfsr_ext[train]' brings what the command line needs"
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text):
         size = re.search(r"allocate (\d+) bytes", text)
         asked = f"{int(size[1]) / 1e9:.1f} GB at once" if size else text.split(". ")[0] or "no size given"

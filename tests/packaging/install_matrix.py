@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import tomllib
 import traceback
 import venv
 from pathlib import Path
@@ -118,7 +119,7 @@ class Environment:
         served = found[device]
         assert served["backend"] == backend and why in served["why"], served
         assert remedy in served["remedy"] if remedy else served["remedy"] is None, served
-        report = self.run(self.python, "-m", "rfsr_ext.cli", "doctor")
+        report = self.run(self.python, "-m", "rfsr_ext", "doctor")
         assert f"{backend}: {served['why']}" in report, report
 
     def assert_native(self, found: dict, device: str = "cpu") -> Path:
@@ -135,7 +136,7 @@ class Environment:
 
 
 def toolchain():
-    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "rfsr_ext/_build/toolchain.py")
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "build_backend/toolchain.py")
     module = sys.modules["toolchain"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -209,7 +210,8 @@ def wheel(folder: Path) -> None:
         env.assert_native(env.probe(installed=env.packages))
         missing = [str(p) for p in tracked if not (env.packages / p).is_file()]
         assert not missing, f"from {source}: {missing} are missing"
-        env.run(env.python, "-P", "-m", "rfsr_ext.cli", "doctor")
+        assert not list(env.packages.glob("*backend*")), "what only builds the package was installed"
+        env.run(env.python, "-P", "-m", "rfsr_ext", "doctor")
 
 
 def wrong_cuda(folder: Path) -> None:
@@ -252,19 +254,29 @@ def new_gcc(folder: Path) -> None:
 
 
 def no_torch(folder: Path) -> None:
-    """An empty environment: the build asks for a torch of its own, and its library runs on the one then installed."""
+    """An empty environment: the build asks for a torch of its own, and its library runs on the one then installed.
+
+    Nothing but torch and what it needs comes along: both losses run, and the command line says what it lacks.
+    """
     env = Environment(folder, ambient=False)
     env.pip("-e", ".")
     found = env.probe()
     env.assert_native(found)
-    env.assert_reported(found, "cpu", "native", "it was compiled with", None)
+    listed = {x["name"].lower() for x in json.loads(env.run(env.python, "-m", "pip", "list", "--format=json"))}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    train = {re.match(r"[\w-]+", line)[0].lower() for line in project["optional-dependencies"]["train"]}
+    assert "torch" in listed and not listed & (train | {"pybind11", "ninja"}), listed
+    print(f"{'':14s} brings {' '.join(sorted(listed))}")
+    rfsr = subprocess.run([env.venv / "bin/rfsr", "doctor"], env=env.variables, capture_output=True, text=True)
+    assert rfsr.returncode == 1 and rfsr.stderr.count("\n") == 1, rfsr
+    assert rfsr.stderr.endswith("pip install 'rfsr_ext[train]'\n"), rfsr.stderr
 
 
 def torch_present(folder: Path) -> None:
-    """A torch older than the newest is there: it is compiled against, and no other is fetched."""
+    """A torch older than the newest is there: it is compiled against, and no other is fetched, by `train` neither."""
     env = Environment(folder, ambient=False)
     env.pip(f"torch=={OLDEST}.*")
-    output = env.pip("-e", ".")
+    output = env.pip("-e", ".[train]")
     fetched = re.findall(r"(?:Collecting|Downloading) torch[<>=~!; -].*", output)
     assert not fetched, fetched
     found = env.probe()

@@ -147,7 +147,7 @@ def test_full_disk_leaves_the_last_checkpoint(settings, parts, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("rfsr_ext.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         run(settings, parts)
     assert_same_state(saved, end_state(settings["output_dir"]))
