@@ -207,6 +207,9 @@ def explore(draw: Callable[[object], tuple[Figure, str]], values: Sequence, labe
         panel.value = f'<div style="line-height:1.5">{_html(figure, alt)}{text}</div>'
 
     class Explorer(widgets.VBox):
+        slider: widgets.SelectionSlider
+        panel: widgets.HTML
+
         def __repr__(self) -> str:  # what stored notebooks show, where no kernel lives that could move it
             return f"slider {label!r} with {len(values)} positions; run this notebook to move it"
 

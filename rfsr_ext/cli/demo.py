@@ -33,7 +33,7 @@ def _comparison(models: dict[str, ISRModel], samples: list[Sample], seed: int):
     for model in models.values():
         images = sample(model, lr, prompts, [g.clone_state() for g in noise])
         with torch.no_grad():
-            scores = iqa.score(images)
+            scores = iqa.score(images, prompts)
         columns.append(
             [
                 (image, f"PSNR {p:.1f} dB · {iqa.name} {s:.2f}")
@@ -41,7 +41,7 @@ def _comparison(models: dict[str, ISRModel], samples: list[Sample], seed: int):
             ]
         )
     with torch.no_grad():
-        columns.append([(image, f"{iqa.name} {s:.2f}") for image, s in zip(gt, iqa.score(gt), strict=True)])
+        columns.append([(image, f"{iqa.name} {s:.2f}") for image, s in zip(gt, iqa.score(gt, prompts), strict=True)])
     rows = [list(row) for row in zip(*columns, strict=True)]
     return comparison_figure(rows, ["low resolution", *models, "ground truth"])
 

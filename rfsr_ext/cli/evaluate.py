@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -47,7 +48,11 @@ __all__ = [
 
 def choose_preset(name: str | None, metrics: str | None, channel: str | None, border: int | None) -> Preset | None:
     """The preset of this name; with anything changed it is called "custom".  None if nothing was asked for."""
-    changes = {"metrics": tuple(metrics.split(",")) if metrics else None, "channel": channel, "crop": border}
+    changes: dict[str, Any] = {
+        "metrics": tuple(metrics.split(",")) if metrics else None,
+        "channel": channel,
+        "crop": border,
+    }
     changes = {key: value for key, value in changes.items() if value is not None}
     if name is None and not changes:
         return None

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
@@ -61,7 +62,7 @@ def check_sample(sample: Sample, scale: int) -> None:
 def _dihedral(image: np.ndarray, rng: np.random.Generator, rotate: bool) -> np.ndarray:
     if rng.random() < 0.5:
         image = image[:, ::-1]
-    return np.rot90(image, rng.integers(4)) if rotate else image
+    return np.rot90(image, int(rng.integers(4))) if rotate else image
 
 
 def _recolor(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -185,7 +186,7 @@ class DistortedCrops(Dataset):
         variants: how many versions, the untouched one included.
     """
 
-    def __init__(self, crops: PhotographCrops, kinds: list[str], variants: int = 4):
+    def __init__(self, crops: PhotographCrops, kinds: Iterable[str], variants: int = 4):
         self.crops, self.kinds, self.variants = crops, list(kinds), variants
 
     def __len__(self) -> int:

@@ -40,4 +40,4 @@ class Degradation:
         image = gaussian_filter(image, (sigma, sigma, 0), mode="nearest")
         image = resize(image, (height // self.scale, width // self.scale), _FILTERS[rng.integers(len(_FILTERS))])
         image = image + rng.normal(0, rng.uniform(*self.noise) / 255, image.shape).astype(np.float32)
-        return jpeg(image, rng.integers(self.jpeg_quality[0], self.jpeg_quality[1] + 1))
+        return jpeg(image, int(rng.integers(self.jpeg_quality[0], self.jpeg_quality[1] + 1)))

@@ -127,5 +127,5 @@ def resize(image: np.ndarray, size: tuple[int, int], resample=Image.Resampling.B
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     """Write ``[H, W, 3]`` in [0, 1] as JPEG of this quality and read it back."""
     buffer = io.BytesIO()
-    Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=int(quality))
-    return from_uint8(Image.open(buffer))
+    Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=quality)
+    return from_uint8(np.asarray(Image.open(buffer)))

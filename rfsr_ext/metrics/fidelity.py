@@ -26,8 +26,8 @@ def _pair(sr: Tensor, gt: Tensor, smallest: int = 1, channel: str = "rgb", crop:
     if min(sr.shape[-2:]) < least:
         raise ValueError(f"sr must be at least {least} pixels high and wide, got {sr.shape[-2]}x{sr.shape[-1]}")
     inside = (..., slice(crop, sr.shape[-2] - crop), slice(crop, sr.shape[-1] - crop))
-    pair = (x.detach().double().cpu().clamp(0, 1)[inside] for x in (sr, gt))
-    return tuple(_luma(x) if channel == "y" else x for x in pair)
+    a, b = (x.detach().double().cpu().clamp(0, 1)[inside] for x in (sr, gt))
+    return (_luma(a), _luma(b)) if channel == "y" else (a, b)
 
 
 def _luma(images: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def natural_scene_statistics(images: Tensor) -> Tensor:
                     _correlation(band[:, lag:], band[:, :-lag]),
                     _correlation(band[..., lag:], band[..., :-lag]),
                 ]
-        magnitude = sum(band.abs() for band in bands)
+        magnitude = bands[0].abs() + bands[1].abs() + bands[2].abs()
         features += [_correlation(bands[0].abs(), bands[1].abs()), _correlation(bands[0].abs(), bands[2].abs())]
         if coarser is not None:
             up = F.interpolate(coarser[:, None], size=magnitude.shape[-2:], mode="nearest")[:, 0]

@@ -198,10 +198,13 @@ class Suite:
                 f"preset {preset.name!r} lacks the weights {files}; `rfsr weights` says where each is looked for, and "
                 f"`rfsr weights fetch NAME` gets it where there is a network"
             )
-        judge = Judge.from_pretrained() if "judge" in self.metrics else None
         options = {"channel": preset.channel, "crop": preset.crop}
-        own = {"psnr": lambda sr, gt: psnr(sr, gt, **options), "ssim": lambda sr, gt: ssim(sr, gt, **options),
-               "judge": lambda sr: judge.score(sr)}  # fmt: skip
+        own: dict[str, Callable[..., Tensor]] = {
+            "psnr": lambda sr, gt: psnr(sr, gt, **options),
+            "ssim": lambda sr, gt: ssim(sr, gt, **options),
+        }
+        if "judge" in self.metrics:
+            own["judge"] = Judge.from_pretrained().score
         self._measure = {name: own.get(name) or _build(name, device) for name in self.metrics}
 
     def __call__(self, sr: Tensor, gt: Tensor | None = None) -> dict[str, Tensor]:
@@ -211,13 +214,19 @@ class Suite:
             ``[N]`` values on the CPU by metric.
 
         Raises:
-            ValueError: if a metric cannot measure the images, too small ones for instance; the sentence names it.
+            ValueError: if ``gt`` is wanted, or a metric cannot measure the images, too small ones for instance; the
+                sentence names it.
         """
+        compared = [name for name in self.metrics if METRICS[name].reference]
+        if gt is None and compared:
+            raise ValueError(
+                f"gt must be given, {', '.join(compared)} compare with it; Suite(..., reference=False) does not"
+            )
         values: dict[str, list[float]] = {name: [] for name in self.metrics}
         with torch.no_grad():
             for i in range(len(sr)):
                 for name in self.metrics:
-                    both = (sr, gt) if METRICS[name].reference else (sr,)
+                    both = (sr, gt) if gt is not None and METRICS[name].reference else (sr,)
                     images = (x[i : i + 1].detach().float().clamp(0, 1) for x in both)
                     try:
                         with _seeded(self.preset.seed):

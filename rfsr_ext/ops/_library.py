@@ -63,6 +63,7 @@ def _load(device: str, label: str) -> Backend:
         return reference("RFSR_BACKEND=reference is set", "unset RFSR_BACKEND")
     if device == "cuda" and torch.version.cuda is None:
         return reference(f"torch {torch.__version__} was built without CUDA", "install a CUDA build of torch")
+    # pyrefly: ignore[unsupported-operation] - TorchVersion gets its comparisons at run time
     if torch.torch_version.TorchVersion(torch.__version__) < MIN_TORCH:
         return reference(f"torch {torch.__version__} is older than 2.11", "pip install 'torch>=2.11'")
     record = build_record().get(device, {})

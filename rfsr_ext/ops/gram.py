@@ -101,10 +101,10 @@ def gram_loss(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be 'l2', 'l1' or 'fro', got {criterion!r}")
-    if (target_features is None) == (target_gram is None):
-        given = "neither" if target_gram is None else "both"
-        raise ValueError(f"one of target_features and target_gram must be given, got {given}")
     wanted, name = (target_features, "target_features") if target_gram is None else (target_gram, "target_gram")
+    if wanted is None or (target_features is not None and target_gram is not None):
+        given = "neither" if wanted is None else "both"
+        raise ValueError(f"one of target_features and target_gram must be given, got {given}")
     layers, targets = _as_layers(features, "features"), _as_layers(wanted, name)
     if isinstance(features, Tensor) != isinstance(wanted, Tensor) or len(targets) != len(layers):
         raise ValueError(f"{name} must be {_describe(features)} as features is, got {_describe(wanted)}")
@@ -113,7 +113,7 @@ def gram_loss(
     elif len(weights) != len(layers):
         raise ValueError(f"weights must hold one number per layer ({len(layers)}), got {len(weights)}")
 
-    total = None
+    losses = []
     for index, (layer, target, weight) in enumerate(zip(layers, targets, weights, strict=True)):
         suffix = "" if isinstance(features, Tensor) else f"[{index}]"
         _checks.image_like(layer, f"features{suffix}")
@@ -126,9 +126,8 @@ def gram_loss(
         else:
             gram = target if target_gram is not None else _gram(target, joint_layer_norm)
             loss = reference.distance(_gram(layer, joint_layer_norm) - gram, criterion)
-        loss = loss if weight == 1 else weight * loss
-        total = loss if total is None else total + loss
-    return total
+        losses.append(loss if weight == 1 else weight * loss)
+    return sum(losses[1:], start=losses[0])
 
 
 def _gram(features: Tensor, joint_layer_norm: bool) -> Tensor:

@@ -286,7 +286,8 @@ class _EagerL1(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
+    def backward(ctx, *grads: Tensor) -> tuple:
+        (grad,) = grads
         if torch.is_grad_enabled():  # a second derivative is asked for, and refused by the operator
             return *_gradients(ctx, grad), None
         with torch._C._AutoDispatchBelowAutograd():

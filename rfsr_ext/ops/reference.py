@@ -48,7 +48,7 @@ def _pair_sums(x: Tensor, dim: int, mode: str) -> Tensor:
     if size % 2 == 1:
         samples = [x.narrow(dim, index, 1) for index in (size - 1, max(size - 2, 0), 0)]
         terms = [weight * sample for weight, sample in zip(MODES[mode], samples, strict=True) if weight]
-        x = torch.cat([x, sum(terms) if terms else torch.zeros_like(samples[0])], dim)
+        x = torch.cat([x, sum(terms, start=torch.zeros_like(samples[0]))], dim)
     return x.unflatten(dim, (-1, 2)).sum(dim)
 
 
@@ -125,7 +125,7 @@ def gram_loss(
     """Distance of Gram matrices (l2: arXiv 2412.03268, eq. 6), mean over the batch, weighted sum over the layers."""
     layers = [features] if isinstance(features, Tensor) else features
     if target_gram is None:
-        targets = [target_features] if isinstance(target_features, Tensor) else target_features
+        targets = [target_features] if isinstance(target_features, Tensor) else target_features or ()
         grams = [gram_matrix(target, joint_layer_norm=joint_layer_norm) for target in targets]
     else:
         grams = [target_gram] if isinstance(target_gram, Tensor) else target_gram

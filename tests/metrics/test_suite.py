@@ -88,6 +88,10 @@ def test_without_a_ground_truth_reference_metrics_are_left_out(gt):
     assert suite.metrics == ("judge",) and list(suite(gt)) == ["judge"]
     with pytest.raises(ValueError, match="preset 'x' has only metrics that compare with a ground truth; give one"):
         Suite(Preset("x", ("psnr", "lpips")), reference=False)
+    with pytest.raises(
+        ValueError, match=r"gt must be given, psnr, ssim compare with it; Suite\(..., reference=False\) do"
+    ):
+        Suite(PRESETS["basic"])(gt)
 
 
 def test_seeds_hold_for_every_generator_and_leave_them_alone(gt, monkeypatch):
