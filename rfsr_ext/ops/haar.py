@@ -251,8 +251,7 @@ def _remember(ctx, pred: Tensor, kept: Tensor, options: tuple) -> None:
     ctx.save_for_backward(kept)
 
 
-def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    (kept,) = ctx.saved_tensors
+def _gradients(ctx, grad: Tensor, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
     to_pred, to_target = ctx.needs_input_grad[:2]
     if (to_pred and not ctx.kept_for[0]) or (to_target and not ctx.kept_for[1]):
         raise RuntimeError(
@@ -271,7 +270,7 @@ def _haar_ll_l1_setup(ctx, inputs, output) -> None:
 
 
 def _haar_ll_l1_grad(ctx, grad: Tensor, _) -> tuple:
-    return *_gradients(ctx, grad), *[None] * 6
+    return *_gradients(ctx, grad, *ctx.saved_tensors), *[None] * 6
 
 
 class _EagerL1(torch.autograd.Function):
@@ -287,11 +286,11 @@ class _EagerL1(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
-        (grad,) = grads
+        (grad,), (kept,) = grads, ctx.saved_tensors  # not below autograd: unpacking may run a checkpointed forward pass
         if torch.is_grad_enabled():  # a second derivative is asked for, and refused by the operator
-            return *_gradients(ctx, grad), None
+            return *_gradients(ctx, grad, kept), None
         with torch._C._AutoDispatchBelowAutograd():
-            return *_gradients(ctx, grad), None
+            return *_gradients(ctx, grad, kept), None
 
 
 def _haar_ll_l1_backward_grad(ctx, grad: Tensor) -> tuple:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.library import opcheck
 
 from rfsr_ext.ops import build_info, gram_loss, gram_matrix, haar_ll, haar_ll_l1_loss, reference
@@ -96,6 +97,39 @@ def test_wrong_input_raises_under_compile_too():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"target must have pred's shape"):
         torch.compile(haar_ll_l1_loss, backend="eager")(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 5))
+
+
+# ------------------------------------------------------------------------------------ checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: haar_ll_l1_loss(x, y, input_range=(-1, 1)),
+        gram_loss,
+        lambda x, y: haar_ll(x).square().mean(),
+        lambda x, y: gram_matrix(x).square().mean(),
+    ],
+    ids=["haar_ll_l1_loss", "gram_loss", "haar_ll", "gram_matrix"],
+)
+def test_a_checkpointed_decoder_gets_the_same_gradient(function, reentrant):
+    decoder = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.SiLU(), torch.nn.Conv2d(3, 3, 3))
+    z, gt = torch.randn(2, 2, 11, 12), torch.randn(2, 3, 7, 8)
+    calls = []
+
+    def loss(z):
+        calls.append(1)
+        return function(decoder(z), gt)
+
+    gradients = []
+    for run in (loss, lambda z: torch.utils.checkpoint.checkpoint(loss, z, use_reentrant=reentrant)):
+        latents = z.clone().requires_grad_()
+        decoder.zero_grad()
+        run(latents).backward()
+        gradients.append([latents.grad, *[p.grad for p in decoder.parameters()]])
+    assert len(calls) == 3  # the checkpoint ran its function a second time
+    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*gradients, strict=True))
 
 
 # -------------------------------------------------------------------------------------- determinism
