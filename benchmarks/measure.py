@@ -66,7 +66,7 @@ def product_rate(dtype: torch.dtype, device: str, seconds: float = 0.2, clock: C
 def floors(device: str, dtypes: list[torch.dtype], cache: int) -> tuple[float, dict[torch.dtype, float], str]:
     """Bandwidth, FLOP/s by dtype, and their source: a data sheet, else a copy and matrix products timed here.
 
-    A half type that multiplies slower than fp32 has no units of its own; the least time is then that of a product in fp32.
+    A half type that multiplies slower than fp32 has no units of its own; its least time is then that of fp32.
     """
     if device == "cuda":
         name = torch.cuda.get_device_name()

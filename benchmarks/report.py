@@ -13,7 +13,7 @@ time to move or multiply what the loss must, at the rates below; a pass that onl
 cost more than they count. Peak is the memory one call adds, gradients included; the summary has in brackets what the
 gradient alone takes, which everybody returns. Error is the largest difference of loss and gradient from our operator in
 fp64, relative to the largest entry; a contestant beyond the tolerance of its dtype is not timed. The released RFSR form
-normalises its features first and so computes another loss: it is checked against ours on normalised features, and is
+normalizes its features first and so computes another loss: it is checked against ours on normalized features, and is
 never the best peer. Where the spreads of ours and the best peer overlap, the summary says level."""
 
 

@@ -1,6 +1,6 @@
 """The paper's reward step, CLIP-IQA and ImageReward at their published sizes, in two orders of calls.
 
-Weights are random and prompts are not tokenised: neither changes time or memory.
+Weights are random and prompts are not tokenized: neither changes time or memory.
 """
 
 from __future__ import annotations

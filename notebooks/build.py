@@ -1,7 +1,7 @@
 """Run the course's sources and store them as notebooks: ``make notebooks``, or ``python notebooks/build.py 02 03``.
 
 ``src/NN_verb_object.py`` (jupytext percent format) is what people edit and review; the notebook beside this file holds
-the same cells, links to its neighbours, and outputs.  Each is replaced whole, and only if every cell ran.  What was
+the same cells, links to its neighbors, and outputs.  Each is replaced whole, and only if every cell ran.  What was
 counted and measured goes into the table of ``README.md``.
 
 ``--prose`` runs nothing: it takes over new text into stored notebooks whose code is still that of their sources.
@@ -70,7 +70,7 @@ def _contents() -> str:
 def unrun(source: Path) -> nbformat.NotebookNode:
     """The notebook a source stands for, without outputs.
 
-    A line ``NAVIGATION`` becomes links to the neighbours, ``CONTENTS`` the table of all notebooks.
+    A line ``NAVIGATION`` becomes links to the neighbors, ``CONTENTS`` the table of all notebooks.
     """
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = {

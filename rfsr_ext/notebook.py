@@ -11,10 +11,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["COLOURS", "caught", "check", "exercise", "explore", "panels", "pictures", "show"]
+__all__ = ["COLORS", "caught", "check", "exercise", "explore", "panels", "pictures", "show"]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Okabe and Ito's palette, darkest contrasts first: told apart with every common colour blindness."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Okabe and Ito's palette, darkest contrasts first: told apart with every common color blindness."""
 
 _DPI = 100
 _MOST_BYTES = 60_000
@@ -34,7 +34,7 @@ def panels(rows: int = 1, columns: int = 1, width: float = 7.2, height: float = 
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for panel in np.ravel(axes):
-        panel.set_prop_cycle(color=COLOURS, linestyle=["-", "--", "-.", ":", "-", "--", "-."])
+        panel.set_prop_cycle(color=COLORS, linestyle=["-", "--", "-.", ":", "-", "--", "-."])
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=9)
         panel.title.set_size(10)
@@ -47,7 +47,7 @@ def pictures(
     """A row or grid of pictures, every pixel a square of whole screen pixels, none smoothed.
 
     Args:
-        images: tensors ``[3, H, W]`` in colour or ``[H, W]`` in grey; sizes may differ by whole factors.
+        images: tensors ``[3, H, W]`` in color or ``[H, W]`` in gray; sizes may differ by whole factors.
         titles: one per picture, above it.
         columns: pictures per row; all of them by default.
         tile: about how wide a picture becomes, in inches.

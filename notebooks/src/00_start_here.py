@@ -17,7 +17,7 @@
 #
 # ![A cup of coffee four times: low resolution, enlarged before feedback, enlarged after feedback, the truth](before_after.webp)
 #
-# *Section 1 makes this picture. Look inside the cup: 24 training steps took away many of the coloured specks. The run was
+# *Section 1 makes this picture. Look inside the cup: 24 training steps took away many of the colored specks. The run was
 # chosen; section 1 says how much of it is luck.*
 #
 # A super-resolution diffusion model starts from noise and removes it in some 50 sampling steps, guided by a small
@@ -75,7 +75,7 @@ before = sample(model, lr, prompts, [g.clone_state() for g in noise])
 # Now the method. The objective, which training makes small, needs a structure loss, two rewards and a style loss, each
 # with its weight; the values are those of the preset `mini`, a file of settings in the package. A *reward* is a network
 # that scores a picture: `MiniIQA` stands in for CLIP-IQA (is the picture sharp and clean?), `MiniPreference` for
-# ImageReward (does it fit the prompt?). The style loss compares what a VGG19, a network for recognising objects, sees in two
+# ImageReward (does it fit the prompt?). The style loss compares what a VGG19, a network for recognizing objects, sees in two
 # pictures; its weights are random here, because the published ones would be a download.
 
 # %%
@@ -99,9 +99,9 @@ objective = RFSRObjective(
 # this run is short so that you can wait for it.
 
 # %%
-others = PhotographCrops(["astronaut", "china", "coins", "motorcycle"], 64, dead_leaves_share=0, recolour=False)
+others = PhotographCrops(["astronaut", "china", "coins", "motorcycle"], 64, dead_leaves_share=0, recolor=False)
 weights = list(trained.unfreeze().trained_parameters().values())
-optimiser = torch.optim.Adam(weights, lr=1e-4)
+optimizer = torch.optim.Adam(weights, lr=1e-4)
 drawn = torch.tensor([*range(1, 21), *range(41, 51)])[
     torch.randint(30, (24,), generator=torch.Generator().manual_seed(3))
 ]
@@ -109,10 +109,10 @@ for k, step in enumerate(drawn.tolist()):
     batch = [others[2 * k], others[2 * k + 1]]
     low, high = (torch.stack([crop[key] for crop in batch]) for key in ("lr", "gt"))
     loss, _ = objective(low, high, [crop["prompt"] for crop in batch], step, generators(0, [2 * k, 2 * k + 1]))
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    optimiser.step()
+    optimizer.step()
 after = sample(trained, lr, prompts, [g.clone_state() for g in noise])
 
 # %%
@@ -128,7 +128,7 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** Compare the two in the middle. The inside of the cup has fewer coloured specks, and the edge of the
+# **What to see.** Compare the two in the middle. The inside of the cup has fewer colored specks, and the edge of the
 # coffee is darker and clearer. MiniIQA rose; the distance to the truth (PSNR in decibels, more is closer)
 # hardly moved. One picture proves little, so here are the other two, and the second reward.
 
@@ -159,7 +159,7 @@ show(
 
 # %% [markdown]
 # **What to see.** After feedback specks are gone and the dark gaps are deeper, which is what `MiniIQA` was taught to
-# like. In the cup one speck was a trace of a reflection that the truth has; it went, too. Colours moved a little as
+# like. In the cup one speck was a trace of a reflection that the truth has; it went, too. Colors moved a little as
 # well; nobody asked for that. It is the method's weak side in small: *a reward can be pleased by a picture that is less
 # true*. The other two losses limit that, they do not forbid it.
 #
@@ -192,7 +192,7 @@ for name, devices in build_info()["operators"].items():
 # $$L_{dwt}=\operatorname{mean}\,|LL(x)-LL(y)|\qquad L_{gram}=\Big\|\tfrac{FF^\mathsf T-GG^\mathsf T}{CHW}\Big\|_F^2$$
 #
 # $LL$ is twice the average of every 2×2 block. $F$ and $G$ hold the features of the two pictures, $C$ rows of $HW$
-# numbers; here the three colours serve as features. `check` says whether two results are equal (*exact*) and how far
+# numbers; here the three colors serve as features. `check` says whether two results are equal (*exact*) and how far
 # apart they are at most, and stops the notebook if that is too far. Sums taken in another order differ in their last
 # digits.
 
@@ -236,7 +236,7 @@ assert "with 3 times the change" in change.panel.value, "the slider must redraw 
 show(*draw(3))
 
 # %% [markdown]
-# **What to see.** At 3 the direction of the training is plain: harder edges, deeper shadows, shifted colours. The score goes
+# **What to see.** At 3 the direction of the training is plain: harder edges, deeper shadows, shifted colors. The score goes
 # on rising although the pictures now leave the truth. That is *reward hacking*; notebook 07 lets a training run into it.
 #
 # ## 4 · Which loss notices what?
@@ -300,7 +300,7 @@ check("brightening by 0.1 costs 0.2 where nothing clips", haar_ll_l1_loss(0.5 * 
 # |---|---|---|---|
 # | sampling before the trained step | from noise to step t, without gradient | none; one pass at the drawn t | as in the paper |
 # | low frequencies | one-level wavelet, LL band | three-level dual-tree wavelet | one-level Haar LL |
-# | Gram distance | squared Frobenius norm | mean absolute difference, layer-normalised features, fp16 | squared Frobenius norm, fp32 |
+# | Gram distance | squared Frobenius norm | mean absolute difference, layer-normalized features, fp16 | squared Frobenius norm, fp32 |
 # | what the style loss compares with | the pre-trained model | plain Stable Diffusion with the *trained* ControlNet | a frozen copy of the pre-trained model |
 # | reward shape | not said | relu(2 − r), flat above 2 | −r |
 #

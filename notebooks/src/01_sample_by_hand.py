@@ -110,7 +110,7 @@ show(
 # the texture last. That order is what RFSR is built on.
 #
 # Even at $t=981$, where our 50 steps will begin, the share of the picture is not 0, but 0.08. The eye sees nothing of it;
-# a network does, above all the mean colours. So it matters what a sampler starts from (section 5).
+# a network does, above all the mean colors. So it matters what a sampler starts from (section 5).
 #
 # ## 3 · What does the model believe?
 #
@@ -266,7 +266,7 @@ with torch.no_grad():
 # %% [markdown]
 # Each single step agrees with diffusers to the last bits of 32-bit numbers (latents take values of about 4, so `2e-6` is four
 # roundings). Over fifty steps through a network such bits grow, which is why the end is compared with `1e-3`, a quarter of
-# a grey level.
+# a gray level.
 #
 # **What does it cost?** One pass of U-Net and ControlNet per step. The text encoder (0.1 million more) and the decoder
 # run once.

@@ -50,11 +50,11 @@ names = ["photograph", *(f"{n} {100 * e:.2f} %" for n, e in zip(("LL", "LH", "HL
 show(
     pictures(tiles, names, tile=1.9),
     f"The face of a cat, 96 pixels wide, and its four Haar bands of 48 pixels. LL is a small photograph and "
-    f"holds {100 * energy[0]:.2f} percent of the energy. The other three are grey with faint outlines of eyes and fur.",
+    f"holds {100 * energy[0]:.2f} percent of the energy. The other three are gray with faint outlines of eyes and fur.",
 )
 
 # %% [markdown]
-# **What to see.** LL is the photograph at half size. The other three are nearly empty (grey is zero, and they are shown
+# **What to see.** LL is the photograph at half size. The other three are nearly empty (gray is zero, and they are shown
 # four times amplified): LH responds to horizontal lines, such as whiskers, HL to upright ones, such as the stripes of the
 # forehead, HH to diagonals. The titles give each band's share of the energy, the sum of squares. Almost everything is in
 # LL, and yet what makes fur look like fur is not.
@@ -64,7 +64,7 @@ show(
 #
 # ## 2 · How is one block split?
 #
-# Take four neighbouring pixels $\begin{pmatrix}a&b\\c&d\end{pmatrix}$. Along the rows you may add or subtract, along the
+# Take four neighboring pixels $\begin{pmatrix}a&b\\c&d\end{pmatrix}$. Along the rows you may add or subtract, along the
 # columns too. That makes four ways. Halve each result:
 #
 # $$LL=\tfrac{a+b+c+d}{2}\qquad LH=\tfrac{a+b-c-d}{2}\qquad HL=\tfrac{a-b+c-d}{2}\qquad HH=\tfrac{a-b-c+d}{2}$$
@@ -185,7 +185,7 @@ def grating(period, angle, size=64):
 
 
 def contrast(x):
-    """Shares of the four bands in the energy of the stripes, the mean grey left out."""
+    """Shares of the four bands in the energy of the stripes, the mean gray left out."""
     parts = torch.stack([band.double().square().sum() for band in split(x - x.mean())])
     return (parts / parts.sum()).tolist()
 

@@ -34,7 +34,7 @@ from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.evaluation import measure_trajectory
 from rfsr_ext.metrics import band_ssim
 from rfsr_ext.models import load_model
-from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.sampling import TimestepWindows, generators, trajectory
 
 model = load_model("mini")  # ×4, 50 steps
@@ -189,10 +189,10 @@ curve = frame.groupby(["seed", "step"])[list(BANDS)].mean()  # mean over crops
 mean = curve.groupby("step").mean()
 
 
-def draw_curve(axis, column, colour):
+def draw_curve(axis, column, color):
     spread = curve[column].unstack("seed")
-    axis.fill_between(mean.index, spread.min(axis=1), spread.max(axis=1), color=colour, alpha=0.3, linewidth=0)
-    axis.plot(mean.index, mean[column], color=colour)
+    axis.fill_between(mean.index, spread.min(axis=1), spread.max(axis=1), color=color, alpha=0.3, linewidth=0)
+    axis.plot(mean.index, mean[column], color=color)
     axis.axhline(floor[column], color="0.4", linestyle=":")
     axis.text(2, floor[column], "bicubic", va="bottom", size=8, color="0.3")
     axis.axvspan(0.5, 20.5, facecolor="none", edgecolor="0.85", hatch="//", linewidth=0, zorder=0)
@@ -209,14 +209,14 @@ def say(column):
 
 # %%
 figure, axes = panels(1, 2, width=7.6, height=2.8)
-for axis, column, colour in zip(axes, BANDS, COLOURS, strict=False):
-    draw_curve(axis, column, colour)
+for axis, column, color in zip(axes, BANDS, COLORS, strict=False):
+    draw_curve(axis, column, color)
 axes[0].set_ylabel("SSIM with the truth")
 show(
     figure,
     f"SSIM over sampling step, mean of 6 crops and 3 seeds. Low band {say('low_ssim')}; high bands {say('high_ssim')}. "
     f"Bicubic interpolation reaches {floor['low_ssim']:.3f} and {floor['high_ssim']:.3f}. "
-    "Hatched: steps 1 to 20; grey: 41 to 50.",
+    "Hatched: steps 1 to 20; gray: 41 to 50.",
 )
 
 # %% [markdown]
@@ -224,7 +224,7 @@ show(
 # and then leave it, faster and faster. The ribbon between the best and the worst seed is thin: this is no accident of
 # the noise. The early estimates are closer to the truth than bicubic interpolation (dotted: enlarged without a
 # network), the finished pictures are farther from it. (Mind the axes: each panel shows a small piece of the range from
-# 0 to 1. Hatched and grey are the steps 1 to 20 and 41 to 50, for section 6.)
+# 0 to 1. Hatched and gray are the steps 1 to 20 and 41 to 50, for section 6.)
 #
 # But six crops are few, and crops differ from each other far more than steps do. The fair question is *paired*: by how
 # much does the SSIM of one and the same crop change between two steps? The *standard error* says how far a mean over
@@ -263,11 +263,11 @@ def amount(x):
 
 growth = torch.stack([amount(x) / amount(truths) for x in six])  # [50, 6]
 figure, axes = panels(width=6.2, height=2.6)
-axes.plot(range(1, 51), growth, color=COLOURS[4], linestyle="-", linewidth=0.8)
-axes.plot(range(1, 51), growth.mean(1), color=COLOURS[0], linestyle="-", linewidth=2)
+axes.plot(range(1, 51), growth, color=COLORS[4], linestyle="-", linewidth=0.8)
+axes.plot(range(1, 51), growth.mean(1), color=COLORS[0], linestyle="-", linewidth=2)
 axes.axhline(1, color="0.4", linestyle=":")
 axes.text(1, 1, "the truth", va="bottom", size=9, color="0.3")
-axes.text(1, growth.mean(1)[0], "mean of the six crops", va="bottom", size=9, color=COLOURS[0])
+axes.text(1, growth.mean(1)[0], "mean of the six crops", va="bottom", size=9, color=COLORS[0])
 axes.set(xlabel="sampling step", ylabel="amount of fine detail", xticks=[1, 10, 20, 30, 40, 50], ylim=(0.2, 1.1))
 show(
     figure,
@@ -324,8 +324,8 @@ def draw(step):
         axis.imshow(view.clamp(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(title, size=10)
         axis.set_axis_off()
-    for axis, column, colour in zip(axes[2:], BANDS, COLOURS, strict=False):
-        draw_curve(axis, column, colour)
+    for axis, column, color in zip(axes[2:], BANDS, COLORS, strict=False):
+        draw_curve(axis, column, color)
         axis.axvline(step, color="black", linewidth=1)
         axis.plot(step, mean[column][step], "o", color="black")
     a, b = mean.loc[step]
@@ -382,7 +382,7 @@ wrong = torch.stack([band_ssim_by_hand(x[0], gt[0]) for x in noisy.values()])
 print("low-band SSIM of the states at steps 1, 25, 50:", [round(value, 2) for value in wrong[:, 0].tolist()])
 show(
     pictures([*(x[0] for x in noisy.values()), gt[0]], ["state 1", "state 25", "state 50", "truth"], tile=1.5),
-    "The decoded states at steps 1, 25 and 50 and the truth: coloured noise, the same noise a little warmer, a rough cat. Low-band SSIM "
+    "The decoded states at steps 1, 25 and 50 and the truth: colored noise, the same noise a little warmer, a rough cat. Low-band SSIM "
     + ", ".join(f"{value:.2f}" for value in wrong[:, 0])
     + ".",
 )

@@ -79,13 +79,13 @@ def fine_energy(x):
 
 blotches = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 blotches = F.interpolate(blotches, size=32, mode="bilinear")
-start = merge(split(eye)[0] + 0.3 * blotches, fur[8])  # wrong colours, plausible fur
+start = merge(split(eye)[0] + 0.3 * blotches, fur[8])  # wrong colors, plausible fur
 print(f"fine energy: truths {fine_energy(truths):.1f}, start {fine_energy(start):.1f}")
 
 show(
     pictures([*truths[:4], start[0]], ["truth 1", "truth 2", "truth 3", "truth 4", "start"], tile=1.4),
     "Four of the eight possible truths, 64 pixels wide: the same cat's eye with different fine fur. Fifth, the start: "
-    f"the eye with coloured blotches and with fur of fine energy {fine_energy(start):.1f}.",
+    f"the eye with colored blotches and with fur of fine energy {fine_energy(start):.1f}.",
 )
 
 # %% [markdown]
@@ -98,12 +98,12 @@ show(
 def improve(loss, steps=60):
     """Move the pixels of `start` by ``steps`` steps of Adam; the loss is the mean over all eight truths."""
     x = start.clone().requires_grad_()
-    optimiser = torch.optim.Adam([x], lr=0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = torch.optim.Adam([x], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(x.expand_as(truths), truths).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return x.detach()
 
@@ -273,7 +273,7 @@ constant = coarse(torch.ones(1, 1, 64, 64))
 check("a constant picture is doubled by every level", constant, torch.full((1, 1, 8, 8), 8.0), 1e-4)
 
 # %% [markdown]
-# Add stripes of a known width to a grey picture, at four angles, and ask each loss how much it minds them, compared with
+# Add stripes of a known width to a gray picture, at four angles, and ask each loss how much it minds them, compared with
 # very wide ones.
 
 
@@ -287,11 +287,11 @@ def stripes(period, size=64):
 
 losses = {"pixel L1": F.l1_loss, "Haar LL": haar_ll_l1_loss, "9/7, 3 levels": coarse_loss}
 periods = [2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32]
-grey = torch.full((4, 1, 64, 64), 0.5)
+gray = torch.full((4, 1, 64, 64), 0.5)
 seen = {}
 for name, loss in losses.items():
-    values = torch.tensor([loss(grey + 0.1 * stripes(period), grey) for period in periods])
-    wide = loss(grey + 0.1, grey) * 2 / torch.pi  # 2/π is the mean of |sin|
+    values = torch.tensor([loss(gray + 0.1 * stripes(period), gray) for period in periods])
+    wide = loss(gray + 0.1, gray) * 2 / torch.pi  # 2/π is the mean of |sin|
     seen[name] = values / wide
 
 # %%
@@ -331,7 +331,7 @@ show(
 
 # %% [markdown]
 # **What to see.** All three remove the blotches, which are wider than eight pixels. The deep low-pass leaves the
-# texture too, and even adds a faint coloured speckle, because its smooth filters do not fit the 2×2 blocks. In LL its
+# texture too, and even adds a faint colored speckle, because its smooth filters do not fit the 2×2 blocks. In LL its
 # error is several times larger than that of the others, because it does not see the finer part of LL. That is the trade.
 # Paper and released code agree on *low frequencies only*, and differ in how low.
 #
@@ -424,7 +424,7 @@ caught(lambda: check("backward", gradient(Forgetful.apply, start, eye), gradient
 #
 # Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each.
 #
-# **Exercise 1 (warm-up, predict then run).** A 64×64 grey picture (one channel) is 0.2 too bright everywhere. What is
+# **Exercise 1 (warm-up, predict then run).** A 64×64 gray picture (one channel) is 0.2 too bright everywhere. What is
 # the LL loss, and what is the gradient at one pixel?
 # <details><summary>Hint</summary>Each coefficient is off by half of four times 0.2. There are 32·32 of them.</details>
 
@@ -480,7 +480,7 @@ def squared_gradient(x, y):
 exercise(2, verify_squared)
 
 # %% [markdown]
-# **Exercise 3.** Repair a picture in one step, without an optimiser: return the picture that has the structure of
+# **Exercise 3.** Repair a picture in one step, without an optimizer: return the picture that has the structure of
 # `eye` and the texture of `start`. Its loss must be zero and its fine bands those of `start`.
 # <details><summary>Hint</summary>`merge` and two calls of `split`.</details>
 

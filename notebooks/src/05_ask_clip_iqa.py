@@ -16,13 +16,13 @@
 #
 # NAVIGATION
 #
-# In its last sampling steps RFSR maximises *rewards*: networks that look at a picture and say how good it is. The first
+# In its last sampling steps RFSR maximizes *rewards*: networks that look at a picture and say how good it is. The first
 # of them is CLIP-IQA. Afterwards you can
 #
 # * compute its score and the gradient of that score on paper, and say what its temperature does,
 # * tell which preprocessing lets the gradient through, and which silently stops it,
-# * recognise reward hacking, and say why a score that ends at 1 does not prevent it,
-# * turn scores into the loss that `RFSRTrainer` minimises: sign, weight, cap, steps.
+# * recognize reward hacking, and say why a score that ends at 1 does not prevent it,
+# * turn scores into the loss that `RFSRTrainer` minimizes: sign, weight, cap, steps.
 
 # %%
 from importlib.util import find_spec
@@ -186,13 +186,13 @@ def crops(split, count):
 train, test = crops("train", 96), crops("test", 48)
 sharp, soft = look(train), torch.cat([look(soften(train[::2], 2)), look(soften(train[1::2], 4))])
 pair = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-optimiser, scale = torch.optim.Adam([pair], lr=0.02), torch.tensor(20.0)  # 64 numbers tell less apart than CLIP's 1024
+optimizer, scale = torch.optim.Adam([pair], lr=0.02), torch.tensor(20.0)  # 64 numbers tell less apart than CLIP's 1024
 for _ in range(300):
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     sentences = F.normalize(pair, dim=-1)
     good, bad = (prompt_pair_score(f, sentences, scale).clamp(1e-6, 1 - 1e-6) for f in (sharp, soft))
     (-good.log().mean() - (1 - bad).log().mean()).backward()
-    optimiser.step()
+    optimizer.step()
 sentences = F.normalize(pair, dim=-1).detach()
 
 # %%
@@ -222,7 +222,7 @@ show(
 #
 # ## 4 · How does a picture enter?
 #
-# CLIP wants every colour shifted and scaled: $(x-\text{mean})/\text{std}$ per channel, with three fixed means and
+# CLIP wants every color shifted and scaled: $(x-\text{mean})/\text{std}$ per channel, with three fixed means and
 # deviations. CLIP-IQA takes the picture at its full size (for that it drops CLIP's position embedding, which knows only
 # 224×224), so this is all of its preprocessing. Its gradient is $1/\text{std}$, nothing more.
 
@@ -231,13 +231,13 @@ clip_mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 clip_std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
-def normalise(x):
+def normalize(x):
     return (x - clip_mean) / clip_std
 
 
 square = cat[None, :, 40:264, 100:324]  # 224 pixels, where ImageReward's preprocessing resizes nothing
 package = ImageReward(None, None).preprocess  # the same three means: it also comes from CLIP
-check("CLIP's normalisation", normalise(square), package(square), 1e-5)
+check("CLIP's normalization", normalize(square), package(square), 1e-5)
 check("its gradient", (1 / clip_std).expand_as(square), gradient(package, square), 1e-5)
 
 # %% [markdown]
@@ -277,7 +277,7 @@ check("softmax of two and sigmoid", z.softmax(-1)[0, 0], torch.sigmoid(z[0, 0] -
 # ## 6 · What does the reward ask for?
 #
 # Take the softened eye, as a super-resolution model might leave it, and follow the gradient of the score uphill. Every
-# step has the same length: on average a pixel moves by 0.003, less than one grey level of 255. Beside the score we
+# step has the same length: on average a pixel moves by 0.003, less than one gray level of 255. Beside the score we
 # watch two measures of closeness to the truth (SSIM, which is 1 for equal pictures, and PSNR in decibels) and the
 # *judge*: a second quality score, about 0 for a ruined and 100 for an untouched picture (nothing keeps it in that
 # range), that no model here was trained to please.
@@ -285,7 +285,7 @@ check("softmax of two and sigmoid", z.softmax(-1)[0, 0], torch.sigmoid(z[0, 0] -
 
 # %%
 def ascend(score, x, steps, length=0.5):
-    """Pictures along normalised gradient ascent, the start included; ends early where no gradient is left."""
+    """Pictures along normalized gradient ascent, the start included; ends early where no gradient is left."""
     states = [x]
     for _ in range(steps):
         g = gradient(score, states[-1])
@@ -309,7 +309,7 @@ show(
     pictures([eye[0], *path[chosen]], titles, columns=3, tile=2.0),
     "The cat's eye: the truth, and the softened eye along the ascent. "
     + "; ".join(title.replace("\n", ", ") for title in titles)
-    + ". The later, the plainer a grid of coloured dots.",
+    + ". The later, the plainer a grid of colored dots.",
 )
 
 # %%
@@ -401,7 +401,7 @@ assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1
 # %% [markdown]
 # **What to see.** $q$ never gets tired, the score does, by a factor of more than ten thousand. In 32-bit numbers it
 # finally *is* 1, and its gradient exactly 0. So saturation does stop the ascent, but long after the picture is ruined.
-# It slows down only those who step by the size of the gradient. Our step is normalised, and Adam's nearly is: for them a
+# It slows down only those who step by the size of the gradient. Our step is normalized, and Adam's nearly is: for them a
 # thousandth of a gradient is as good as a whole one. A bounded reward needs a style loss like any other; notebook 07 has it.
 #
 # The released code takes $\text{relu}(2-r)$ as the loss of both rewards. For a score below 1 that is the line $2-r$:
@@ -410,7 +410,7 @@ assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1
 # ## 8 · From score to loss
 #
 # Equations 4 and 5 of the paper, for rewards $r_k$ with weights $\lambda_k$ and a batch of $N$ pictures. The paper does
-# not say how a reward becomes a loss; here a minus sign turns "higher is better" into something to minimise:
+# not say how a reward becomes a loss; here a minus sign turns "higher is better" into something to minimize:
 #
 # $$\mathcal L_{reward}=\sum_k\lambda_k\,\frac1N\sum_{n}\bigl(-r_k(x_n)\bigr)$$
 #
@@ -434,8 +434,8 @@ def loss_by_hand(x):
 loss, seen = reward_loss(terms, batch, prompts)
 check("loss", loss, loss_by_hand(batch), 1e-6)
 check("its gradient", gradient(lambda x: reward_loss(terms, x, prompts)[0], batch), gradient(loss_by_hand, batch), 1e-7)
-check("the scores it reports", seen["MiniIQA"], iqa.score(batch), 1e-6)
-assert not seen["MiniIQA"].requires_grad, "reported scores are for tables, not for training"
+check("the scores it reports", seen["mini-iqa"], iqa.score(batch), 1e-6)
+assert not seen["mini-iqa"].requires_grad, "reported scores are for tables, not for training"
 
 w = torch.tensor([0.9, 1.0, 1.1]).view(3, 1, 1, 1)
 through_package = gradient(lambda w: reward_loss(terms, (w * batch).clamp(0, 1), prompts)[0], w)
@@ -561,7 +561,7 @@ def score_and_slope():
 exercise(1, verify_score_and_slope)
 
 # %% [markdown]
-# **Exercise 2.** Some metrics are better when lower, for example roughness, the mean absolute difference of neighbours
+# **Exercise 2.** Some metrics are better when lower, for example roughness, the mean absolute difference of neighbors
 # in a row. Make it a reward named "smooth" that prefers smooth pictures, with `CallableReward`.
 # <details><summary>Hint</summary>The function takes (images, prompts) and returns one number per picture; an argument of
 # `CallableReward` turns the sign.</details>
@@ -639,7 +639,7 @@ exercise(3, verify_held)
 # * CLIP-IQA asks whether a picture points more to a good or to a bad sentence: $r=\sigma(100\,(c_+-c_-))$, mean over pairs.
 # * Its gradient is $s\,r(1-r)$ times that of the difference of cosines, through a preprocessing without any rounding.
 # * Followed blindly it ruins the picture while the score rises; the pattern is the signature of the reward's own grid.
-# * A bound at 1 makes the gradient small, not harmless: optimisers that normalise do not notice.
+# * A bound at 1 makes the gradient small, not harmless: optimizers that normalize do not notice.
 # * $\mathcal L_{reward}=\sum\lambda_k\,\text{mean}(-r_k)$; relu(2 − r) has the same gradient as long as r stays below 2.
 #
 # NAVIGATION

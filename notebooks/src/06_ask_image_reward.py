@@ -135,13 +135,13 @@ show(
 )
 expected = [torch.sigmoid(unit * (good - bad)).mean().item() for unit in (1, preference.std)]
 print(f"original wins {100 * right:.0f} %")
-print(f"σ of the differences: {100 * expected[0]:.0f} % on average, before standardising {100 * expected[1]:.0f} %")
+print(f"σ of the differences: {100 * expected[0]:.0f} % on average, before standardizing {100 * expected[1]:.0f} %")
 assert right > 0.75, "the stand-in must prefer most originals"
 
 # %% [markdown]
 # **What to see.** The order is mostly right. Take the differences with more care. By section 1, σ of a difference
 # should be the chance that the original wins. It is hardly more than a half; but it is no probability any more:
-# standardising divided the scores by 4.7 and took their unit away (exercise 1). In the unit of the loss σ is larger,
+# standardizing divided the scores by 4.7 and took their unit away (exercise 1). In the unit of the loss σ is larger,
 # and still far below the share of wins: this weak network is right more often than it believes.
 #
 # ## 3 · What does the prompt do?
@@ -152,7 +152,7 @@ assert right > 0.75, "the stand-in must prefer most originals"
 #
 # $$r=\frac{q+a\cos(\text{picture},\text{text})-\text{mean}}{\text{std}}$$
 #
-# In SeeSR, one of the paper's models, the prompt comes from a *tagger*, a network that lists what it recognises: "cat,
+# In SeeSR, one of the paper's models, the prompt comes from a *tagger*, a network that lists what it recognizes: "cat,
 # eyes, fur". Such a list is not a sentence, and a wrong tag may hide among right ones. So a term of the loss has the
 # option `tags`: each part between commas is asked by itself, and the mean or the worst answer counts.
 #
@@ -280,7 +280,7 @@ check("a long prompt is cut, [SEP] kept", [ids.shape[1], ids[1, -1]], [35, 3], 0
 # %% [markdown]
 # Then the head. Between its five linear layers stands *nothing*: no activation, only dropout in training. Five linear
 # maps after one another are one linear map. So ImageReward's whole head is a scalar product with one vector, and then
-# the standardisation of section 1.
+# the standardization of section 1.
 
 
 # %%
@@ -317,8 +317,8 @@ check("random network: by hand and package", head_by_hand(read[:, 0]), random_re
 def resizing(old, new):
     """The matrix [new, old] of antialiased bicubic resizing."""
     widen = max(old / new, 1)
-    centre = (torch.arange(new).double() + 0.5) * old / new
-    x = ((torch.arange(old).double() + 0.5 - centre[:, None]) / widen).abs()
+    center = (torch.arange(new).double() + 0.5) * old / new
+    x = ((torch.arange(old).double() + 0.5 - center[:, None]) / widen).abs()
     near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
     return weights / weights.sum(1, keepdim=True)
@@ -364,10 +364,10 @@ for name, x in {
 photograph = Image.fromarray((255 * cat.movedim(0, -1)).round().byte().numpy())
 by_pillow = photograph.resize((336, 224), Image.Resampling.BICUBIC).crop((56, 0, 280, 224))
 ours = (random_reward.preprocess(cat[None]) * std + mean)[0].movedim(0, -1)
-check("grey levels between ours and Pillow's", 255 * ours, np.asarray(by_pillow), 1.5)
+check("gray levels between ours and Pillow's", 255 * ours, np.asarray(by_pillow), 1.5)
 
 # %% [markdown]
-# About one grey level of difference comes from Pillow's two roundings. Now the consequence. RFSR trains at 512×512; at
+# About one gray level of difference comes from Pillow's two roundings. Now the consequence. RFSR trains at 512×512; at
 # 224 each new pixel stands for 2.3×2.3 old ones. What is left of stripes?
 
 # %%
@@ -376,8 +376,8 @@ periods = [2, 3, 4, 5, 6, 8, 12, 16, 24, 32]
 
 def left_of_stripes(period):
     wave = 0.1 * torch.sin(2 * torch.pi * torch.arange(512) / period + 0.5)
-    grey = torch.full((1, 3, 512, 512), 0.5)
-    change = (random_reward.preprocess(grey + wave) - random_reward.preprocess(grey)) * std
+    gray = torch.full((1, 3, 512, 512), 0.5)
+    change = (random_reward.preprocess(gray + wave) - random_reward.preprocess(gray)) * std
     return (change.std() / wave.std()).item()
 
 
@@ -414,11 +414,11 @@ columns = (push[0] != 0).any(0).any(0).nonzero()
 print(f"the gradient reaches columns {columns.min():d} to {columns.max():d} of 451: the middle that was cut out")
 
 # %% tags=["nbval-ignore-output"]
-needed = {"the file ImageReward.pt": "imagereward", "the file vocab.txt of bert-base-uncased": "bert-vocabulary"}
+needed = {"the file ImageReward.pt": "image-reward", "the file vocab.txt of bert-base-uncased": "bert-vocabulary"}
 missing = [what for what, name in needed.items() if registry.find(name) is None]
 if missing:
     print("NOT RUN, missing:", " and ".join(missing))
-    print("to get them: `rfsr weights fetch imagereward` and `rfsr weights fetch bert-vocabulary`")
+    print("to get them: `rfsr weights fetch image-reward` and `rfsr weights fetch bert-vocabulary`")
 else:
     real = create_reward("image-reward")
     for text in ("a photo of a cat", "a photo of the moon"):
@@ -427,8 +427,8 @@ else:
 # %% [markdown]
 # ## 6 · When is a picture good enough?
 #
-# This score has no upper bound, so maximising it has no end. The released code (and ReFL, the reward feedback learning
-# of ImageReward's own authors, from which it comes) minimises
+# This score has no upper bound, so maximizing it has no end. The released code (and ReFL, the reward feedback learning
+# of ImageReward's own authors, from which it comes) minimizes
 #
 # $$\mathcal L=\frac1N\sum_n\text{relu}\bigl(2-r_n\bigr),\qquad
 # \frac{\partial\mathcal L}{\partial r_n}=\begin{cases}-1/N&r_n<2\\0&r_n\ge2\end{cases}$$
@@ -526,7 +526,7 @@ assert preference.score(results["cap 2"][0], [prompt]) >= 2
 #
 # CLIP-IQA moves between 0 and 1, ImageReward between −2 and 2. Which one wins depends on the weights *and* on those
 # scales. The paper gives both the weight $5\cdot10^{-5}$; the released script gives ImageReward a tenth of that. The
-# package has two ways to take the scale out, both off by default. The first: **standardise** by a running mean and
+# package has two ways to take the scale out, both off by default. The first: **standardize** by a running mean and
 # variance, exponential averages over batches (a bar is the mean of a batch),
 #
 # $$m\leftarrow\beta m+(1-\beta)\,\overline{r},\qquad v\leftarrow\beta v+(1-\beta)\,\overline{(r-m)^2},\qquad
@@ -546,7 +546,7 @@ for number, batch in enumerate(batches, 1):
     v = beta * v + (1 - beta) * (batch - m).square().mean()
     statistics.update(batch)
     check(f"batch {number}: mean and variance", [statistics.mean, statistics.variance], [m, v], 1e-6)
-check("standardised", statistics(batches[2]), (batches[2] - m) / v.sqrt(), 1e-6)
+check("standardized", statistics(batches[2]), (batches[2] - m) / v.sqrt(), 1e-6)
 statistics.update(torch.tensor([float("nan"), 0.1]))
 check("a broken batch is left out", [statistics.mean, statistics.variance], [m, v], 1e-6)
 
@@ -583,7 +583,7 @@ check("a term in its dead zone does not count", ours, 0.75 * pushes[0], 1e-6)
 
 # %% [markdown]
 # **What does it cost?** One forward and one backward pass through 446 million parameters at 224 pixels, whatever the
-# size of the picture. Prompts are tokenised once each and remembered.
+# size of the picture. Prompts are tokenized once each and remembered.
 #
 # ## 8 · A bug, and the check that catches it
 #
@@ -687,11 +687,11 @@ exercise(3, verify_columns)
 # %% [markdown]
 # ## Summary
 #
-# * Comparisons become scores by $P(A\text{ beats }B)=\sigma(r_A-r_B)$; only differences are fixed, hence the standardisation.
+# * Comparisons become scores by $P(A\text{ beats }B)=\sigma(r_A-r_B)$; only differences are fixed, hence the standardization.
 # * The same picture gets another score with another prompt, as far as the training data taught it words.
 # * ImageReward sees the middle 224×224 pixels of a reduced picture: no fine texture, and nothing outside that square.
 # * $\text{relu}(2-r)$ is $-r$ with a point of content; beyond it no gradient. A reward that never reaches 2 gets the
 #   gradient of $-r$.
-# * Running standardisation divides a gradient by $\sqrt v$; balancing gives all terms the same norm.
+# * Running standardization divides a gradient by $\sqrt v$; balancing gives all terms the same norm.
 #
 # NAVIGATION

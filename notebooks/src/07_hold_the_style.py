@@ -16,12 +16,12 @@
 #
 # NAVIGATION
 #
-# A reward is a network's opinion of a picture. Ask an optimiser for a higher opinion and it will find pictures that the
+# A reward is a network's opinion of a picture. Ask an optimizer for a higher opinion and it will find pictures that the
 # network likes and nobody else. RFSR answers with a *style loss*, equation 6 of its paper, which the paper calls Gram-KL: it ties the style of the pictures
 # to that of the *frozen model*, an untouched copy from before the training. Afterwards you can
 #
 # * compute a Gram matrix on paper and say what it keeps of a picture and what it forgets,
-# * write equation 6 forwards and backwards, and choose its normalisation knowingly,
+# * write equation 6 forwards and backwards, and choose its normalization knowingly,
 # * explain why its reference is the frozen model and not the ground truth, and what KL and LoRA do instead.
 #
 # Two networks here are **stand-ins**: the reward is MiniIQA, a small network in CLIP-IQA's place, and VGG19 has *seeded
@@ -40,7 +40,7 @@ from rfsr_ext.data import Degradation, load_photograph
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.metrics import Judge, ssim
 from rfsr_ext.models import load_model
-from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import MiniIQA
 from rfsr_ext.sampling import TimestepWindows, generators, rollout, sample
 from rfsr_ext.training import RFSRObjective
@@ -102,7 +102,7 @@ assert judged["reward climbed"] < judged["pre-trained model"] - 10
 
 # %% [markdown]
 # **What to see.** The reward now prefers our picture to the *true photograph*, although ours is covered with a pattern
-# that no cup has. SSIM (likeness to the truth, 1 for equal pictures) was never optimised; it fell by half. So did the
+# that no cup has. SSIM (likeness to the truth, 1 for equal pictures) was never optimized; it fell by half. So did the
 # *judge*, a held-out network built differently from the reward (about 0 for a ruined picture and 100 for an untouched
 # one, but nothing keeps it in that range). A score that rises while the picture spoils is *reward hacking*. The paper
 # finds that in super-resolution it often shows "as strong stylization". So: watch the style.
@@ -143,7 +143,7 @@ assert (swapped @ swapped.T)[0, 1] != by_loop[0, 1], "which features meet must m
 # **What to see.** Moving one feature alone keeps the diagonal (how much of each there is) and changes the other
 # entries (what goes with what).
 #
-# ## 3 · Three ways to normalise
+# ## 3 · Three ways to normalize
 #
 # A large picture has more places, so a raw Gram matrix grows with it. The literature divides in different ways: by
 # $HW$ (fastai's course), by $CHW$ (the book *Dive into Deep Learning*, and this package), and the released RFSR code
@@ -294,20 +294,20 @@ print("the reference received no gradient")
 #
 # The classic proof that Gram matrices hold style is to paint with them. Start from a photograph of a cat and lower its
 # distance to a texture: style transfer, in thirty lines. We take three shallow layers, whose filters see at most 48
-# pixels, and L-BFGS, an optimiser for problems without random batches. The network is still the random stand-in;
+# pixels, and L-BFGS, an optimizer for problems without random batches. The network is still the random stand-in;
 # nothing here has learned from pictures.
 
 # %%
 y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
 
 
-def two_colours(mask, colour, ground):
-    return torch.where(mask, *(torch.tensor(c)[:, None, None] for c in (colour, ground)))[None]
+def two_colors(mask, color, ground):
+    return torch.where(mask, *(torch.tensor(c)[:, None, None] for c in (color, ground)))[None]
 
 
 textures = {
-    "stripes": two_colours((x + y) % 8 < 4, (0.95, 0.85, 0.3), (0.1, 0.2, 0.5)),
-    "dots": two_colours((x % 8 - 3.5) ** 2 + (y % 8 - 3.5) ** 2 < 8, (0.9, 0.3, 0.2), (0.9, 0.9, 0.8)),
+    "stripes": two_colors((x + y) % 8 < 4, (0.95, 0.85, 0.3), (0.1, 0.2, 0.5)),
+    "dots": two_colors((x % 8 - 3.5) ** 2 + (y % 8 - 3.5) ** 2 < 8, (0.9, 0.3, 0.2), (0.9, 0.9, 0.8)),
     "gravel": patch("gravel", 100, 100),
 }
 
@@ -316,15 +316,15 @@ def paint(content, texture, steps=40):
     """``content`` with the Gram matrices of ``texture``."""
     wanted = shallow.target_gram(texture)
     picture = content.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([picture], max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=0)
+    optimizer = torch.optim.LBFGS([picture], max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=0)
 
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = 1e4 * shallow(picture, target_gram=wanted)
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     return picture.detach().clamp(0, 1)
 
 
@@ -340,10 +340,10 @@ show(
 assert max(left.values()) < 0.3
 
 # %% [markdown]
-# **What to see.** In dots and gravel the cat stays recognisable, because we started there; in stripes it drowns. Its
+# **What to see.** In dots and gravel the cat stays recognizable, because we started there; in stripes it drowns. Its
 # fur turns into strokes of the texture. Nobody said where a stripe should go: the Gram matrix knows only which features
 # occur together and how strongly. The hack of section 1, beside them, is the same kind of thing: a style painted over
-# the picture. A *small* Gram distance to the pre-trained model therefore means: same strokes, same colours and
+# the picture. A *small* Gram distance to the pre-trained model therefore means: same strokes, same colors and
 # contrast, wherever they are.
 #
 # ## 7 · Why is the reference the frozen model?
@@ -436,7 +436,7 @@ check("LoRA begins at the pre-trained weights", thin(W), W, 0)
 print(f"numbers to train: {W.numel()} in W, {sum(p.numel() for p in thin.parameters())} in A and B")
 
 # %% [markdown]
-# Now a small version of the paper's Table 4, with *direct* optimisation: two pictures, one noisy state each (step 9 of
+# Now a small version of the paper's Table 4, with *direct* optimization: two pictures, one noisy state each (step 9 of
 # 10, t = 101), twenty steps of Adam on the weights for MiniIQA alone. That is not RFSR's training, it is a stress test
 # of the four ways, and it shows the mechanism in seconds. The weights of KL and Gram are chosen so that both arrive at
 # a similar reward; LoRA gets a ten times larger step, as is usual.
@@ -514,9 +514,9 @@ assert max(strokes, key=strokes.get) == "none" and min(strokes, key=strokes.get)
 assert all(paths["none"][-1, 0] > p[-1, 0] and paths["none"][-1, 1] < p[-1, 1] for n, p in paths.items() if n != "none")
 
 figure, axes = panels(1, 2, width=7.2, height=3.0)
-for (name, path), colour, marker in zip(paths.items(), COLOURS, "xs^o", strict=False):
+for (name, path), color, marker in zip(paths.items(), COLORS, "xs^o", strict=False):
     for axis, column in zip(axes, (1, 2), strict=True):
-        axis.plot(path[:, 0], path[:, column], marker=marker, color=colour, markersize=5, label=name)
+        axis.plot(path[:, 0], path[:, column], marker=marker, color=color, markersize=5, label=name)
 axes[0].set(xlabel="reward (MiniIQA)", ylabel="SSIM with the truth")
 axes[1].set(xlabel="reward (MiniIQA)", ylabel="judge")
 axes[0].legend(frameon=False, loc="lower left")
@@ -531,8 +531,8 @@ show(
 # **What to see.** Unheld, the reward rises fastest, and the pictures turn into posters: white rims, black
 # shadows, hard contrast. That is the stylization the paper speaks of. All three ways to hold it prevent that, and all three pay
 # with reward. They differ in what they let through: LoRA tints the flower red, KL lets the rim of the cup brighten,
-# Gram stays closest in colour and contrast. Its style distance is the smallest by far, as it must be: it is what it
-# minimises.
+# Gram stays closest in color and contrast. Its style distance is the smallest by far, as it must be: it is what it
+# minimizes.
 #
 # Is the *trade* better, or do the three only stop earlier? The curves are sobering. At first likeness even grows with the
 # reward. Between 0.8 and 0.85, where the held runs end, SSIM is highest unheld and with LoRA; Gram ends
@@ -731,8 +731,8 @@ exercise(4, verify_absolute)
 # * Climbing a reward alone finds pictures that only the reward likes; in super-resolution that looks like a style.
 # * A Gram matrix counts which features occur together and forgets where: it describes texture.
 # * Equation 6 is the squared distance of two Gram matrices; despite its name it is no KL divergence.
-# * Normalisation decides what counts: $CHW$ compares sizes and layers, layer norm forgets contrast.
+# * Normalization decides what counts: $CHW$ compares sizes and layers, layer norm forgets contrast.
 # * The reference is a frozen *copy* of the model: a leash that is slack at the start.
-# * Every way to hold the style gives up reward. Judge it by what was not optimised, and look at the pictures.
+# * Every way to hold the style gives up reward. Judge it by what was not optimized, and look at the pictures.
 #
 # NAVIGATION

@@ -35,17 +35,17 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
+from rfsr_ext.training.checkpoint import TrainingState
 
 from rfsr_ext.data import PhotographCrops, evaluation_crops, photographs
 from rfsr_ext.evaluation import compare, evaluate
 from rfsr_ext.losses import HaarLLLoss, VGGGramLoss
 from rfsr_ext.metrics import Judge
 from rfsr_ext.models import load_model
-from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import MiniIQA, MiniPreference, WeightedReward
 from rfsr_ext.sampling import TimestepWindows, generators, rollout, sample, trajectory
 from rfsr_ext.training import RFSRConfig, RFSRObjective, RFSRTrainer
-from rfsr_ext.training.state import TrainingState
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
@@ -53,7 +53,7 @@ for library in (diffusers, transformers):
 model = load_model("mini")  # the pre-trained model; nothing below changes it
 iqa, preference = MiniIQA.from_pretrained(), MiniPreference.from_pretrained()
 style = VGGGramLoss(weights="random")
-data = PhotographCrops(photographs("train"), size=64, seed=0, recolour=False)
+data = PhotographCrops(photographs("train"), size=64, seed=0, recolor=False)
 test = evaluation_crops(photographs("test"), size=64, count=12)
 print("rewards:", iqa.label, "and", preference.label)
 print("style loss:", style.label)
@@ -127,10 +127,10 @@ def strip(count):
     figure, axis = panels(width=7.0, height=1.7)
     middle = (windows.structure[1] + 1, windows.reward[0] - 1)
     parts = {"structure": windows.structure, "no loss": middle, "reward": windows.reward}
-    for (name, (first, last)), colour, height in zip(parts.items(), COLOURS, (1, 0.35, 0.7), strict=False):
+    for (name, (first, last)), color, height in zip(parts.items(), COLORS, (1, 0.35, 0.7), strict=False):
         t = timesteps[first - 1 : last]
         label = f"{name}: st {first}–{last}"
-        axis.bar(t.numpy(), height, width=min(12, 450 / count), color=colour, label=label)
+        axis.bar(t.numpy(), height, width=min(12, 450 / count), color=color, label=label)
     axis.set(xlim=(1010, -10), xlabel="timestep t (sampling runs from left to right)", yticks=[], ylim=(0, 1.5))
     axis.legend(frameon=False, ncols=3, loc="upper center")
     return figure, (
@@ -579,14 +579,14 @@ show(
 # %%
 record = run.history
 figure, axes = panels(1, 3, width=7.4, height=2.3)
-for axis, column, label, colour in zip(
-    axes, ("structure", "reward/mini-preference"), ("LL error", "MiniPreference"), COLOURS, strict=False
+for axis, column, label, color in zip(
+    axes, ("structure", "reward/mini-preference"), ("LL error", "MiniPreference"), COLORS, strict=False
 ):
-    axis.plot(record.iteration, record[column], "o", color=colour, markersize=4)
+    axis.plot(record.iteration, record[column], "o", color=color, markersize=4)
     axis.set(xlabel="iteration", ylabel=label, xlim=(0, 31))
-for window, colour, marker in (("structure", COLOURS[0], "o"), ("reward", COLOURS[1], "^")):
+for window, color, marker in (("structure", COLORS[0], "o"), ("reward", COLORS[1], "^")):
     part = record[record.window == window]
-    axes[2].semilogy(part.step, part.grad_norm, marker, color=colour, markersize=4, label=window)
+    axes[2].semilogy(part.step, part.grad_norm, marker, color=color, markersize=4, label=window)
 axes[2].set(xlabel="sampling step", ylabel="gradient norm", xticks=[1, 2, 3, 4, 9, 10])
 axes[2].legend(frameon=False, fontsize=8)
 counts, typical = record.window.value_counts(), record.groupby("step").grad_norm.median()

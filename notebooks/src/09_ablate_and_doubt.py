@@ -12,7 +12,7 @@
 # **You will set three re-run rows beside the paper's ablation tables, and learn what three seeds can say.**
 #
 # Three quarters of a minute on two cores; nothing to download. Needs the ideas *structure loss* (04), *reward* (05) and
-# *Gram-KL* (07); each is explained again in one sentence.
+# the *style loss* (07); each is explained again in one sentence.
 #
 # NAVIGATION
 #
@@ -38,7 +38,7 @@ from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.data.images import read_image, to_tensor
 from rfsr_ext.evaluation import compare
 from rfsr_ext.metrics import Judge, psnr
-from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import create_reward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
@@ -49,15 +49,15 @@ judge = Judge.from_pretrained()
 # ## 1 · Which of these is best?
 #
 # RFSR fine-tunes a super-resolution model with three losses. The *structure loss* holds the coarse half of the picture
-# to the truth. The *rewards* are learned scores to be raised. *Gram-KL* holds the style to that of the untouched model,
+# to the truth. The *rewards* are learned scores to be raised. The *style loss* (the paper's Gram-KL) holds the style,
 # so that nothing is done for the reward alone.
 #
 # Here are two held-out crops, enlarged by the mini model and by three fine-tuned copies: with all of RFSR; without
-# Gram-KL; with the structure loss alone. They were trained beforehand (section 3 says how). Choose before you read on.
+# the style loss; with the structure loss alone. They were trained beforehand (section 3 says how). Choose before you read on.
 
 # %%
-NAMES = {"base": "base", "rfsr": "RFSR", "no-regularization": "no Gram-KL", "dwt-only": "structure only"}
-STYLE = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, ("black", *COLOURS), "Dosv", strict=False)}
+NAMES = {"base": "base", "rfsr": "RFSR", "no-style": "no style loss", "structure-only": "structure only"}
+STYLE = {name: {"color": c, "marker": m} for name, c, m in zip(NAMES, ("black", *COLORS), "Dosv", strict=False)}
 strip = to_tensor(read_image("results/ablation_mini.png"))  # 2 × 4 pictures of 96 pixels
 crops = [evaluation_crops(["chelsea"], 96, 5)[4], evaluation_crops(["coffee"], 96, 6)[5]]
 tiles, titles = [], []
@@ -74,7 +74,7 @@ show(
 )  # fmt: skip
 
 # %% [markdown]
-# **What to see.** Without Gram-KL everything is contrast and speckle: this is what *reward hacking* looks like. With
+# **What to see.** Without the style loss everything is contrast and speckle: this is what *reward hacking* looks like. With
 # the structure loss alone the picture is calm and soft. RFSR lies between. PSNR (closeness to the truth, in dB)
 # agrees. But look at the *judge*, a quality score that no training ever saw (about 0 for a ruined picture, 100 for an
 # untouched one): of the four cats it likes the speckled one best! One picture proves nothing, and no judge is beyond
@@ -104,7 +104,7 @@ PAPER = {
         "CLIP-IQA": [0.3373, 0.5839, 69.80, 0.7934, 5.2402],
         "ours": [0.3369, 0.5954, 69.97, 0.7944, 5.2683],
     },
-    "4 · regulariser": {
+    "4 · style loss": {
         "none": [0.4062, 0.6615, 70.86, 0.8964, 5.3612],
         "LoRA": [0.3449, 0.6171, 71.20, 0.7834, 5.2669],
         "KL": [0.3377, 0.5908, 69.89, 0.8000, 5.2719],
@@ -135,21 +135,21 @@ assert list(best.values()) == [4, 0, 4, 1, 2]
 rewards = paper["3 · rewards"][COLUMNS[1:]]
 assert (rewards.loc["ImageReward"] < rewards.loc["none"]).all()
 
-table = paper["4 · regulariser"]
+table = paper["4 · style loss"]
 for name in ("LoRA", "KL"):
     higher = [column for column in COLUMNS[1:] if table[column][name] > table[column]["ours"]]
-    print(f"{name:4s} is higher than Gram-KL in {len(higher)} of 4: {', '.join(higher)}")
+    print(f"{name:4s} is higher than the paper's Gram-KL in {len(higher)} of 4: {', '.join(higher)}")
 print(f"Gram-KL against KL: LPIPS differs by {abs(table['LPIPS']['ours'] - table['LPIPS']['KL']):.4f}")
 
 # %% [markdown]
-# **What to see.** Between windows (Table 2) the choice is best in *no* column, between regularisers in one of five. The
+# **What to see.** Between windows (Table 2) the choice is best in *no* column, between style losses in one of five. The
 # paper does not hide it: it speaks of a trade-off and points to its pictures. Fair enough, but then the tables alone do
 # not carry the choice. LoRA and KL are each higher in two columns and lower in two: the sentence is half true. And
 # Gram-KL and KL are so close that another run could have ended the other way round. Could it? We cannot know, since
 # **no row has a spread**. Three more doubts before we measure ourselves:
 #
-# * CLIPIQA is what the training maximises. As an examiner it has told the student the questions.
-# * "No regulariser" has the *best* MANIQA, CLIPIQA and aesthetic score of Table 4, and its pictures are, in the
+# * CLIPIQA is what the training maximizes. As an examiner it has told the student the questions.
+# * "No style loss" has the *best* MANIQA, CLIPIQA and aesthetic score of Table 4, and its pictures are, in the
 #   paper's own words, "oil-painting-like" with "strange lines". So these examiners can be fooled too, even those that
 #   never trained anybody.
 # * ImageReward alone (Table 3) lies *below* no reward at all in all four of these scores. The text calls the same
@@ -165,7 +165,7 @@ print(f"Gram-KL against KL: LPIPS differs by {abs(table['LPIPS']['ours'] - table
 # | role | paper | here |
 # |---|---|---|
 # | closeness to the truth | LPIPS (lower is better) | PSNR, SSIM, SSIM of the bands (higher is better) |
-# | what training maximises | CLIPIQA | MiniIQA and MiniPreference |
+# | what training maximizes | CLIPIQA | MiniIQA and MiniPreference |
 # | an examiner that trains nobody | MANIQA, MUSIQ, Aesthetic | the judge |
 
 # %%
@@ -178,7 +178,7 @@ print("RUN      ", ", ".join(RUN))
 print("NOT RUN  ", ", ".join(name for name in VARIANTS if name not in RUN))
 assert frame.groupby(["model", "seed"]).size().unique().tolist() == [48] and frame["seed"].nunique() == 3
 
-MEASURES = ["psnr", "ssim", "low_ssim", "high_ssim", "MiniIQA", "MiniPreference", "Judge"]
+MEASURES = ["psnr", "ssim", "low_ssim", "high_ssim", "mini-iqa", "mini-preference", "judge"]
 rows = {name: frame[frame["model"] == name].set_index(["image", "seed"]) for name in NAMES}
 difference = {name: rows[name][MEASURES] - rows["base"][MEASURES] for name in RUN}  # 48 crops × 3 seeds
 print(pd.DataFrame({NAMES[name]: difference[name].mean() for name in RUN}).T.round(3).to_string())
@@ -207,11 +207,11 @@ def standard_error(values):
     return values.std(ddof=1) / math.sqrt(len(values))
 
 
-d = paired("rfsr", "Judge")
+d = paired("rfsr", "judge")
 summary = compare(frame, "base", "rfsr")
-check("difference by hand and package", d.mean(), summary["difference"]["Judge"], 1e-9)
-check("standard error by hand and package", standard_error(d), summary["standard_error"]["Judge"], 1e-9)
-apart = [rows[name]["Judge"].groupby("image").mean() for name in ("base", "rfsr")]
+check("difference by hand and package", d.mean(), summary["difference"]["judge"], 1e-9)
+check("standard error by hand and package", standard_error(d), summary["standard_error"]["judge"], 1e-9)
+apart = [rows[name]["judge"].groupby("image").mean() for name in ("base", "rfsr")]
 unpaired = math.hypot(*(standard_error(x.to_numpy()) for x in apart))
 print(f"judge, RFSR − base: {d.mean():+.2f}; standard error paired {standard_error(d):.2f}, not paired {unpaired:.2f}")
 
@@ -226,7 +226,7 @@ print(f"judge, RFSR − base: {d.mean():+.2f}; standard error paired {standard_e
 generator = np.random.default_rng(0)
 means = np.array([d[generator.integers(48, size=48)].mean() for _ in range(10_000)])
 interval = np.quantile(means, [0.025, 0.975])
-check("bootstrap interval by hand and package", interval, summary.loc["Judge", ["low", "high"]].to_numpy(), 1e-9)
+check("bootstrap interval by hand and package", interval, summary.loc["judge", ["low", "high"]].to_numpy(), 1e-9)
 print(f"95 % of the means lie between {interval[0]:.2f} and {interval[1]:.2f}; ±2 errors would give "
       f"{d.mean() - 2 * standard_error(d):.2f} and {d.mean() + 2 * standard_error(d):.2f}")  # fmt: skip
 
@@ -241,7 +241,7 @@ print(f"95 % of the means lie between {interval[0]:.2f} and {interval[1]:.2f}; �
 
 # %%
 print("MiniIQA, structure only − base")
-for seed, part in difference["dwt-only"]["MiniIQA"].groupby("seed"):
+for seed, part in difference["structure-only"]["mini-iqa"].groupby("seed"):
     error = standard_error(part.to_numpy())
     print(f"  seed {seed}: {part.mean():+.4f} ± {error:.4f} over crops, that is {part.mean() / error:+.1f} errors")
 
@@ -274,12 +274,12 @@ choose = explore(draw, values=MEASURES, label="measure")
 choose
 
 # %%
-choose.slider.value = "Judge"
-show(*draw("Judge"))
+choose.slider.value = "judge"
+show(*draw("judge"))
 
 # %% [markdown]
 # **What to see.** Step through the measures with the arrow keys. Where three dots stand together, far from zero, there
-# is an effect. Without Gram-KL they stand far from zero and far from each other: hacking is an unstable process. For
+# is an effect. Without the style loss they stand far from zero and far from each other: hacking is an unstable process. For
 # the judge, all three RFSR runs fall; the structure-only runs lie on both sides of zero.
 #
 # ### What can three numbers prove?
@@ -297,14 +297,14 @@ check("three equal signs by pure chance", (draws > 0).sum(1).remainder(3).eq(0).
 t95 = math.sqrt(2 * 0.95**2 / (1 - 0.95**2))  # solves t / √(2 + t²) = 0.95
 print(f"{1 - 2 / math.sqrt(6):.0%} of nothing looks like 2 errors; for 95 % one needs {t95:.2f} errors")
 
-for measure in ("psnr", "low_ssim", "MiniIQA", "MiniPreference", "Judge"):
+for measure in ("psnr", "low_ssim", "mini-iqa", "mini-preference", "judge"):
     runs = difference["rfsr"][measure].groupby("seed").mean().to_numpy()
     half = t95 * standard_error(runs)
     print(
         f"RFSR {measure:15s} {runs.mean():+.3f}, over runs 95 % from {runs.mean() - half:+.3f} to {runs.mean() + half:+.3f}"
     )
 
-by_photo = difference["rfsr"]["Judge"].groupby(rows["rfsr"]["photograph"]).mean()
+by_photo = difference["rfsr"]["judge"].groupby(rows["rfsr"]["photograph"]).mean()
 print("judge, RFSR − base:", ", ".join(f"{name} {value:+.1f}" for name, value in by_photo.items()))
 
 # %% [markdown]
@@ -356,8 +356,8 @@ print(f"{(everything.abs() > 2).sum()} of 21 pass 2, {(everything.abs() > thresh
 PLACES = {
     "base": ("1 · models", "SeeSR"),
     "rfsr": ("1 · models", "ours"),
-    "no-regularization": ("4 · regulariser", "none"),
-    "dwt-only": ("3 · rewards", "none"),
+    "no-style": ("4 · style loss", "none"),
+    "structure-only": ("3 · rewards", "none"),
 }
 figure, axes = panels(2, 2, width=7.6, height=5.2)
 for name, (title, row) in PLACES.items():
@@ -365,8 +365,8 @@ for name, (title, row) in PLACES.items():
     ours = frame[frame["model"] == name].groupby("seed")[MEASURES].mean()
     for axis, y in zip(axes[:, 0], ("LPIPS", "MANIQA"), strict=True):
         axis.plot(theirs["CLIPIQA"], theirs[y], linestyle="none", **STYLE[name])
-    for axis, y in zip(axes[:, 1], ("psnr", "Judge"), strict=True):
-        axis.plot(ours["MiniIQA"], ours[y], linestyle="none", label=NAMES[name], **STYLE[name])
+    for axis, y in zip(axes[:, 1], ("psnr", "judge"), strict=True):
+        axis.plot(ours["mini-iqa"], ours[y], linestyle="none", label=NAMES[name], **STYLE[name])
 axes[0, 0].invert_yaxis()
 axes[0, 0].set_title("paper: SeeSR, DIV2K-val", size=10)
 axes[0, 1].set_title("here: mini model, three runs", size=10)
@@ -378,16 +378,16 @@ axes[0, 1].legend(frameon=False, fontsize=8)
 means = frame.groupby("model")[MEASURES].mean()
 show(
     figure,
-    "Four scatter plots. Paper: without regulariser CLIPIQA is highest, 0.90, LPIPS worst, 0.41, MANIQA highest, 0.66. "
+    "Four scatter plots. Paper: without style loss CLIPIQA is highest, 0.90, LPIPS worst, 0.41, MANIQA highest, 0.66. "
     + "Here: "
-    + "; ".join(f"{NAMES[n]} MiniIQA {means['MiniIQA'][n]:.2f}, PSNR {means['psnr'][n]:.1f}, judge {means['Judge'][n]:.1f}"
+    + "; ".join(f"{NAMES[n]} MiniIQA {means['mini-iqa'][n]:.2f}, PSNR {means['psnr'][n]:.1f}, judge {means['judge'][n]:.1f}"
                 for n in NAMES)
     + ".",
 )  # fmt: skip
 
 # %% [markdown]
 # **What to see.** The upper panels have one shape: the structure loss alone is closest to the truth, RFSR gains reward
-# and loses little, and without Gram-KL much truth is paid for much reward. The lower panels are each other's opposite.
+# and loses little, and without the style loss much truth is paid for much reward. The lower panels are each other's opposite.
 # MANIQA *rises* with the hacked reward, our judge *falls*.
 #
 # Now as a table; in closeness, "up" means nearer to the truth. A direction counts as ours only if all three runs agree,
@@ -395,11 +395,11 @@ show(
 # section 5. Here they only decide what is worth comparing.)
 
 # %%
-QUESTIONS = [("rfsr", "base"), ("dwt-only", "base"), ("no-regularization", "rfsr"), ("dwt-only", "rfsr")]
+QUESTIONS = [("rfsr", "base"), ("structure-only", "base"), ("no-style", "rfsr"), ("structure-only", "rfsr")]
 ROLES = {
     "closeness": (["LPIPS"], "psnr"),
-    "trained on": (["CLIPIQA"], "MiniIQA"),
-    "examiner": (["MANIQA", "MUSIQ", "Aesthetic"], "Judge"),
+    "trained on": (["CLIPIQA"], "mini-iqa"),
+    "examiner": (["MANIQA", "MUSIQ", "Aesthetic"], "judge"),
 }
 
 
@@ -425,7 +425,7 @@ assert counts == [6, 3, 3]
 
 # %% [markdown]
 # **What to see.** We confirm half: what the structure loss does for the truth, what rewards do to rewards, what
-# missing regularisation costs. Undecided is what scatters round zero: RFSR's PSNR, for one, although its low-band SSIM
+# a missing style loss costs. Undecided is what scatters round zero: RFSR's PSNR, for one, although its low-band SSIM
 # rises in all three runs. What we contradict is always the same role: the examiner. There are three readings.
 #
 # * The paper's examiners were fooled along with the reward, as its own words on Table 4 suggest. Our judge is built
@@ -445,7 +445,7 @@ assert counts == [6, 3, 3]
 figure, axes = panels(1, 3, width=8.4, height=2.8, sharex=True, sharey=True)
 share = {}
 for axis, name in zip(axes, RUN, strict=True):
-    x, y = paired(name, "MiniIQA"), paired(name, "Judge")
+    x, y = paired(name, "mini-iqa"), paired(name, "judge")
     share[name] = ((x > 0) & (y < 0)).mean()
     axis.plot(x, y, linestyle="none", markersize=4, **STYLE[name])
     axis.axhline(0, color="0.4", linestyle=":")
@@ -461,8 +461,8 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** Lower right is the corner of hacking. Without Gram-KL most crops are deep in it. With RFSR most are
-# in it too, but not deep: Gram-KL shortens the way, it does not turn it round. For "structure only" neither is trained
+# **What to see.** Lower right is the corner of hacking. Without the style loss most crops are deep in it. With RFSR most are
+# in it too, but not deep: the style loss shortens the way, it does not turn it round. For "structure only" neither is trained
 # on: MiniIQA hardly moves, and the judge scatters a few points up and down.
 #
 # So the honest sentence about our RFSR run is: *at unchanged PSNR both rewards rise, and the independent judge falls by
@@ -484,18 +484,18 @@ trained = [create_reward(name) for name in ("mini-iqa", "mini-preference")]
 scorers = {reward.name: reward.score for reward in trained} | {judge.name: judge.score}
 samples = evaluation_crops(photographs("test"), size=64, count=6)
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # no progress bars
-    live = ablate(small, samples, scorers, variants=["dwt-only"], seeds=(0,), folder=folder)
-    history = pd.read_csv(Path(folder) / "dwt-only-0" / "history.csv")
+    live = ablate(small, samples, scorers, variants=["structure-only"], seeds=(0,), folder=folder)
+    history = pd.read_csv(Path(folder) / "structure-only-0" / "history.csv")
 print(f"{len(history)} iterations, all in the structure window: {set(history['window']) == {'structure'}}")
 
 # %%
 stored = rows["base"].xs(0, level="seed")[MEASURES].head(6)
 again = live[live["model"] == "base"].set_index("image")[MEASURES]
 check("PSNR and SSIMs of the base model, stored and now", stored[MEASURES[:4]], again[MEASURES[:4]], 0.01)
-now = compare(live, "base", "dwt-only")["difference"]
+now = compare(live, "base", "structure-only")["difference"]
 print(f"{'':15s}stored runs            now")
 for measure in MEASURES:
-    runs = difference["dwt-only"][measure].groupby("seed").mean().tolist()
+    runs = difference["structure-only"][measure].groupby("seed").mean().tolist()
     wanted = direction(runs)
     verdict = "agrees" if wanted == np.sign(now[measure]) else "DOES NOT AGREE"
     verdict = f"{now[measure]:+.2f}  {verdict}" if wanted else "no direction to compare with"
@@ -519,9 +519,9 @@ def wrong_error(name, measure):
 
 
 print(
-    f"judge, RFSR − base: error {standard_error(paired('rfsr', 'Judge')):.2f}, with the bug {wrong_error('rfsr', 'Judge'):.2f}"
+    f"judge, RFSR − base: error {standard_error(paired('rfsr', 'judge')):.2f}, with the bug {wrong_error('rfsr', 'judge'):.2f}"
 )
-caught(lambda: check("standard error", wrong_error("rfsr", "Judge"), summary["standard_error"]["Judge"], 1e-6))
+caught(lambda: check("standard error", wrong_error("rfsr", "judge"), summary["standard_error"]["judge"], 1e-6))
 
 # %% [markdown]
 # ## 11 · Exercises
@@ -557,7 +557,7 @@ exercise(1, verify_signs)
 # **Exercise 2.** By the paper's own columns, which rows of its Table 4 have all four no-reference scores above
 # Gram-KL's *and* a worse LPIPS? Return their names. (High marks from every examiner, farther from the truth: the rows
 # to look at before believing them.)
-# <details><summary>Hint</summary>`paper["4 · regulariser"]`, compared with its row "ours".</details>
+# <details><summary>Hint</summary>`paper["4 · style loss"]`, compared with its row "ours".</details>
 
 
 # %%
@@ -576,7 +576,7 @@ exercise(2, verify_suspicious)
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution to exercise 2 (expand to read)
 def suspicious():
-    table = paper["4 · regulariser"]
+    table = paper["4 · style loss"]
     above = (table[COLUMNS[1:]] > table.loc["ours", COLUMNS[1:]]).all(axis=1)
     return list(table.index[above & (table["LPIPS"] > table["LPIPS"]["ours"])])
 
@@ -626,7 +626,7 @@ exercise(3, verify_holm)
 # * Three runs: equal signs come by chance in one case of four; 95 % needs 4.3 errors.
 # * Where both have a direction, paper and re-run agree on closeness and on the trained reward, and disagree on the
 #   examiner.
-# * RFSR on the mini model: PSNR kept, rewards up, judge down by about 1.9. Gram-KL limits hacking; it does not end it.
+# * RFSR on the mini model: PSNR kept, rewards up, judge down by about 1.9. The style loss limits hacking; it does not end it.
 # * The paper's Tables 2 to 5 carry no spread; its own row is best in 0, 4, 1 and 2 of five columns.
 #
 # NAVIGATION

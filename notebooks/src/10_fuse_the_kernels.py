@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 from rfsr_ext import gram_loss, gram_matrix, haar_ll, haar_ll_l1_loss
 from rfsr_ext.data import load_photograph
-from rfsr_ext.notebook import COLOURS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
 
 cat = torch.from_numpy(load_photograph("chelsea").copy()).movedim(-1, 0)[None]  # [1, 3, 300, 451]: an odd width
 coarse = F.interpolate(F.interpolate(cat, scale_factor=0.25, mode="area"), size=cat.shape[2:], mode="bilinear")
@@ -222,11 +222,11 @@ def roofline(machine, points, rates=None):
     x = np.geomspace(0.02, 300, 200)
     axes.loglog(x, np.minimum(machine["bytes"] * x, machine["flops"]) / 1e9, color="#000000")
     places = {"slices": {"xytext": (-7, -13), "ha": "right"}, "package": {"xytext": (8, 2)}}  # for the labels
-    for (name, at), marker, colour in zip(points.items(), "os^D", COLOURS[1:4] + COLOURS[:1], strict=False):
+    for (name, at), marker, color in zip(points.items(), "os^D", COLORS[1:4] + COLORS[:1], strict=False):
         rate = min(machine["bytes"] * at, machine["flops"]) / 1e9 if rates is None else rates[name]
-        axes.loglog([at], [rate], marker, color=colour, fillstyle="none", markeredgewidth=2)
+        axes.loglog([at], [rate], marker, color=color, fillstyle="none", markeredgewidth=2)
         place = places.get(name, {"xytext": (8, -13)})
-        axes.annotate(name, (at, rate), **place, textcoords="offset points", size=9, color=colour)
+        axes.annotate(name, (at, rate), **place, textcoords="offset points", size=9, color=color)
     axes.set(xlabel="operations per byte", ylabel="GFLOP/s at most" if rates is None else "GFLOP/s")
     return figure
 
@@ -342,17 +342,17 @@ def add_as_tree(block, thread, shared, values, total):
 distance = np.abs(out - haar_ll(y13)[0, 0].numpy()).astype(np.float32).ravel()
 values = np.append(distance, np.float32(0))  # 64 of them
 exact = values.astype(np.float64).sum()
-styles = {add_racing: ("x", COLOURS[1]), add_atomically: (".", COLOURS[0]), add_as_tree: ("_", "#000000")}
+styles = {add_racing: ("x", COLORS[1]), add_atomically: (".", COLORS[0]), add_as_tree: ("_", "#000000")}
 sums, (figure, (left, right)) = {}, panels(columns=2, height=2.7)
-for kernel, (marker, colour) in styles.items():
+for kernel, (marker, color) in styles.items():
     results = []
     for schedule in range(40):
         results.append(np.zeros(1, np.float32))
         launch(kernel, 1, 64, values, results[-1], schedule=schedule)
     sums[kernel] = np.concatenate(results)
-    left.plot(sums[kernel], marker, color=colour, label=kernel.__name__)
+    left.plot(sums[kernel], marker, color=color, label=kernel.__name__)
     if kernel != add_racing:
-        right.plot((sums[kernel] - exact) * 1e6, marker, color=colour)
+        right.plot((sums[kernel] - exact) * 1e6, marker, color=color)
 left.set(xlabel="schedule", ylabel="sum", ylim=(0, 1.75 * exact))
 left.legend(frameon=False, loc="upper left", fontsize=9)
 right.set(xlabel="schedule", ylabel="error (millionths)")
@@ -556,17 +556,17 @@ print(f"{kept.nbytes} bytes are kept for backward; x and y would be {x13.nbytes 
 # and the norm itself (`fro`). Backward, one small matrix $S$ serves all three: $\partial L/\partial F_1=SF_1/(CHWN)$,
 # with $N$ samples in the batch and the table of $S$ in the second cell.
 #
-# For features we take the 5×5 neighbourhood of each pixel of two places of the photograph: 75 channels, no multiple of
+# For features we take the 5×5 neighborhood of each pixel of two places of the photograph: 75 channels, no multiple of
 # any tile.
 
 
 # %%
-def neighbourhoods(x):
+def neighborhoods(x):
     return F.unfold(x, 5).unflatten(2, (x.shape[2] - 4, x.shape[3] - 4))
 
 
 places = [(92, 128), (180, 60)]
-f1, f2 = (neighbourhoods(torch.cat([x[..., r : r + 64, c : c + 64] for r, c in places])) for x in (coarse, cat))
+f1, f2 = (neighborhoods(torch.cat([x[..., r : r + 64, c : c + 64] for r, c in places])) for x in (coarse, cat))
 
 
 def triangle(t):

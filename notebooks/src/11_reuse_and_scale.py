@@ -52,7 +52,7 @@ from rfsr_ext.training import RFSRConfig, RFSRObjective
 from rfsr_ext.weights import registry
 
 style = VGGGramLoss(weights="random")  # a stand-in; "imagenet" reads torchvision's VGG19 file
-crops = PhotographCrops(photographs("train"), 64, dead_leaves_share=0, empty_prompt_share=0, recolour=False)
+crops = PhotographCrops(photographs("train"), 64, dead_leaves_share=0, empty_prompt_share=0, recolor=False)
 held_out = evaluation_crops(photographs("test"), size=64, count=6)
 test_lr, test_gt = (torch.stack([crop[key] for crop in held_out]) for key in ("lr", "gt"))
 test_prompts = [crop["prompt"] for crop in held_out]
@@ -255,7 +255,9 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.layers[-1].weight), nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, latents, timestep, enlarged):
-        time = (torch.as_tensor(timestep) / 1000).expand(len(latents)).view(-1, 1, 1, 1).expand(-1, 1, *latents.shape[2:])
+        time = (
+            (torch.as_tensor(timestep) / 1000).expand(len(latents)).view(-1, 1, 1, 1).expand(-1, 1, *latents.shape[2:])
+        )
         return enlarged * 2 - 1 + 0.3 * self.layers(torch.cat([latents, enlarged * 2 - 1, time], dim=1))
 
 
@@ -359,7 +361,7 @@ assert results["greedy"][2] < results["preset"][2] - 0.5, "and must cost fidelit
 # %% [markdown]
 # **What to see.** (The numbers are means of six crops, of which one is shown.) The machinery works: with no line
 # changed it trains a model it has never heard of. But the weights do not transfer. Those of the mini model hardly move
-# the toy. The greedy ones raise the reward by exaggerating contrast and colour, and lose more than a decibel: the
+# the toy. The greedy ones raise the reward by exaggerating contrast and color, and lose more than a decibel: the
 # beginning of reward hacking, in forty steps. *Each base model needs its own balance*, found on a few hundred
 # iterations with held-out fidelity in view, before the long run.
 #
@@ -395,7 +397,7 @@ caught(lambda: preflight(careless))
 #
 # | kept | for | MB |
 # |---|---|---|
-# | the picture, normalised | first convolution | 3.1 |
+# | the picture, normalized | first convolution | 3.1 |
 # | output of every ReLU (15; none follows conv5_4) | ReLU and next convolution | 308.3 |
 # | output of 4 max-poolings, fp32 | next convolution | 31.5 |
 # | their places, 8-byte whole numbers | max-pooling | 62.9 |

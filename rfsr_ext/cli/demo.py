@@ -10,7 +10,7 @@ import typer
 
 from rfsr_ext.cli.evaluate import difference_table, held_out_scorers, mean_table
 from rfsr_ext.data import Sample, evaluation_crops, photographs
-from rfsr_ext.evaluation import compare, comparison_figure, curves_figure, evaluate, evaluate_bicubic, summarise
+from rfsr_ext.evaluation import compare, comparison_figure, curves_figure, evaluate, evaluate_bicubic, summarize
 from rfsr_ext.files import replace_file
 from rfsr_ext.metrics import psnr
 from rfsr_ext.models import ISRModel, load_model
@@ -71,7 +71,7 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
         "config": config.to_dict(),
         "stand_ins": ["mini model", *REWARDS, f"VGG19 ({config.vgg_weights})"],
         "held_out": {"photographs": photographs("test"), "crops": crops, "size": 128, "seed": seed},
-        "means": {m: t.droplevel("model").to_dict("index") for m, t in summarise(frame).groupby(level="model")},
+        "means": {m: t.droplevel("model").to_dict("index") for m, t in summarize(frame).groupby(level="model")},
         "fine_tuned_minus_base": compare(frame, "base", "fine-tuned").to_dict("index"),
         "seconds": round(time.monotonic() - started, 1),
     }

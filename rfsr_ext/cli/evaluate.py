@@ -22,7 +22,7 @@ from rfsr_ext.evaluation import (
     evaluate_bicubic,
     evaluate_folder,
     measure_trajectory,
-    summarise,
+    summarize,
     trajectory_figure,
 )
 from rfsr_ext.evaluation.folders import read_picture
@@ -80,7 +80,7 @@ def held_out_scorers() -> dict[str, Scorer]:
 
 def mean_table(frame: pd.DataFrame) -> str:
     """Models in rows, metrics in columns, ``mean ± standard error`` in cells; ``n`` is the number of images."""
-    table = summarise(frame)
+    table = summarize(frame)
     cells = table["mean"].map("{:.3f}".format) + " ± " + table["standard_error"].map("{:.3f}".format)
     wide = cells.unstack("metric")[table.index.get_level_values("metric").unique()]
     wide.insert(0, "n", table["n"].groupby("model").max())

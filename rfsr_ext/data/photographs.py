@@ -1,4 +1,4 @@
-"""The real photographs that come inside scikit-image and scikit-learn: names, tags, sources, licences and splits.
+"""The real photographs that come inside scikit-image and scikit-learn: names, tags, sources, licenses and splits.
 
 Nothing is downloaded: both packages carry these files in their wheels.  The split is by photograph, so that no pixel of
 a held-out scene is ever trained on.
@@ -14,13 +14,13 @@ __all__ = ["PHOTOGRAPHS", "Photograph", "load_photograph", "photographs"]
 
 @dataclass(frozen=True)
 class Photograph:
-    """One photograph: the tags a tagger would give it, its source and licence, and the split it is in."""
+    """One photograph: the tags a tagger would give it, its source and license, and the split it is in."""
 
     name: str
     tags: tuple[str, ...]
     split: str  # "train", "validation" (chooses the best checkpoint) or "test" (only ever measured)
     source: str
-    licence: str
+    license: str
 
 
 PHOTOGRAPHS = {

@@ -8,7 +8,7 @@ from rfsr_ext.evaluation.measure import (
     evaluate,
     evaluate_bicubic,
     measure_trajectory,
-    summarise,
+    summarize,
 )
 
 __all__ = [
@@ -23,6 +23,6 @@ __all__ = [
     "evaluate_bicubic",
     "evaluate_folder",
     "measure_trajectory",
-    "summarise",
+    "summarize",
     "trajectory_figure",
 ]

@@ -18,7 +18,7 @@ __all__ = ["cases_figure", "comparison_figure", "curves_figure", "trajectory_fig
 
 _DPI = 100
 _INK, _FAINT = "#222222", "#8a8a8a"
-_STRUCTURE, _REWARD = "#2a6fb0", "#d1662b"  # distinguishable in grey and to colour-blind readers
+_STRUCTURE, _REWARD = "#2a6fb0", "#d1662b"  # distinguishable in gray and to color-blind readers
 _LINES = (_INK, "#2a6fb0", "#d1662b", "#3c8d5a", "#8a5aa8")
 
 
@@ -51,8 +51,8 @@ def comparison_figure(rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequ
     figure = Figure(figsize=(total[0] / _DPI, total[1] / _DPI), dpi=_DPI, facecolor="white")
     for column, title in enumerate(titles):
         left = gap + column * (width + gap)
-        centre = (left + width / 2) / total[0]
-        figure.text(centre, 1 - head / 2 / total[1], title, ha="center", va="center", size=12, color=_INK)
+        center = (left + width / 2) / total[0]
+        figure.text(center, 1 - head / 2 / total[1], title, ha="center", va="center", size=12, color=_INK)
         for i, (image, caption) in enumerate(row[column] for row in rows):
             top = head + i * (height + foot)
             box = left / total[0], 1 - (top + height) / total[1], width / total[0], height / total[1]
@@ -60,7 +60,7 @@ def comparison_figure(rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequ
             axes.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).float().numpy(), interpolation="nearest")
             axes.set_axis_off()
             below = 1 - (top + height + 12) / total[1]
-            figure.text(centre, below, caption, ha="center", va="center", size=9, color="#5c5c5c")
+            figure.text(center, below, caption, ha="center", va="center", size=9, color="#5c5c5c")
     return figure
 
 
@@ -118,17 +118,17 @@ def curves_figure(history: pd.DataFrame, columns: Sequence[str] | None = None) -
     for axes, name in zip(panels, columns, strict=False):
         measured = history[name].notna()
         sparse = measured.sum() < len(history) / 4 and window[measured].isna().all()
-        for kind, colour in (("structure", _STRUCTURE), ("reward", _REWARD), (None, _INK)):
+        for kind, color in (("structure", _STRUCTURE), ("reward", _REWARD), (None, _INK)):
             rows = history[measured & (window.isna() if kind is None else window.eq(kind))]
             if rows.empty:
                 continue
             x, y = rows["iteration"], rows[name]
             if sparse:
-                axes.plot(x, y, color=colour, linewidth=1.4, marker="o", markersize=3)
+                axes.plot(x, y, color=color, linewidth=1.4, marker="o", markersize=3)
                 continue
-            axes.scatter(x, y, s=8, color=colour, alpha=0.35, linewidths=0)
+            axes.scatter(x, y, s=8, color=color, alpha=0.35, linewidths=0)
             smooth = y.rolling(max(1, len(y) // 8), min_periods=1, center=True).mean()
-            (line,) = axes.plot(x, smooth, color=colour, linewidth=1.6)
+            (line,) = axes.plot(x, smooth, color=color, linewidth=1.6)
             if kind:
                 legend[f"{kind} window"] = line
         axes.set_title(name, size=10, color=_INK, loc="left")
@@ -161,20 +161,20 @@ def trajectory_figure(frame: pd.DataFrame, windows: TimestepWindows | None = Non
     for axes, (column, title) in zip(panels, bands, strict=True):
         for i, model in enumerate(models):
             values = frame[frame["model"] == model].groupby(["image", "step"])[column].mean().groupby("step")
-            mean, error, colour = values.mean(), values.sem().fillna(0), _LINES[i % len(_LINES)]
-            axes.fill_between(mean.index, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)
+            mean, error, color = values.mean(), values.sem().fillna(0), _LINES[i % len(_LINES)]
+            axes.fill_between(mean.index, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
             best = mean.idxmax()
             label = f"{model}: best at step {best} ({mean[best]:.3f})".removeprefix(": ")
-            axes.plot(mean.index, mean, "-o", color=colour, linewidth=1.6, markersize=5,
+            axes.plot(mean.index, mean, "-o", color=color, linewidth=1.6, markersize=5,
                       markevery=[mean.index.get_loc(best)], label=label)  # fmt: skip
         axes.margins(x=0.02, y=0.16)
         axes.legend(loc="best", frameon=False, fontsize=8)
-        for window, colour in ((windows.structure, _STRUCTURE), (windows.reward, _REWARD)) if windows else ():
+        for window, color in ((windows.structure, _STRUCTURE), (windows.reward, _REWARD)) if windows else ():
             if window:
-                axes.axvspan(window[0] - 0.5, window[1] + 0.5, color=colour, alpha=0.07, linewidth=0)
+                axes.axvspan(window[0] - 0.5, window[1] + 0.5, color=color, alpha=0.07, linewidth=0)
                 axes.text(
-                    np.mean(window), 0.02, "structure" if colour == _STRUCTURE else "reward", ha="center", size=8,
-                    color=colour, transform=axes.get_xaxis_transform(),
+                    np.mean(window), 0.02, "structure" if color == _STRUCTURE else "reward", ha="center", size=8,
+                    color=color, transform=axes.get_xaxis_transform(),
                 )  # fmt: skip
         axes.set_title(title, size=10, color=_INK, loc="left")
         axes.set_xlabel("sampling step", size=9, color=_INK)

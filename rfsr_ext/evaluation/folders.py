@@ -20,7 +20,7 @@ class FolderResult:
 
     Attributes:
         frame: one row per picture: ``model`` (the name given), ``image`` (the file's name without ending), ``preset``
-            (`Preset.label`) and one column per metric; `summarise` and `compare` take it.
+            (`Preset.label`) and one column per metric; `summarize` and `compare` take it.
         broken: why a picture was left out, by path.
         pictures, references: paths by ``image``, of those that were measured.
     """

@@ -19,7 +19,7 @@ from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.sampling import generators, inference_condition, sample, trajectory
 
-__all__ = ["Scorer", "compare", "evaluate", "evaluate_bicubic", "measure_trajectory", "summarise"]
+__all__ = ["Scorer", "compare", "evaluate", "evaluate_bicubic", "measure_trajectory", "summarize"]
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 """Images ``[N, 3, H, W]`` in [0, 1] and their prompts to ``[N]`` scores: a reward's or a judge's ``score`` is one."""
@@ -122,7 +122,7 @@ def _per_image(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.groupby(keys, sort=False)[list(metrics)].mean()
 
 
-def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean of every metric of every model with its standard error over images.
 
     Args:

@@ -101,7 +101,7 @@ def autoencoder() -> AutoencoderKL:
 def denoiser() -> tuple[UNet2DConditionModel, ControlNetModel]:
     """The U-Net, and a ControlNet with a copy of its encoder as `ControlNetModel.from_unet` makes one.
 
-    Zero-initialised convolutions protect a pre-trained U-Net from its new ControlNet; these two learn together from
+    Zero-initialized convolutions protect a pre-trained U-Net from its new ControlNet; these two learn together from
     scratch, so they start from ordinary random weights, and the condition at the strength of the latents.
     """
     unet = UNet2DConditionModel(
@@ -128,11 +128,11 @@ def denoiser() -> tuple[UNet2DConditionModel, ControlNetModel]:
 
 @torch.no_grad()
 def _amplify_condition(controlnet: ControlNetModel) -> None:
-    """Scale the conditioning embedding so that smooth random colours leave each layer with mean 0 and variance 1.
+    """Scale the conditioning embedding so that smooth random colors leave each layer with mean 0 and variance 1.
 
-    Under ordinary initialisation each layer weakens the picture, and after six of them the network hardly sees its
-    condition: it learns to read the colours off the noisy latents instead (tried: after 250 iterations the squared
-    error at t = 981 was 0.303, two thirds of it a colour cast, against 0.060 with this).
+    Under ordinary initialization each layer weakens the picture, and after six of them the network hardly sees its
+    condition: it learns to read the colors off the noisy latents instead (tried: after 250 iterations the squared
+    error at t = 981 was 0.303, two thirds of it a color cast, against 0.060 with this).
     """
     embedding = controlnet.controlnet_cond_embedding
     images = F.interpolate(torch.rand(16, 3, 8, 8), scale_factor=8, mode="bicubic").clamp(0, 1)

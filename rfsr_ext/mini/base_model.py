@@ -24,8 +24,8 @@ def train_autoencoder(dataset: Dataset, folder: Path, iterations: int, batch_siz
     Loss: |x − x̂| + ½ (|∂ₓ(x − x̂)| + |∂ᵧ(x − x̂)|) + 5·10⁻⁴ KL + ‖z₁₋₃ − 2 x↓‖², all means.
 
     The last term makes the first three latent channels the picture itself, four times smaller.  Left alone, the group
-    normalisation of the encoder ties every latent to statistics of the whole picture, and a small denoiser then cannot
-    tell from the condition what colour its output should have (tried: half of its squared error was a colour cast).
+    normalization of the encoder ties every latent to statistics of the whole picture, and a small denoiser then cannot
+    tell from the condition what color its output should have (tried: half of its squared error was a color cast).
     """
     torch.manual_seed(options.get("seed", 0))
     vae = architecture.autoencoder()

@@ -18,7 +18,7 @@ __all__ = ["similarity", "train_iqa", "train_judge", "train_preference"]
 
 
 def similarity(images: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity of grey versions with a 7×7 box window, ``[N, 3, H, W]`` in [0, 1] to ``[N]``."""
+    """Structural similarity of gray versions with a 7×7 box window, ``[N, 3, H, W]`` in [0, 1] to ``[N]``."""
     x, y = images.mean(1, keepdim=True), originals.mean(1, keepdim=True)
     pooled = F.avg_pool2d(torch.cat([x, y, x * x, y * y, x * y], dim=1), 7, 1)
     mx, my, xx, yy, xy = pooled.unbind(1)
@@ -55,7 +55,7 @@ def _as_sampled(versions: Tensor, vae: AutoencoderKL, generator: torch.Generator
 
 
 @torch.no_grad()
-def _standardise(reward: MiniIQA | MiniPreference, dataset: Dataset, raw_score: Callable[..., Tensor]) -> None:
+def _standardize(reward: MiniIQA | MiniPreference, dataset: Dataset, raw_score: Callable[..., Tensor]) -> None:
     """Set mean and standard deviation of ``reward`` to those of its raw scores on samples it did not learn from."""
     samples = [dataset[10_000_000 + i] for i in range(64)]
     device = reward.mean.device
@@ -76,7 +76,7 @@ def train_iqa(dataset: Dataset, vae: AutoencoderKL, folder: Path, iterations: in
 
     seconds = train_stage("iqa", {"iqa": reward}, dataset, loss, folder,
                   iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
-    _standardise(reward, dataset, lambda images, prompts: reward.raw_score(images))
+    _standardize(reward, dataset, lambda images, prompts: reward.raw_score(images))
     return reward, seconds
 
 
@@ -109,7 +109,7 @@ def train_preference(
 
     seconds = train_stage("preference", {"preference": reward}, dataset, loss, folder,
                   iterations=iterations, batch_size=batch_size, learning_rate=1e-3, **options)  # fmt: skip
-    _standardise(reward, dataset, lambda images, prompts: reward.raw_score(images, reward.embed_text(prompts)))
+    _standardize(reward, dataset, lambda images, prompts: reward.raw_score(images, reward.embed_text(prompts)))
     return reward, seconds
 
 

@@ -38,9 +38,10 @@ def load_model(name: str | Path = "mini", **options) -> ISRModel:
     The mini model is a ×4 model for images of 64 to 128 pixels, sampled by 50 DDIM steps; it fits a laptop.
 
     Args:
-        name: one of `list_models`; a folder that a model's ``save_pretrained`` wrote, or one of a Stable Diffusion model
-            with a ControlNet; or ``package.module:Name`` of a function that returns an `ISRModel`.
-        options: for the ``from_pretrained`` of the folder's class, or for the function, such as ``torch_dtype=``, ``scale=``, ``controlnet=``, ``start=``.
+        name: one of `list_models`; a folder that a model's ``save_pretrained`` wrote, or one of a Stable Diffusion
+            model with a ControlNet; or ``package.module:Name`` of a function that returns an `ISRModel`.
+        options: for the ``from_pretrained`` of the folder's class, or for the function, such as ``torch_dtype=``,
+            ``scale=``, ``controlnet=``, ``start=``.
 
     Raises:
         FileNotFoundError: if there is no such folder.

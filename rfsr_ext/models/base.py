@@ -113,8 +113,8 @@ class ISRModel(ABC):
     """A latent diffusion model that turns a low-resolution image into a sharp one ``scale`` times its size.
 
     A subclass sets the attributes, then calls ``super().__init__()``, and says what differs between models:
-    `condition`, `predict`, `encode` and `decode`; `process` where one scheduler with uniform timesteps is not all.  Latents are
-    ``[N, C, h, w]`` everywhere but inside `predict`.
+    `condition`, `predict`, `encode` and `decode`; `process` where one scheduler with uniform timesteps is not all.
+    Latents are ``[N, C, h, w]`` everywhere but inside `predict`.
 
     Attributes:
         networks: every network by name.  Trainers put wrapped ones (adapters, several processes) in their place here.

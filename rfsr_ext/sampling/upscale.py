@@ -49,11 +49,12 @@ def upscale(
         prompt: what the photograph shows; every tile gets it.
         seed: of the noise; the same seed gives the same result.
         tile: side of a tile in pixels of the result, rounded up to a multiple of ``model.multiple``.
-        overlap: how far neighbouring tiles overlap at least, in the same pixels and rounded up in the same way.
+        overlap: how far neighboring tiles overlap at least, in the same pixels and rounded up in the same way.
         batch_size: tiles denoised at once.
         num_inference_steps, guidance_scale, negative_prompt: those of the model's recipe by default.
         color_fix: correct color shifts against ``condition.image``, the enlarged LR image: ``"wavelet"`` takes its low
-            frequencies (StableSR), ``"adain"`` its channels' mean and standard deviation (SeeSR), None leaves colors alone.
+            frequencies (StableSR), ``"adain"`` its channels' mean and standard deviation (SeeSR), None leaves colors
+            alone.
         progress: show a progress bar.
 
     Returns:

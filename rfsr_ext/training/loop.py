@@ -254,7 +254,12 @@ class Loop:
         loader = iter(self._loader(self.iteration))
         started = time.monotonic() - self.seconds
         progress = tqdm(
-            total=config.iterations, initial=self.iteration, desc=self.name, disable=not main, unit="it", mininterval=0.5
+            total=config.iterations,
+            initial=self.iteration,
+            desc=self.name,
+            disable=not main,
+            unit="it",
+            mininterval=0.5,
         )
         with contextlib.closing(progress):
             while self.iteration < config.iterations:
@@ -267,10 +272,16 @@ class Loop:
                 self.history.append(row)
                 self._count_skipped(row["skipped"])
                 progress.update()
-                progress.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k.endswith(("loss", "step"))}, refresh=False)
+                progress.set_postfix(
+                    {k: f"{v:.4g}" for k, v in row.items() if k.endswith(("loss", "step"))}, refresh=False
+                )
                 last = self.iteration == config.iterations
                 if main:
-                    scalars = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("iteration", "skipped")}
+                    scalars = {
+                        k: v
+                        for k, v in row.items()
+                        if isinstance(v, (int, float)) and k not in ("iteration", "skipped")
+                    }
                     self.accelerator.log(scalars, step=self.iteration)
                 if self.skipped_in_a_row:
                     if last:
@@ -297,7 +308,9 @@ class Loop:
             )
 
     def _advice(self, what: str) -> str:
-        return f"{what}; lower learning_rate or the loss weights and run again: it goes on from the last good checkpoint"
+        return (
+            f"{what}; lower learning_rate or the loss weights and run again: it goes on from the last good checkpoint"
+        )
 
     # -- state ----------------------------------------------------------------------------------------------------
 

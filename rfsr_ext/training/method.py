@@ -41,7 +41,9 @@ class Method(ABC):
     def install(self, player: str, networks: dict[str, nn.Module]) -> None:
         """Compute with these networks from now on: the player's own, or what wraps them for several processes."""
 
-    def optimizer(self, player: str, parameters: list[nn.Parameter], learning_rate: float, betas) -> torch.optim.Optimizer:
+    def optimizer(
+        self, player: str, parameters: list[nn.Parameter], learning_rate: float, betas
+    ) -> torch.optim.Optimizer:
         """The player's optimizer; Adam by default."""
         return torch.optim.Adam(parameters, learning_rate, betas=betas)
 

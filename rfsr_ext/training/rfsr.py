@@ -85,8 +85,8 @@ class RFSR(Method):
     """Eq. 7 at one drawn sampling step per iteration, the same step for the whole batch (section 3.5).
 
     Args:
-        config: its seed draws the steps and makes the noise; with ``lora_rank`` adapters are trained, else what the model
-            declares as ``trained``.
+        config: its seed draws the steps and makes the noise; with ``lora_rank`` adapters are trained, else what the
+            model declares as ``trained``.
         objective: the loss of a batch, with the model.
     """
 
@@ -152,8 +152,8 @@ class TrainingResult:
 
     Attributes:
         model: the fine-tuned model, with the moving average of its weights.
-        folder: the run's folder: ``model/`` (the end), ``best/`` (best held-out), ``history.csv``, ``checkpoints/``; for
-            adapters also ``model-adapters/`` and ``best-adapters/``.
+        folder: the run's folder: ``model/`` (the end), ``best/`` (best held-out), ``history.csv``, ``checkpoints/``;
+            for adapters also ``model-adapters/`` and ``best-adapters/``.
         history: one row per iteration.
         validation: one row per held-out measurement, see `rfsr_ext.training.held_out.HeldOut`.
         best_iteration: of the weights in ``best/``; 0 is the base model.

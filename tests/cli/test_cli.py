@@ -96,21 +96,21 @@ def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
 
 def test_upscale_writes_what_it_can_and_names_the_rest(rfsr, tmp_path):
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (13, 10), dtype=np.uint8)).save(tmp_path / "grey.png")
+    Image.fromarray(rng.integers(0, 255, (13, 10), dtype=np.uint8)).save(tmp_path / "gray.png")
     Image.fromarray(rng.integers(0, 255, (9, 40, 4), dtype=np.uint8)).save(tmp_path / "alpha.png")
     (tmp_path / "text.png").write_text("no image")
-    files = [tmp_path / name for name in ("grey.png", "text.png", "alpha.png")]
+    files = [tmp_path / name for name in ("gray.png", "text.png", "alpha.png")]
     code, printed = rfsr("upscale", *files, "--output", tmp_path / "out", "--steps", 2)
     assert str(code) == f"rfsr: 1 of 3 files could not be upscaled: {tmp_path / 'text.png'}"
     assert f"skipped {tmp_path / 'text.png'}: cannot identify image file" in printed.err
-    with Image.open(tmp_path / "out" / "grey_x4.png") as image:
+    with Image.open(tmp_path / "out" / "gray_x4.png") as image:
         assert image.size == (40, 52)
     with Image.open(tmp_path / "out" / "alpha_x4.png") as image:
         assert image.size == (160, 36) and image.mode == "RGBA"
         with Image.open(tmp_path / "alpha.png") as small:
             opacity = small.getchannel("A").convert("F").resize((160, 36), Image.Resampling.BICUBIC)
         np.testing.assert_allclose(np.asarray(image.getchannel("A")), np.asarray(opacity).clip(0, 255), atol=0.51)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["alpha_x4.png", "grey_x4.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["alpha_x4.png", "gray_x4.png"]
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def folder(tmp_path):
 def test_folder_of_images(folder):
     (folder / "good1.txt").write_text("a cat\n", encoding="utf-8")
     (folder / "sub").mkdir()
-    picture(seed=9).convert("L").save(folder / "sub" / "grey.JPG")
+    picture(seed=9).convert("L").save(folder / "sub" / "gray.JPG")
     (folder / "notes.md").write_text("no image")
     dataset, again = ImageFolder(folder, 32, seed=1), ImageFolder(folder, 32, seed=1)
     assert len(dataset) == 4 and not dataset.skipped

@@ -36,8 +36,8 @@ def test_depends_on_the_generator_alone():
     ids=lambda x: next(iter(x)),
 )
 def test_every_stage_does_harm(harsh):
-    grey = image(8, 8)[..., :1].repeat(3, axis=-1)  # the coarser colours of JPEG would hide the rest
-    smooth = resize(grey, (64, 64)).clip(0, 1)
+    gray = image(8, 8)[..., :1].repeat(3, axis=-1)  # the coarser colors of JPEG would hide the rest
+    smooth = resize(gray, (64, 64)).clip(0, 1)
     mild = {"blur": (0.1, 0.1), "noise": (0.0, 0.0), "jpeg_quality": (95, 95)}
     clean = resize(smooth, (16, 16)).clip(0, 1)
 

@@ -21,7 +21,7 @@ def test_photograph_is_whole_and_documented(name):
     assert image.ndim == 3 and image.shape[2] == 3 and min(image.shape[:2]) >= 256
     assert image.dtype == np.float32
     assert image.min() >= 0 and 0.5 < image.max() <= 1
-    assert photograph.tags and photograph.source and photograph.licence
+    assert photograph.tags and photograph.source and photograph.license
 
 
 def test_photographs_are_read_only():

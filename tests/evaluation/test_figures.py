@@ -18,7 +18,7 @@ def rendered(figure: Figure) -> np.ndarray:
 
 
 def find(picture: np.ndarray, tile: np.ndarray) -> int:
-    """How often ``tile`` occurs in ``picture``, pixel for pixel, one grey level of rounding allowed."""
+    """How often ``tile`` occurs in ``picture``, pixel for pixel, one gray level of rounding allowed."""
     h, w = tile.shape[:2]
     corners = np.argwhere(np.abs(picture[: -h + 1, : -w + 1] - tile[0, 0]).max(-1) <= 1)
     return sum(np.abs(picture[y : y + h, x : x + w] - tile).max() <= 1 for y, x in corners)

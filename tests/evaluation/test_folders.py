@@ -8,7 +8,7 @@ from PIL import Image
 
 from rfsr_ext.data import load_photograph
 from rfsr_ext.data.images import to_uint8
-from rfsr_ext.evaluation import best_and_worst, cases_figure, compare, evaluate_folder, summarise
+from rfsr_ext.evaluation import best_and_worst, cases_figure, compare, evaluate_folder, summarize
 from rfsr_ext.evaluation.folders import list_pictures, read_picture
 from rfsr_ext.metrics import PRESETS, Preset, Suite, psnr, ssim
 
@@ -65,7 +65,7 @@ def test_without_ground_truths(folders):
 
 
 def test_summaries_take_such_a_table(result):
-    summary = summarise(result.frame)
+    summary = summarize(result.frame)
     assert list(summary.index) == [("noisy", "psnr"), ("noisy", "ssim")] and (summary.n == 3).all()
     assert summary.loc[("noisy", "psnr"), "mean"] == pytest.approx(result.frame.psnr.mean())
     better = result.frame.assign(model="better", psnr=result.frame.psnr + 1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 from rfsr_ext.data import evaluation_crops
-from rfsr_ext.evaluation import compare, evaluate, evaluate_bicubic, measure_trajectory, summarise
+from rfsr_ext.evaluation import compare, evaluate, evaluate_bicubic, measure_trajectory, summarize
 from rfsr_ext.metrics import band_ssim, psnr, ssim
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import Condition, ISRModel, Recipe
@@ -145,16 +145,16 @@ A = {(0, 0): 20.0, (0, 1): 22.0, (1, 0): 30.0, (1, 1): 30.0, (2, 0): 25.0, (2, 1
 B = {(0, 0): 21.0, (0, 1): 23.0, (1, 0): 33.0, (1, 1): 31.0, (2, 0): 25.0, (2, 1): 27.0}
 
 
-def test_summarise_averages_seeds_before_images():
-    summary = summarise(pd.concat([table("a", A), table("b", B)]))
+def test_summarize_averages_seeds_before_images():
+    summary = summarize(pd.concat([table("a", A), table("b", B)]))
     assert list(summary.index) == [("a", "psnr"), ("b", "psnr")]
     mean, error, n = summary.loc[("a", "psnr"), ["mean", "standard_error", "n"]]
     assert mean == pytest.approx((21 + 30 + 26) / 3) and n == 3
     assert error == pytest.approx(np.std([21, 30, 26], ddof=1) / math.sqrt(3))
 
 
-def test_summarise_lists_every_metric(frame):
-    summary = summarise(frame)
+def test_summarize_lists_every_metric(frame):
+    summary = summarize(frame)
     assert list(summary.loc["noisy"].index) == ["psnr", "ssim", "low_ssim", "high_ssim", "brightness", "words"]
     assert list(summary.columns) == ["mean", "standard_error", "n"]
 
@@ -195,7 +195,7 @@ def test_compare_rejects(b, message):
 
 
 def test_one_image_has_no_standard_error():
-    assert np.isnan(summarise(table("a", {(0, 0): 1.0})).standard_error.item())
+    assert np.isnan(summarize(table("a", {(0, 0): 1.0})).standard_error.item())
 
 
 def of_one_metric(differences):
@@ -234,7 +234,7 @@ def test_a_suite_adds_its_metrics_and_says_which(samples):
     plain = evaluate(NoisyBicubic(), samples, SCORERS, name="noisy")
     assert set(frame.preset) == {preset.label} and "preset" not in plain
     assert (frame.psnr != plain.psnr).all() and (frame.ssim == plain.ssim).all()
-    assert frame.judge.notna().all() and "judge" in summarise(frame).loc["noisy"].index
+    assert frame.judge.notna().all() and "judge" in summarize(frame).loc["noisy"].index
 
 
 # -- trajectories -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from rfsr_ext.metrics import Preset, Suite
 
 pytest.importorskip("pyiqa", reason="pyiqa is not installed (pip install 'rfsr_ext[metrics]')")
 PEERS = "the second implementation is not installed (pip install 'rfsr_ext[peers]')"
-GREY = [0.299, 0.587, 0.114]
+GRAY = [0.299, 0.587, 0.114]
 
 
 def eight_bits(images):
@@ -49,7 +49,7 @@ def found(name, *images):
 
 
 def gray(image):
-    return np.tensordot(GREY, image.double().numpy(), 1)
+    return np.tensordot(GRAY, image.double().numpy(), 1)
 
 
 def test_fsim_is_piqas(pair):
@@ -57,7 +57,7 @@ def test_fsim_is_piqas(pair):
     np.testing.assert_allclose(found("fsim", *pair), piqa.FSIM(reduction="none")(*pair), atol=1e-4)
 
 
-def test_vsi_is_piqas_with_a_normalised_saliency(pair):
+def test_vsi_is_piqas_with_a_normalized_saliency(pair):
     """piqa leaves out that Zhang et al. stretch the saliency to [0, 1]; they find it at 256 pixels, as these have."""
     pytest.importorskip("piqa", reason=PEERS)
     from piqa.utils.color import ColorConv

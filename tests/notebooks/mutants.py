@@ -31,7 +31,7 @@ RESULTS, PAGE, README = (
     ROOT / name for name in ("notebooks/results/mutants.json", "notebooks/mutants.md", "README.md")
 )
 SCORE = re.compile(r"\d+ of \d+ planted errors")
-_COLOUR = re.compile(r"(?:\x1b|#x1B)\[[0-9;]*m")  # the second is how pytest's report writes the first
+_COLOR = re.compile(r"(?:\x1b|#x1B)\[[0-9;]*m")  # the second is how pytest's report writes the first
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def verdict(report: Path, output: str) -> tuple[str, str]:
     """What a run of pytest found: ("passed" | "noticed" | "stopped", where and how)."""
     for case in ET.parse(report).getroot().iter("testcase") if report.exists() else ():
         for failure in case:
-            text, where = _COLOUR.sub("", failure.text or ""), case.get("name").rpartition("::")[2].lower()
+            text, where = _COLOR.sub("", failure.text or ""), case.get("name").rpartition("::")[2].lower()
             if said := re.findall(r"^(?:Assertion|Gradcheck)Error:? ?(.*)$", text, re.MULTILINE):
                 return "noticed", f"{where}: {said[-1] or 'an assertion'}"
             if "no check noticed the bug" in text:

@@ -122,7 +122,7 @@ def test_running_statistics_are_exponential_averages():
     assert steady.mean == pytest.approx(5, abs=0.05) and steady.variance == pytest.approx(0.01, rel=0.3)
 
 
-def test_normalising_divides_the_gradient_by_the_deviation(images):
+def test_normalizing_divides_the_gradient_by_the_deviation(images):
     normal = term(normalize=True)
     plain, _, _ = gradient([term()], images)
     for _ in range(3):

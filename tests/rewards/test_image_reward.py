@@ -144,7 +144,7 @@ def test_bfloat16_scores_are_close(original):
     torch.testing.assert_close(rounded, exact, atol=5e-2, rtol=0)
 
 
-def test_prompts_are_tokenised_once(original):
+def test_prompts_are_tokenized_once(original):
     reward, seen = original.reward(), []
     tokenizer = reward.tokenizer
     reward.tokenizer = lambda text, **options: seen.append(text) or tokenizer(text, **options)

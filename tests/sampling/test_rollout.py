@@ -34,7 +34,7 @@ def test_generators_do_not_repeat():
     assert len(seeds) == 10_000
 
 
-def test_neighbouring_generators_are_uncorrelated():
+def test_neighboring_generators_are_uncorrelated():
     noise = torch.stack([torch.randn(5_000, generator=g) for s in range(4) for g in generators(s, range(4))])
     correlation = torch.corrcoef(noise) - torch.eye(16)
     assert correlation.abs().max() < 0.08  # 5 standard deviations are 0.07
