@@ -23,8 +23,8 @@ namespace rfsr {
 using i64 = int64_t;
 
 RFSR_HD i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-RFSR_HD i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-RFSR_HD i64 larger(i64 a, i64 b) { return a > b ? a : b; }
+RFSR_HD i64 min(i64 a, i64 b) { return a < b ? a : b; }
+RFSR_HD i64 max(i64 a, i64 b) { return a > b ? a : b; }
 
 // ---------------------------------------------------------------------------------------- views
 
@@ -96,7 +96,7 @@ struct HaarTerms {
 RFSR_HD HaarTerms haar_pair(i64 i, i64 size, HaarEdge edge) {
   const i64 k = 2 * i;
   if (k + 1 < size) return {{k, k + 1, k}, {1, 1, 0}};
-  return {{k, larger(k - 1, 0), 0}, {1 + edge.last, edge.before, edge.first}};
+  return {{k, max(k - 1, 0), 0}, {1 + edge.last, edge.before, edge.first}};
 }
 
 // The pairs that sample k is part of: the columns of the matrix whose rows are haar_pair. The gradient
@@ -105,7 +105,7 @@ RFSR_HD HaarTerms haar_users(i64 k, i64 size, HaarEdge edge) {
   const i64 pair = k / 2, end = size - 1;
   if (size % 2 == 0) return {{pair, pair, pair}, {1, 0, 0}};
   return {{pair, end / 2, end / 2},
-          {k == end ? 1 + edge.last : 1, k == larger(end - 1, 0) ? edge.before : 0, k == 0 ? edge.first : 0}};
+          {k == end ? 1 + edge.last : 1, k == max(end - 1, 0) ? edge.before : 0, k == 0 ? edge.first : 0}};
 }
 
 // --------------------------------------------------------------------------------- range of pixels

@@ -59,7 +59,7 @@ inline bool has_avx512() { return false; }
 // Asks for huge pages under a large result that is about to be written, as NumPy does for its arrays: new memory
 // otherwise stops the writer at every 4 KiB, which costs more than the arithmetic here. Where the system has none of
 // them to give, nothing happens.
-inline void expect_writes(void* memory, i64 bytes) {
+inline void advise_huge_pages(void* memory, i64 bytes) {
 #ifdef __linux__
   constexpr i64 page = 4096;
   if (bytes < (i64(1) << 22)) return;
@@ -74,7 +74,7 @@ class Buffer {
  public:
   explicit Buffer(i64 count)
       : data_(
-            static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(larger(count, 1)), std::align_val_t(64)))) {}
+            static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(max(count, 1)), std::align_val_t(64)))) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -145,6 +145,6 @@ RFSR_INLINE const Acc* load_row(const T* p, i64 stride, i64 count, Acc* scratch)
 }
 
 // Iterations per thread so that waking one is worth it: about 32k elementary operations.
-inline i64 grain(i64 work_per_item) { return larger(1, 32768 / larger(1, work_per_item)); }
+inline i64 grain(i64 work_per_item) { return max(1, 32768 / max(1, work_per_item)); }
 
 }  // namespace rfsr

@@ -69,7 +69,7 @@ __global__ void gram_partial_kernel(const T* x, Strided4 vx,            // [N, C
                                     acc_t<T>* rows) {                   // [N, tiles, ranges, 64] or null: row sums
   using Acc = acc_t<T>;
   __shared__ Acc left[kStep][kTile + 4], right[kStep][kTile + 4];
-  const i64 n = blockIdx.x / tiles, k0 = blockIdx.y * range, end = smaller(vx.pixels(), k0 + range);
+  const i64 n = blockIdx.x / tiles, k0 = blockIdx.y * range, end = min(vx.pixels(), k0 + range);
   const TilePair pair = triangle(blockIdx.x % tiles);
   // Two levels of sums: a long row of additions to one number would lose a digit in fp32. The two inputs have
   // sums of their own until they are subtracted, so that equal inputs differ by exactly 0.
@@ -121,7 +121,7 @@ __global__ void gram_finish_kernel(const Acc* partials, i64 channels, i64 tiles,
   double sum = 0;
   for (i64 k = blockIdx.x % kParts * kThreads + threadIdx.x; k < channels * channels; k += kParts * kThreads) {
     const i64 i = k / channels, j = k % channels;
-    const i64 low = larger(i, j), high = smaller(i, j);  // the lower triangle is what was computed
+    const i64 low = max(i, j), high = min(i, j);  // the lower triangle is what was computed
     const i64 ti = low / kTile, tj = high / kTile;
     const Acc* p =
         partials + (n * tiles + ti * (ti + 1) / 2 + tj) * ranges * kTile * kTile + low % kTile * kTile + high % kTile;
@@ -202,7 +202,7 @@ void gram_launch(const Tensor& features, const Strided4& vx, const Tensor* targe
   using Acc = acc_t<T>;
   const OnDevice stream(features);
   const i64 side = ceil_div(vx.c, kTile), tiles = side * (side + 1) / 2, pixels = vx.pixels();
-  const i64 wanted = larger(1, smaller(ceil_div(kWantedBlocks, larger(1, tiles * vx.n)), ceil_div(pixels, kMinRange)));
+  const i64 wanted = max(1, min(ceil_div(kWantedBlocks, max(1, tiles * vx.n)), ceil_div(pixels, kMinRange)));
   const i64 range = ceil_div(ceil_div(pixels, wanted), kStep) * kStep, ranges = ceil_div(pixels, range);
   const auto workspace = [&](i64 count, ScalarType type) { return torch::stable::new_empty(features, {count}, type); };
   const Tensor partials = workspace(vx.n * tiles * ranges * kTile * kTile, out.scalar_type());

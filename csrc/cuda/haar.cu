@@ -99,7 +99,7 @@ struct Input {
 
   // Eight pixels from column 8m on; zeros beyond the end. Writes their byte of bits.
   __device__ void load(const Kept& layout, i64 n, i64 c, i64 r, i64 m, Acc* out) const {
-    const i64 count = r < v.h ? smaller(8, v.w - 8 * m) : 0;
+    const i64 count = r < v.h ? min(8, v.w - 8 * m) : 0;
     const T* row = x + v.at(n, c, r, 8 * m);
     Pack<T, 8> pack;
     if (packs && count == 8) {
@@ -223,7 +223,7 @@ __global__ void spread_kernel(Coefficient coefficient, HaarEdge edge, i64 sample
       for (int q = 0; q < kPixels; q += 2)
         if (start + q < width) pack.v[q] = pack.v[q + 1] = static_cast<T>(v(i, start / 2 + q / 2));
     }
-    for (i64 r = 2 * i; r < smaller(2 * i + 2, height); ++r) {
+    for (i64 r = 2 * i; r < min(2 * i + 2, height); ++r) {
       Pack<T, kPixels> result = pack;
       const uint8_t* bits = kept ? kept + layout.mask_row(mask, n, c, r) : nullptr;
 #pragma unroll
@@ -312,8 +312,8 @@ std::tuple<Tensor, Tensor> haar_ll_l1(const Tensor& pred, const Tensor& target, 
   const i64 coefficients = vx.c * haar_size(vx.h) * haar_size(vx.w);
   const OnDevice stream(pred);
   // All samples together have about as many blocks as a summing kernel may.
-  const i64 share = larger(1, kMaxPartials / larger(1, vx.n));
-  const unsigned blocks = static_cast<unsigned>(smaller(share, summing_blocks(layout.signs(), 1)));
+  const i64 share = max(1, kMaxPartials / max(1, vx.n));
+  const unsigned blocks = static_cast<unsigned>(min(share, summing_blocks(layout.signs(), 1)));
   Tensor loss = each ? torch::stable::new_empty(pred, {vx.n}, acc_dtype(pred.scalar_type()))
                      : torch::stable::new_empty(pred, {}, acc_dtype(pred.scalar_type()));
   Tensor kept = torch::stable::new_empty(pred, {vx.n, keep ? layout.sample() : 0}, ScalarType::Byte);

@@ -9,12 +9,12 @@ constexpr i64 kMaxPartials = 1024;  // blocks of a summing kernel: fixed by shap
 
 // Blocks for a kernel in which each thread takes `per_thread` of `items`, at most kMaxPartials.
 inline unsigned summing_blocks(i64 items, i64 per_thread) {
-  return static_cast<unsigned>(larger(1, smaller(kMaxPartials, ceil_div(items, kThreads * per_thread))));
+  return static_cast<unsigned>(max(1, min(kMaxPartials, ceil_div(items, kThreads * per_thread))));
 }
 
 // Blocks for an element-wise kernel; the grid stride covers whatever lies beyond.
 inline unsigned blocks_for(i64 items) {
-  return static_cast<unsigned>(larger(1, smaller(i64(1) << 20, ceil_div(items, kThreads))));
+  return static_cast<unsigned>(max(1, min(i64(1) << 20, ceil_div(items, kThreads))));
 }
 
 #define RFSR_GRID_LOOP(index, count) \
