@@ -35,7 +35,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
-from rfsr_ext.training.checkpoint import TrainingState
 
 from rfsr_ext.data import PhotographCrops, evaluation_crops, photographs
 from rfsr_ext.evaluation import compare, evaluate
@@ -46,6 +45,7 @@ from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, 
 from rfsr_ext.rewards import MiniIQA, MiniPreference, WeightedReward
 from rfsr_ext.sampling import TimestepWindows, generators, rollout, sample, trajectory
 from rfsr_ext.training import RFSRConfig, RFSRObjective, RFSRTrainer
+from rfsr_ext.training.checkpoint import TrainingState
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()

@@ -35,8 +35,8 @@ class HeldOut:
         samples: held-out samples.
         rewards: those of training.
         judges: scorers by name that training never uses, higher is better; a warning appears when one of them has
-            fallen since the base model while the held-out reward has risen, both by more than twice the standard error of
-            the paired difference over images.
+            fallen since the base model while the held-out reward has risen, both by more than twice the standard error
+            of the paired difference over images.
         max_psnr_drop: in dB.
         seed: of the noise.
         batch_size: images at once.
