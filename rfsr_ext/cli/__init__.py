@@ -42,7 +42,7 @@ def app() -> None:
         sys.exit(f"rfsr: {sentence(error)}")
     except SystemExit as stopped:
         if stopped.code == 130:  # what typer makes of KeyboardInterrupt
-            command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
             print(f"rfsr: {_INTERRUPTED.get(command, 'interrupted; nothing is half written')}", file=sys.stderr)
         raise
 

@@ -85,8 +85,8 @@ def read_image_and_alpha(path: str | Path, bleed: bool = True) -> tuple[np.ndarr
     if alpha.min() == 1:
         return colors, None
     if bleed and alpha.max() > 0:
-        nearest = distance_transform_edt(alpha == 0, return_distances=False, return_indices=True)
-        colors = colors[tuple(nearest)]
+        rows, columns = np.asarray(distance_transform_edt(alpha == 0, return_distances=False, return_indices=True))
+        colors = colors[rows, columns]
     return colors, alpha[..., None]
 
 
@@ -101,7 +101,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Ima
             mode = _MODES.get(source.profile.xcolor_space)
             if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
                 raise OSError(f"it is for {source.profile.xcolor_space.strip()}, the picture is {image.mode}")
-            return ImageCms.profileToProfile(
+            converted = ImageCms.profileToProfile(
                 image if image.mode == mode else image.convert(mode),
                 source,
                 ImageCms.createProfile("sRGB"),
@@ -109,6 +109,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Ima
                 outputMode="RGB",
                 flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
             )
+            assert converted is not None  # it is not done in place
+            return converted
         except (ImageCms.PyCMSError, OSError) as error:
             logger.warning("%s: its color profile cannot be used and is passed over (%s)", path, error)
     return image.convert("RGB")

@@ -75,7 +75,7 @@ class CLIPIQA(Reward):
     def score(self, images: Tensor, prompts: list[str] | None = None) -> Tensor:
         if min(images.shape[-2:]) < self.MIN_SIZE:
             raise ValueError(f"images must be at least {self.MIN_SIZE} pixels wide and high, got {list(images.shape)}")
-        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        pixels = (images.to(self.get_buffer("mean").dtype) - self.mean) / self.std
         features = self.visual(pixels, pos_embedding=self.pos_embedding)
         with torch.autocast(images.device.type, enabled=False):
             return prompt_pair_score(features, self.text, self.scale)

@@ -364,13 +364,13 @@ def _sentence(
 ) -> str:
     """The first error of pydantic's: which key (as ``rename`` gives its path), what was wanted, what was given."""
     errors = error.errors(include_url=False)
-    unknown = [entry["loc"][0] for entry in errors if entry["type"] == "extra_forbidden"]
+    unknown = [str(entry["loc"][0]) for entry in errors if entry["type"] == "extra_forbidden"]
     if unknown:
         return f"unknown key {rename(unknown[0])!r}{_instead(unknown[0], _OLD_KEYS, list(model.model_fields))}"
     first = errors[0]
     if first["type"] == "value_error":  # one of ours, which is a sentence
         return str(first["ctx"]["error"])
-    key = first["loc"][0]
+    key = str(first["loc"][0])
     given = values[key]
     schema = model.model_json_schema()["properties"][key]
     sentence = f"{rename(key)} must be {_wanted(schema)}, got {_shown(given)}"
@@ -394,7 +394,7 @@ def _wanted(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         *others, last = schema["enum"]
         return f"{', '.join(others)} or {last}"
-    kind = schema.get("type")
+    kind = schema["type"]
     if kind == "array":
         pair = schema.get("prefixItems")
         return f"[a, b], each {_wanted(pair[0])}" if pair else f"a list of {_wanted(schema['items'])}"

@@ -40,7 +40,7 @@ def with_pkg_resources() -> Iterator[None]:
         yield
         return
     stand_in = types.ModuleType("pkg_resources")
-    stand_in.packaging = importlib.import_module("packaging")
+    vars(stand_in)["packaging"] = importlib.import_module("packaging")
     importlib.import_module("packaging.version")
     sys.modules["pkg_resources"] = stand_in
     try:
