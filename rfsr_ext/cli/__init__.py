@@ -24,6 +24,11 @@ _typer.add_typer(_config, name="config")
 _weights = typer.Typer(invoke_without_command=True)
 _typer.add_typer(_weights, name="weights")
 
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE of what a diffusers folder does not say, such as scale=2 or start=noise; repeatable."),
+]
+
 
 def app() -> None:
     """Run the command line; what a user can mend is one sentence on stderr (``RFSR_DEBUG=1`` shows the traceback)."""
@@ -73,10 +78,10 @@ def train(
     fresh: Annotated[bool, typer.Option(help="Refuse to resume: the output folder must hold no checkpoint.")] = False,
 ) -> None:
     """Fine-tune a model as CONFIG says; the same command resumes an interrupted run."""
-    from rfsr_ext.cli.config import parse_overrides
+    from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.training import RFSRConfig, RFSRTrainer
 
-    result = RFSRTrainer(RFSRConfig.load(config, parse_overrides(set_))).train(resume=not fresh)
+    result = RFSRTrainer(RFSRConfig.load(config, parse_pairs("--set", set_))).train(resume=not fresh)
     typer.echo(f"fine-tuned model: {result.folder / 'model'}")
     typer.echo(f"best held-out (iteration {result.best_iteration}): {result.folder / 'best'}")
 
@@ -92,11 +97,20 @@ def upscale(
     color_fix: Annotated[str, typer.Option(help="wavelet, adain or none.")] = "wavelet",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Of classifier-free guidance, 1 for none; the model's own by default.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Of that guidance; the model's own by default.")] = None,
+    model_option: ModelOption = None,
 ) -> None:
     """Upscale images with the base model or a fine-tuned one."""
+    from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.cli.upscale import upscale_files
 
-    upscale_files(images, model, output, prompt, steps, tile, color_fix, seed, overwrite)
+    upscale_files(
+        images, model, output, prompt, steps, tile, color_fix, seed, overwrite, guidance_scale, negative_prompt,
+        parse_pairs("--model-option", model_option),
+    )  # fmt: skip
 
 
 @_typer.command()
@@ -121,8 +135,10 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Seeds of the noise, from 0.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Also write every row to this .csv or .parquet file.")] = None,
     steps: Annotated[bool, typer.Option(help="Also measure every sampling step (Figure 1 of the paper).")] = False,
+    model_option: ModelOption = None,
 ) -> None:
     """Measure folders of pictures, or models on held-out photographs, by the metrics of a preset."""
+    from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.cli.evaluate import choose_preset, evaluate_folders, evaluate_models, holds_pictures
 
     chosen = choose_preset(preset, metrics, channel, border)
@@ -134,7 +150,8 @@ def evaluate(
     elif gt is not None or cases is not None:
         raise ValueError("--gt and --cases are for folders of pictures; models are measured on the bundled photographs")
     else:
-        evaluate_models(targets, crops, size, range(seeds), output, steps, chosen)
+        options = parse_pairs("--model-option", model_option)
+        evaluate_models(targets, crops, size, range(seeds), output, steps, chosen, options)
 
 
 @_weights.callback()
@@ -188,9 +205,9 @@ def config_show(
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
 ) -> None:
     """Print every setting with its meaning, as YAML that `rfsr train` reads."""
-    from rfsr_ext.cli.config import parse_overrides, show_config
+    from rfsr_ext.cli.config import parse_pairs, show_config
 
-    show_config(config, parse_overrides(set_))
+    show_config(config, parse_pairs("--set", set_))
 
 
 @_mini.command("build")

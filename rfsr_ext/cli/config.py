@@ -1,4 +1,4 @@
-"""``rfsr config show``: every setting with what it means; and ``--set KEY=VALUE``."""
+"""``rfsr config show``: every setting with what it means; and ``KEY=VALUE`` options."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,11 @@ import yaml
 
 from rfsr_ext.training.config import RFSRConfig
 
-__all__ = ["parse_overrides", "show_config"]
+__all__ = ["parse_pairs", "show_config"]
 
 
-def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs to a mapping, values read as YAML.
+def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs of a command-line option to a mapping, values read as YAML.
 
     Raises:
         ValueError: if a pair has no ``=`` or its value is no YAML.
@@ -21,12 +21,12 @@ def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
+            raise ValueError(f"{option} must be KEY=VALUE, got {pair!r}")
         try:
             overrides[key.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"--set {key.strip()} must have a YAML value, got {value!r} ({reason})") from None
+            raise ValueError(f"{option} {key.strip()} must have a YAML value, got {value!r} ({reason})") from None
     return overrides
 
 

@@ -63,7 +63,7 @@ def choose_preset(name: str | None, metrics: str | None, channel: str | None, bo
 def holds_pictures(target: str) -> bool:
     """Whether ``target`` is a folder of pictures instead of a model."""
     folder = Path(target)
-    if target == "mini" or not folder.is_dir() or (folder / "isr_config.json").is_file():
+    if target == "mini" or not folder.is_dir() or (folder / "model_index.json").is_file():
         return False
     return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
 
@@ -189,13 +189,14 @@ def evaluate_models(
     output: Path | None,
     steps: bool,
     preset: Preset | None = None,
+    options: dict[str, Any] | None = None,
 ) -> None:
     """Print the table of models and of their differences from the first one."""
     check_table(output)
     suite = Suite(preset, device=_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops)
     scorers = held_out_scorers()
-    models = {name: load_model(name) for name in dict.fromkeys(names)}
+    models = {name: load_model(name, **(options or {})) for name in dict.fromkeys(names)}
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
     frames += [evaluate(model, samples, scorers, seeds=seeds, name=name, suite=suite) for name, model in models.items()]
     frame = pd.concat(frames, ignore_index=True)

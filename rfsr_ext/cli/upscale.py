@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import typer
@@ -72,6 +73,9 @@ def upscale_files(
     color_fix: str = "wavelet",
     seed: int = 0,
     overwrite: bool = False,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    model_options: dict[str, Any] | None = None,
 ) -> None:
     """Upscale files and the pictures in folders to ``output/<name>_x<scale>.png``.
 
@@ -90,7 +94,7 @@ def upscale_files(
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
     images = _images(paths)
-    isr = load_model(model)
+    isr = load_model(model, **(model_options or {}))
     overlap = math.ceil(OVERLAP / isr.multiple) * isr.multiple
     if tile <= overlap:
         raise ValueError(f"--tile must be more than the {overlap} pixels by which tiles overlap, got {tile}")
@@ -102,7 +106,8 @@ def upscale_files(
             image, alpha = read_image_and_alpha(path)
             sr = upscale(
                 isr, to_tensor(image), prompt, seed=seed, tile=tile, overlap=OVERLAP, num_inference_steps=steps,
-                color_fix=None if color_fix == "none" else color_fix,
+                color_fix=None if color_fix == "none" else color_fix, guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
             )  # fmt: skip
             result = to_image(sr)
             if alpha is not None:

@@ -98,7 +98,7 @@ def ablate(
     unknown = [name for name in variants if name not in VARIANTS]
     if unknown:
         raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
-    base = load_model(config.model)
+    base = load_model(config.model, **config.model_options)
     common = {
         "samples": _digest(samples),
         "scorers": sorted(scorers),

@@ -90,6 +90,11 @@ class RunConfig(_Settings):
         description='"mini", a folder of a saved model, or package.module:Name of a function without arguments that '
         "returns an ISRModel",
     )
+    model_options: dict[str, Any] = Field(
+        {},
+        description="what a diffusers folder does not say: {scale: 2, start: noise, num_inference_steps: 20, "
+        "guidance_scale: 4, controlnet: its_folder/, trained: {unet: attentions}}",
+    )
     data: Text = Field(
         "photographs",
         description='"photographs" (those of scikit-image and scikit-learn), a folder of sharp images, or '

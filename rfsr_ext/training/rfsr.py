@@ -194,7 +194,7 @@ class RFSRTrainer:
         judges: dict[str, Scorer] | None = None,
     ):
         accelerator = create_accelerator(config)
-        self.model = load_model(config.model) if model is None else model
+        self.model = load_model(config.model, **config.model_options) if model is None else model
         if config.crop_size % self.model.multiple:
             raise ValueError(
                 f"crop_size must be a multiple of {self.model.multiple} for this model, got {config.crop_size}"

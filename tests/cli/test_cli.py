@@ -61,7 +61,7 @@ def test_config_show_prints_every_setting(rfsr):
             ["config", "show", "absent.yaml"],
             "config 'absent.yaml' is neither a file nor one of the presets mini, paper",
         ),
-        (["train", "mini", "--set", "model=nowhere"], "model folder 'nowhere' has no isr_config.json"),
+        (["train", "mini", "--set", "model=nowhere"], "model folder 'nowhere' does not exist; give a folder on disk"),
         (
             ["train", "mini", "--set", "rewards={magic: 1}"],
             "reward must be one of mini-iqa, mini-preference, clipiqa, ",

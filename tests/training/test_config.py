@@ -130,7 +130,7 @@ ACCEPTED = {
     "structure_loss": {"false"}, "style_loss": {"false"}, "allow_overlap": {"true", "false"},
     "balance_rewards": {"true", "false"}, "ema_decay": {"zero"}, "lambda_structure": {"zero", "half"},
     "lambda_style": {"zero", "half"}, "seed": {"zero"}, "num_workers": {"zero"}, "lora_rank": {"zero"},
-    "max_psnr_drop": {"zero", "minus", "half"}, "rewards": {"mapping"},
+    "max_psnr_drop": {"zero", "minus", "half"}, "rewards": {"mapping"}, "model_options": {"mapping"},
 }  # fmt: skip
 
 
@@ -356,10 +356,10 @@ def test_objects_of_another_kind_are_refused(own_module):
 
 
 def test_what_is_shown_is_the_configuration(capsys, tmp_path):
-    from rfsr_ext.cli.config import parse_overrides, show_config
+    from rfsr_ext.cli.config import parse_pairs, show_config
 
     changes = ["rewards={mini-iqa: 1e-3, x: {weight: 2, steps: [3, 4]}}", "seed=5"]
-    show_config("mini", parse_overrides(changes) | {"negative_prompt": "blurry, größer: 2"})
+    show_config("mini", parse_pairs("--set", changes) | {"negative_prompt": "blurry, größer: 2"})
     printed = capsys.readouterr().out
     (tmp_path / "shown.yaml").write_text(printed)
     shown = RFSRConfig.load(tmp_path / "shown.yaml")
