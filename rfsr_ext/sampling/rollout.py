@@ -21,7 +21,7 @@ def generators(seed: int, indices: list[int] | range, device: torch.device | str
     # The last mixing steps of SplitMix64: neighboring seeds and indices give unrelated streams.
     result = []
     for index in indices:
-        state = (seed * 0x9E3779B97F4A7C15 + (index + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = (int(seed) * 0x9E3779B97F4A7C15 + (int(index) + 1) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         result.append(torch.Generator(device).manual_seed(state ^ (state >> 31)))
