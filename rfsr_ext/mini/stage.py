@@ -54,8 +54,8 @@ class Stage(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["iterations"] != self.iterations:
             raise ValueError(
-                f"iterations of this stage must be {state['iterations']}, with which its unfinished run was started, "
-                f"got {self.iterations}; give another work folder"
+                f"iterations of this stage must be {state['iterations']}, which its unfinished run began with, got "
+                f"{self.iterations}; give another work folder"
             )
 
 

@@ -7,10 +7,24 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rfsr_ext.files import load_tensors, save_tensors
 
-__all__ = ["CheckpointFolder", "TrainingState"]
+__all__ = ["CheckpointFolder", "TrainingState", "cut_like", "whole"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor cut over processes, put together on each one's CPU (all must ask together); any other as it is."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor on the device of ``other``, and cut over processes if that is."""
+    tensor = tensor.to(other.device)
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 class TrainingState:
@@ -35,12 +49,15 @@ class TrainingState:
         self.ema = EMAModel(self.parameters.values(), decay=ema_decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state; names start with ``parameters.``, ``ema.`` or ``optimizer.<key>.``."""
-        tensors = {f"parameters.{name}": parameter for name, parameter in self.parameters.items()}
-        tensors |= {f"ema.{name}": shadow for name, shadow in zip(self.parameters, self.ema.shadow_params, strict=True)}
+        """All of the state; names start with ``parameters.``, ``ema.`` or ``optimizer.<key>.``.
+
+        Where parameters are cut over processes, all of them must call this together.
+        """
+        tensors = {f"parameters.{name}": whole(parameter) for name, parameter in self.parameters.items()}
+        tensors |= {f"ema.{name}": whole(shadow) for name, shadow in self.ema_tensors().items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+                tensors[f"optimizer.{key}.{name}"] = whole(torch.as_tensor(value))
         return tensors
 
     @torch.no_grad()
@@ -71,11 +88,11 @@ class TrainingState:
                 _, key, parameter_name = name.split(".", 2)
                 moments.setdefault(parameter_name, {})[key] = tensor
         for (name, parameter), shadow in zip(self.parameters.items(), self.ema.shadow_params, strict=True):
-            parameter.copy_(tensors[f"parameters.{name}"])
-            shadow.copy_(tensors[f"ema.{name}"])
+            parameter.copy_(cut_like(tensors[f"parameters.{name}"], parameter))
+            shadow.copy_(cut_like(tensors[f"ema.{name}"], shadow))
             if name in moments:
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device)
+                    key: value.clone() if key == "step" else cut_like(value, parameter)
                     for key, value in moments[name].items()
                 }
         self.ema.optimization_step = optimizer_steps

@@ -1,6 +1,7 @@
 """The training loop: any `Method` on accelerate, seeded, resumable, and indifferent to what is trained."""
 
 import contextlib
+import copy
 import json
 import logging
 import time
@@ -14,12 +15,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from rfsr_ext.files import lock_folder, replace_file
-from rfsr_ext.training.checkpoint import CheckpointFolder, TrainingState
+from rfsr_ext.training.checkpoint import CheckpointFolder, TrainingState, whole
 from rfsr_ext.training.config import RunConfig
 from rfsr_ext.training.method import Method
 
@@ -102,20 +104,30 @@ class Loop:
         self.fingerprint = method.fingerprint()
         self.states: dict[str, TrainingState] = {}
         self.wrapped: dict[str, dict[str, nn.Module]] = {}
+        self._whole: dict[str, dict[str, nn.Module]] = {}  # of sharded networks a twin on the CPU, for exports
         for player, networks in method.players.items():
-            parameters = [p for module in networks.values() for p in module.parameters() if p.requires_grad]
-            if not parameters:
+            if not any(p.requires_grad for module in networks.values() for p in module.parameters()):
                 raise ValueError(f"player {player!r} must have a parameter that asks for a gradient, got none")
+            if self.accelerator.is_fsdp2:
+                self._whole[player] = {name: copy.deepcopy(module).cpu() for name, module in networks.items()}
+            self.wrapped[player] = {name: self._wrap(module) for name, module in networks.items()}
+            # only now, because sharding puts other parameters in the place of a network's own
+            parameters = [p for module in networks.values() for p in module.parameters() if p.requires_grad]
             optimizer = method.optimizer(player, parameters, config.learning_rate, config.adam_betas)
             self.states[player] = TrainingState(networks, optimizer, config.ema_decay)
-            prepared = self.accelerator.prepare(*networks.values())
-            prepared = prepared if isinstance(prepared, (tuple, list)) else (prepared,)
-            self.wrapped[player] = dict(zip(networks, prepared, strict=True))
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", config.keep_checkpoints)
         self.iteration = 0
         self.skipped_in_a_row = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        """A network as accelerate has it run on several processes.
+
+        `Accelerator.prepare` takes one network with one optimizer under FSDP2 ("Only one model is supported"), and a
+        player may have two; the function that it calls for the network itself knows no such limit.
+        """
+        return (fsdp2_prepare_model if self.accelerator.is_fsdp2 else Accelerator.prepare)(self.accelerator, network)
 
     # -- one iteration --------------------------------------------------------------------------------------------
 
@@ -148,6 +160,11 @@ class Loop:
         device = self.accelerator.device
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
+    def _autocast(self) -> torch.autocast:
+        """Not accelerate's, which follows the precision that the process' last `Accelerator` was made with."""
+        bf16 = self.config.mixed_precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
+
     def _backward(self, player: str, batches: Sequence[dict], iteration: int) -> dict[str, Tensor]:
         """Gradients of the mean loss over the parts of a batch, and the mean of what the method logs."""
         total: dict[str, Tensor] = {}
@@ -157,7 +174,7 @@ class Loop:
                 if not last:  # processes exchange gradients once
                     for module in self.wrapped[player].values():
                         stack.enter_context(self.accelerator.no_sync(module))
-                with self.accelerator.autocast():
+                with self._autocast():
                     loss, logs = self.method.loss(player, batch, iteration, self._samples(iteration, part))
                 self.accelerator.backward(loss / len(batches))
             for name, value in logs.items():
@@ -174,7 +191,7 @@ class Loop:
             with self._installed(self.wrapped):
                 logs = self._backward(player, batches, iteration)
             limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
-            norm = nn.utils.clip_grad_norm_(parameters, limit)
+            norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
             names = sorted(logs)
             values = self.accelerator.reduce(torch.stack([logs[name].detach().float() for name in names]), "mean")
             found = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": norm.item()}
@@ -207,8 +224,8 @@ class Loop:
             One row per iteration.
 
         Raises:
-            NonFiniteLossError: after ``config.max_skipped`` iterations in a row without a finite loss, or if the run ends
-                while steps are being skipped.
+            NonFiniteLossError: after ``config.max_skipped`` iterations in a row without a finite loss, or if the run
+                ends in skipped steps or in weights that are of no use.
             ValueError: if the checkpoint is of another model or method, or was made with other settings.
             RuntimeError: if another run holds the folder.
         """
@@ -231,11 +248,13 @@ class Loop:
                 if main:
                     self.checkpoints.reject()
                 raise
+            if main:
+                self.checkpoints.confirm()
             for state in self.states.values():
                 state.ema.copy_to(list(state.parameters.values()))
             history = pd.DataFrame(self.history)
+            self._export(self.folder / "model")
             if main:
-                self.method.export(self.folder / "model")
                 frames = {"history": history}
                 if self.held_out is not None:
                     frames["validation"] = pd.DataFrame(self.held_out.measured)
@@ -245,6 +264,8 @@ class Loop:
             self.accelerator.wait_for_everyone()
             if main and self.accelerator.trackers:
                 self.accelerator.get_tracker("tensorboard").finish()  # end_training would end the process group as well
+            for player, networks in self._whole.items():
+                self.method.install(player, networks)
         return history
 
     def _run(self) -> None:
@@ -254,13 +275,9 @@ class Loop:
         loader = iter(self._loader(self.iteration))
         started = time.monotonic() - self.seconds
         progress = tqdm(
-            total=config.iterations,
-            initial=self.iteration,
-            desc=self.name,
-            disable=not main,
-            unit="it",
+            total=config.iterations, initial=self.iteration, desc=self.name, disable=not main, unit="it",
             mininterval=0.5,
-        )
+        )  # fmt: skip
         with contextlib.closing(progress):
             while self.iteration < config.iterations:
                 began = time.monotonic()
@@ -272,16 +289,12 @@ class Loop:
                 self.history.append(row)
                 self._count_skipped(row["skipped"])
                 progress.update()
-                progress.set_postfix(
-                    {k: f"{v:.4g}" for k, v in row.items() if k.endswith(("loss", "step"))}, refresh=False
-                )
+                shown = {k: f"{v:.4g}" for k, v in row.items() if k.endswith(("loss", "step"))}
+                progress.set_postfix(shown, refresh=False)
                 last = self.iteration == config.iterations
                 if main:
-                    scalars = {
-                        k: v
-                        for k, v in row.items()
-                        if isinstance(v, (int, float)) and k not in ("iteration", "skipped")
-                    }
+                    numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+                    scalars = {k: v for k, v in numbers.items() if k not in ("iteration", "skipped")}
                     self.accelerator.log(scalars, step=self.iteration)
                 if self.skipped_in_a_row:
                     if last:
@@ -289,8 +302,22 @@ class Loop:
                     continue
                 if self.held_out is not None and (self.iteration % config.validate_every == 0 or last):
                     self._measure()
+                if last and not self._sound():
+                    raise NonFiniteLossError(self._advice("the last step left weights that are of no use"))
                 if self.iteration % config.checkpoint_every == 0 or last:
                     self._checkpoint()
+
+    def _sound(self) -> bool:
+        """Whether the weights are finite, and every held-out number that was one still is.
+
+        No loss comes after the last step that could tell.
+        """
+        weights = (w for s in self.states.values() for w in (*s.parameters.values(), *s.ema.shadow_params))
+        sound = all(bool(whole(w.detach().isfinite().all())) for w in weights)
+        if self.held_out is not None and self.held_out.measured:
+            first, now = self.held_out.measured[0], self.held_out.measured[-1]
+            sound &= all(np.isnan(first[key]) or not np.isnan(value) for key, value in now.items())
+        return bool(self.accelerator.reduce(torch.tensor(float(sound), device=self.accelerator.device), "mean") == 1)
 
     def _count_skipped(self, skipped: bool) -> None:
         if not skipped:
@@ -308,15 +335,13 @@ class Loop:
             )
 
     def _advice(self, what: str) -> str:
-        return (
-            f"{what}; lower learning_rate or the loss weights and run again: it goes on from the last good checkpoint"
-        )
+        return f"{what}; lower learning_rate and run again: it goes on from the last good checkpoint"
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
+        tensors = {f"{player}.{k}": v for player, state in self.states.items() for k, v in state.tensors().items()}
         if self.accelerator.is_main_process:
-            tensors = {f"{player}.{k}": v for player, state in self.states.items() for k, v in state.tensors().items()}
             metadata = {
                 "config": self.config.to_dict(),
                 "fingerprint": self.fingerprint,
@@ -332,7 +357,11 @@ class Loop:
     def _resume(self) -> None:
         found = self.checkpoints.load_newest()
         if found is None:
+            if self.iteration:
+                raise RuntimeError("the run stopped before its first checkpoint; begin again with a new trainer")
             return
+        for state in self.states.values():
+            state.optimizer.zero_grad(set_to_none=True)  # of an interrupted iteration
         tensors, metadata = found
         folder = str(self.checkpoints.folder)
         if metadata.get("fingerprint") != self.fingerprint:
@@ -374,13 +403,32 @@ class Loop:
             for state in self.states.values():
                 state.ema.restore(list(state.parameters.values()))
 
-    def _measure(self) -> None:
-        """Measure the averaged weights; keep them in ``best/`` if they are the best so far."""
+    def _export(self, folder: Path) -> None:
+        """The method's export on the main process, from whole networks where they are sharded."""
+        self._gather()
         if self.accelerator.is_main_process:
+            with self._installed(self._whole):
+                self.method.export(folder)
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Load the twins of sharded networks with the weights as they stand; all processes must do it together."""
+        for player, networks in self._whole.items():
+            for name, network in networks.items():
+                sharded = self.method.players[player][name].state_dict()
+                network.load_state_dict({key: whole(value) for key, value in sharded.items()})
+
+    def _measure(self) -> None:
+        """Measure the averaged weights; keep them in ``best/`` if they are the best so far.
+
+        One process measures, but where each has a part of the networks only, all must take part.
+        """
+        main = self.accelerator.is_main_process
+        if main or self._whole:
             with self.averaged():
-                best = self.held_out.measure(self.iteration, self._log_images)
-                if best:
-                    self.method.export(self.folder / "best")
+                if self.held_out.measure(self.iteration, self._log_images if main else None):
+                    self._export(self.folder / "best")
+        if main:
             row = {k: v for k, v in self.held_out.measured[-1].items() if k != "iteration"}
             self.accelerator.log({f"held-out/{key}": value for key, value in row.items()}, step=self.iteration)
         self.accelerator.wait_for_everyone()

@@ -38,11 +38,11 @@ class Method(ABC):
             samples: the samples' numbers in the run; noise made from them is the same however the batch is cut.
         """
 
-    def install(self, player: str, networks: dict[str, nn.Module]) -> None:
+    def install(self, player: str, networks: dict[str, nn.Module]) -> None:  # noqa: B027, doing nothing is the default
         """Compute with these networks from now on: the player's own, or what wraps them for several processes."""
 
     def optimizer(
-        self, player: str, parameters: list[nn.Parameter], learning_rate: float, betas
+        self, player: str, parameters: list[nn.Parameter], learning_rate: float, betas: tuple[float, float]
     ) -> torch.optim.Optimizer:
         """The player's optimizer; Adam by default."""
         return torch.optim.Adam(parameters, learning_rate, betas=betas)
@@ -59,7 +59,7 @@ class Method(ABC):
         """What must survive an interruption besides weights and optimizers, as plain JSON values."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027, doing nothing is the default
         """Take over what `state_dict` gave.
 
         Raises:
@@ -76,5 +76,5 @@ class Method(ABC):
                     digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> None:  # noqa: B027, doing nothing is the default
         """Write the result as it stands, complete or not at all; nothing by default."""

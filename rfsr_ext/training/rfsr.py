@@ -85,8 +85,8 @@ class RFSR(Method):
     """Eq. 7 at one drawn sampling step per iteration, the same step for the whole batch (section 3.5).
 
     Args:
-        config: its seed draws the steps and makes the noise; with ``lora_rank`` adapters are trained, else what the
-            model declares as ``trained``.
+        config: its seed draws the steps and makes the noise; with ``lora_rank`` adapters are trained, else what
+            the model declares as ``trained``.
         objective: the loss of a batch, with the model.
     """
 

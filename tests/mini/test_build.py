@@ -49,7 +49,7 @@ def train(folder, iterations=40, stop=None):
         return (module(batch["x"]) - 2 * batch["x"] + 0.01 * noise).square().mean()
 
     train_stage("linear", {"m": module}, Numbers(), loss, folder, iterations=iterations, batch_size=4,
-        learning_rate=0.1, ema_decay=0.9, bf16=False, checkpoint_every=10)  # fmt: skip
+                learning_rate=0.1, ema_decay=0.9, bf16=False, checkpoint_every=10)  # fmt: skip
     return module, calls
 
 

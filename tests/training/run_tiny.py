@@ -1,4 +1,4 @@
-"""Train the tiny model in a process of its own, to be killed or launched twice: FOLDER ITERATIONS BATCH_SIZE."""
+"""Train the tiny model in a process of its own, to be killed or launched: FOLDER ITERATIONS BATCH_SIZE [PROCESSES]."""
 
 import sys
 
@@ -6,9 +6,9 @@ from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.training import RFSRConfig, RFSRTrainer
 from tests.training.conftest import Brightness, TinyData, make_tiny_model
 
-folder, iterations, batch_size = sys.argv[1:]
+folder, iterations, batch_size, *processes = sys.argv[1:]
 data = TinyData()
-RFSRTrainer(
+trainer = RFSRTrainer(
     RFSRConfig.from_dict(
         {
             "crop_size": 32, "structure_window": [1, 2], "reward_window": [4, 5], "lambda_structure": 1.0,
@@ -21,4 +21,6 @@ RFSRTrainer(
     rewards=[WeightedReward(Brightness(), 1.0)],
     validation=[data[i] for i in range(500, 502)],
     judges={"darkness": lambda images, prompts: -images.mean((1, 2, 3))},
-).train()  # fmt: skip
+)  # fmt: skip
+assert trainer.loop.accelerator.num_processes == int(*processes or [1])
+trainer.train()

@@ -73,12 +73,20 @@ def test_lora_trains_adapters_and_its_base_is_the_reference(settings, parts):
     trainer = RFSRTrainer(
         RFSRConfig.from_dict(settings | {"lora_rank": 2, "style_loss": "kl", "learning_rate": 1e-2}), model, **parts
     )
-    assert all("lora_" in name for name in trainer.state.parameters)
-    with trainer._disable_adapters():
+    assert all("lora_" in name for name in trainer.loop.states["model"].parameters)
+    with trainer.objective.disable_adapters():
         condition = model.condition(parts["validation"][0]["lr"][None], [""])
         z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         base = model.predict(z, torch.tensor(500), condition)
     result = trainer.train()
+    from peft import PeftModel
+
+    for folder in ("model", "best"):  # beside the merged model peft's own files
+        merged = ControlNetISRModel.from_pretrained(result.folder / folder).networks["unet"]
+        adapters = result.folder / f"{folder}-adapters" / "unet"
+        opened = PeftModel.from_pretrained(make_tiny_model().networks["unet"], adapters).merge_and_unload()
+        for name, parameter in opened.state_dict().items():
+            torch.testing.assert_close(parameter, merged.state_dict()[name])
     assert not any("lora_" in name for name, _ in result.model.unet.named_parameters())  # merged
     assert result.model.unet.state_dict().keys() == before.keys()
     assert any(not torch.equal(p, before[name]) for name, p in result.model.unet.named_parameters())
@@ -98,8 +106,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(settings, parts, tmp_path):
 def test_resume_refuses_other_settings_and_other_models(settings, parts):
     run(settings, parts, iterations=2)
     saved = end_state(settings["output_dir"])
-    with pytest.raises(ValueError, match=r"made with other settings \(seed\)"):
-        run(settings, parts, seed=1)
+    with pytest.raises(ValueError, match=r"made with other settings \(ema_decay\)"):
+        run(settings, parts, ema_decay=0.75)
     with pytest.raises(ValueError, match="is of another base model"):
         run(settings, parts, model=make_tiny_model(seed=1))
     with pytest.raises(FileExistsError, match="holds checkpoints of a run; resume it or give another"):
@@ -131,12 +139,13 @@ def test_non_finite_steps_are_skipped_and_then_stop_the_run(settings, parts, cap
         make_tiny_model(),
         **parts | {"rewards": [WeightedReward(reward, 1.0)]},
     )
-    before = {name: tensor.clone() for name, tensor in trainer.state.tensors().items()}
+    state = trainer.loop.states["model"]
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     reward.bad = True
     with caplog.at_level(logging.WARNING), pytest.raises(NonFiniteLossError, match="3 iterations in a row"):
         trainer.train()
     assert "is not finite, step skipped" in caplog.text
-    assert_same_state(before, trainer.state.tensors())
+    assert_same_state(before, state.tensors())
 
 
 def test_full_disk_leaves_the_last_checkpoint(settings, parts, monkeypatch):
@@ -174,8 +183,8 @@ def test_warns_when_the_reward_rises_and_the_judge_falls(settings, parts, caplog
 def test_warns_only_beyond_chance(settings, parts, caplog, reward, darkness, warns):
     trainer = RFSRTrainer(RFSRConfig.from_dict(settings), make_tiny_model(), **parts)
     base = pd.DataFrame({"reward": [5.0, -7.0, 2.0, 0.0], "darkness": [1.0, 8.0, -2.0, 3.0]})[: len(reward)]
-    trainer._warn_of_hacking(base)
-    trainer._warn_of_hacking(base + pd.DataFrame({"reward": reward, "darkness": darkness}))
+    trainer.held_out._warn_of_hacking(base, 0)
+    trainer.held_out._warn_of_hacking(base + pd.DataFrame({"reward": reward, "darkness": darkness}), 1)
     assert ("this is what reward hacking looks like" in caplog.text) == warns
 
 
@@ -207,6 +216,7 @@ def start(folder, *arguments, launcher=(sys.executable,)):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
     }
     return subprocess.Popen(
         [*launcher, str(HERE / "run_tiny.py"), str(folder), *map(str, arguments)],
@@ -247,11 +257,10 @@ def test_killed_ten_times_it_ends_as_if_it_had_not_been(tmp_path):
 def test_two_processes_train_as_one_at_the_same_total_batch(tmp_path):
     one = start(tmp_path / "one", 8, 4)
     assert one.wait() == 0, one.stderr.read()
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                "--main_process_port", "0")  # fmt: skip
-    two = start(tmp_path / "two", 8, 4, launcher=launcher)
-    assert two.wait() == 0, two.stderr.read()
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    two = start(tmp_path / "two", 8, 4, 2, launcher=launcher)  # the script asserts that it is one of two
+    _, errors = two.communicate()
+    assert two.returncode == 0, errors
     curves = [pd.read_csv(tmp_path / name / "history.csv") for name in ("one", "two")]
     assert curves[0]["step"].equals(curves[1]["step"])
     pd.testing.assert_series_equal(curves[0]["loss"], curves[1]["loss"], rtol=1e-4, atol=1e-6)
