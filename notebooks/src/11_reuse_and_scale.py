@@ -594,7 +594,7 @@ for name, build in make.items():
 # rfsr weights                                      # every file: where it is looked for, whether it is there
 # rfsr weights fetch clip-rn50 image-reward bert-vocabulary vgg19
 # rfsr train paper --set model=my_model/ --set data=my_photos/ --set iterations=2     # try two iterations first
-# accelerate launch --num_processes 2 -m rfsr_ext.cli train paper \
+# torchrun --nproc-per-node 2 -m rfsr_ext train paper \
 #     --set model=my_model/ --set data=my_photos/ --set output_dir=runs/paper --set mixed_precision=bf16
 # ```
 #

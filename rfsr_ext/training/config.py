@@ -23,7 +23,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from rfsr_ext.rewards import WeightedReward
 
@@ -46,6 +45,10 @@ Weight = Annotated[float, Field(ge=0, le=1e12)]  # far below the largest number 
 Edge = Annotated[float, AfterValidator(lambda value: int(value) if value.is_integer() else value)]
 Window = tuple[Edge, Edge]
 View = Annotated[str, BeforeValidator(lambda view: str(view) if isinstance(view, (int, float)) else view)]
+
+
+class _Unusable(AssertionError):
+    """A value of another kind than the field's: pydantic counts it among its own errors, and `_sentence` words it."""
 
 
 class _Settings(BaseModel):
@@ -256,7 +259,7 @@ class RFSRConfig(RunConfig):
     @classmethod
     def _check_rewards(cls, rewards: Any) -> dict[str, float | dict[str, Any]]:
         if not isinstance(rewards, Mapping) or not all(str(name).strip() for name in rewards):
-            raise PydanticCustomError("wanted", "")
+            raise _Unusable
         return {str(name): _check_reward(f"rewards.{name}", term) for name, term in rewards.items()}
 
     @model_validator(mode="after")
@@ -340,11 +343,11 @@ def _as_meant(value: Any, leaves: set[Any]) -> Any:
         for word in ("no", "none"):
             if value is False and word in leaves:
                 return word
-        raise PydanticCustomError("wanted", "")
+        raise _Unusable
     if leaves & {int, float} and not leaves & {str, Any}:
         return _number(value)
     if bool in leaves and Any not in leaves:
-        raise PydanticCustomError("wanted", "")
+        raise _Unusable
     return value
 
 

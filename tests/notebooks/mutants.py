@@ -140,12 +140,19 @@ def try_out(mutant: Mutant, path: Path) -> dict:
     }
 
 
+def _fresh(mutant: Mutant, results: dict) -> bool:
+    """Whether what was found is of the package and the notebooks as they are."""
+    found = results.get(mutant.name)
+    return bool(found) and found["key"] == mutant.key(found["noticed_by"])
+
+
 def page(mutants: list[Mutant], results: dict) -> tuple[str, str]:
     """The page with the table, and the score in words."""
     tried = [m for m in mutants if m.name in results and m.paths()]
     noticed = [m for m in tried if results[m.name]["noticed_by"]]
     missed = [m for m in tried if m not in noticed]
     score = f"{len(noticed)} of {len(tried)} planted errors"
+    stale = sum(not _fresh(m, results) for m in tried)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "nbval"))
     lines = [
         "# Errors the notebooks notice",
@@ -154,6 +161,7 @@ def page(mutants: list[Mutant], results: dict) -> tuple[str, str]:
         "plants each alone in a copy and runs notebooks until a comparison fails or an output differs from the stored",
         "one; crashes do not count. [`mutants.txt`](../tests/notebooks/mutants.txt) holds the changed lines.",
         *([f"{len(mutants) - len(tried)} more are listed and not tried yet."] if len(tried) < len(mutants) else []),
+        *([f"{stale} of the {len(tried)} were last tried before package or notebooks changed."] if stale else []),
         "",
         f"{datetime.date.today()}, Python {platform.python_version()}, {versions}.",
         "",
@@ -183,12 +191,8 @@ def main() -> None:
     results, sound = json.loads(RESULTS.read_text()) if RESULTS.exists() else ({}, {})
     results = {m.name: results[m.name] for m in mutants if m.name in results}
 
-    def done(m: Mutant) -> bool:
-        found = results.get(m.name)
-        return bool(found) and found["key"] == m.key(found["noticed_by"])
-
     chosen = [m for m in mutants if m.paths() and (options.only in m.name or options.only in m.file)]
-    left = [m for m in chosen if not done(m)]
+    left = [m for m in chosen if not _fresh(m, results)]
     left.sort(key=lambda m: (m.name in results, m.notebooks[0] == "08", m.notebooks))  # new ones first, slow ones last
     for m in mutants:
         if not m.paths():
