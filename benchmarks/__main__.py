@@ -199,9 +199,10 @@ def main() -> None:
         print(
             f"left out, as this processor has no units for them: {', '.join(left_out)}; --dtypes runs them", flush=True
         )
+    described = describe(args.device) | ({"left out": f"{', '.join(left_out)}, without units here"} if left_out else {})
     cache = args.cache_mib << 20 if args.cache_mib else measure.last_level_cache(args.device)
     bandwidth, flops, source = measure.floors(args.device, dtypes, cache)
-    machine = describe(args.device) | {
+    machine = described | {
         "last-level cache": f"{cache / 2**20:.0f} MiB",
         "floor": f"{bandwidth / 1e9:.1f} GB/s; "
         + ", ".join(f"{str(d).removeprefix('torch.')} {flops[d] / 1e9:.0f} GFLOP/s" for d in dtypes)

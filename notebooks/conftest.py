@@ -137,12 +137,18 @@ class Budget(Extra):
         times = (process / "stat").read_text().rpartition(")")[2].split()[11:15]
         seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
         peak = int(re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())[1]) * 1024
-        said = []
-        self.parent.kernel.kc.execute_interactive(
-            CALIBRATION, store_history=False, allow_stdin=False, timeout=600,
-            output_hook=lambda message: said.append(message["content"].get("text", "")),
-        )  # fmt: skip
-        check_budget(seconds, float("".join(said)), peak)
+        said = {"stdout": "", "stderr": ""}
+
+        def hear(message: dict) -> None:
+            content = message["content"]
+            if "text" in content:
+                said[content.get("name", "stderr")] += content["text"]
+
+        reply = self.parent.kernel.kc.execute_interactive(
+            CALIBRATION, store_history=False, allow_stdin=False, timeout=600, output_hook=hear
+        )
+        assert reply["content"]["status"] == "ok", f"the mini model could not be timed: {reply['content']}"
+        check_budget(seconds, float(said["stdout"]), peak)
 
 
 def check_budget(seconds: float, seconds_per_evaluation: float, peak: float) -> None:

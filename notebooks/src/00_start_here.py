@@ -88,7 +88,7 @@ objective = RFSRObjective(
     lambda_structure=4.0,
     rewards=[WeightedReward(iqa, 0.1), WeightedReward(preference, 0.005)],
     style_loss=style,
-    lambda_style=2000.0,
+    lambda_style=400.0,
     reference=model,
 )
 

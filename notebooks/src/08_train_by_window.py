@@ -239,7 +239,7 @@ show(
 # parts of the loss, before their weights. (One picture is enough here; section 5 compares batches.)
 
 # %%
-LAMBDA = {"structure": 4.0, "iqa": 0.1, "preference": 0.005, "style": 2000.0}
+LAMBDA = {"structure": 4.0, "iqa": 0.1, "preference": 0.005, "style": 400.0}
 
 
 def LL(x):

@@ -337,7 +337,7 @@ def tune(model, reward, style_weight, iterations=40):
 
 # %%
 results = {}
-for name, options in {"before": None, "preset": (0.1, 2000.0), "greedy": (3.0, 20.0)}.items():
+for name, options in {"before": None, "preset": (0.1, 400.0), "greedy": (3.0, 4.0)}.items():
     candidate = PixelISR(copy.deepcopy(toy.networks["network"]))
     if options:
         tune(candidate, *options)

@@ -38,7 +38,7 @@ def test_presets_say_only_what_differs_from_the_defaults(name):
     ("values", "sentence"),
     [
         ({"lerning_rate": 1e-4}, "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
-        ({5: 1e-4}, "unknown key '5'; valid are model, data, "),
+        ({5: 1e-4}, "unknown key '5'; valid are model, model_options, data, "),
         ({"style_loss": "grma"}, "style_loss must be gram, kl or none, got 'grma'; did you mean 'gram'?"),
         ({"style_loss": None}, "style_loss must be gram, kl or none, got None"),
         ({"iterations": "many"}, "iterations must be a whole number (at least 1, at most 10000000), got 'many'"),
