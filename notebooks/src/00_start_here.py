@@ -103,7 +103,7 @@ others = PhotographCrops(["astronaut", "china", "coins", "motorcycle"], 64, dead
 weights = list(trained.unfreeze().trained_parameters().values())
 optimizer = torch.optim.Adam(weights, lr=1e-4)
 drawn = torch.tensor([*range(1, 21), *range(41, 51)])[
-    torch.randint(30, (24,), generator=torch.Generator().manual_seed(3))
+    torch.randint(30, (24,), generator=torch.Generator().manual_seed(1))
 ]
 for k, step in enumerate(drawn.tolist()):
     batch = [others[2 * k], others[2 * k + 1]]

@@ -64,8 +64,9 @@ def haar_ll_l1_loss(
 
     Differentiable in either or both inputs, and in ``weight``; the gradient of :math:`|d|` at 0 is 0. Only two bits
     per LL coefficient are kept for backward, so neither input is kept alive. An empty batch gives NaN, as
-    ``torch.mean`` does. Bitwise reproducible for any number of threads. A second derivative (zero almost
-    everywhere) is refused with a sentence.
+    ``torch.mean`` does. Bitwise reproducible for any number of threads. There is no second derivative (it is zero
+    almost everywhere): the gradient has no graph, and where one is asked through it, a sentence refuses. Forward-mode
+    tangents are refused as well.
 
     Above level 1 the lower bands, and clamped inputs, are written in the dtype of the sums; the last level is fused
     with the distance.

@@ -241,3 +241,25 @@ print("served")
     environment = {**os.environ, "RFSR_BACKEND": "reference"}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert run.returncode == 0 and "served" in run.stdout, run.stderr
+
+
+# ------------------------------------------------------------------------------------ forward mode
+
+FORWARD = {
+    "haar_ll": lambda x: haar_ll(x),
+    "haar_ll_l1_loss": lambda x: haar_ll_l1_loss(x, torch.zeros(2, 3, 6, 5)),
+    "its target": lambda x: haar_ll_l1_loss(torch.zeros(2, 3, 6, 5), x),
+    "gram_matrix": lambda x: gram_matrix(x),
+    "gram_loss": lambda x: gram_loss(x, torch.ones(2, 3, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_is_refused_and_never_zero(name):
+    x, tangent = torch.rand(2, 3, 6, 5), torch.rand(2, 3, 6, 5)
+    with pytest.raises(NotImplementedError, match="must carry no forward-mode tangent .* use reverse mode"):
+        torch.func.jvp(FORWARD[name], (x,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="must carry no forward-mode tangent"):
+            FORWARD[name](torch.autograd.forward_ad.make_dual(x, tangent))
+        FORWARD[name](x)  # without a tangent nothing is lost
