@@ -1,6 +1,5 @@
 """A finished result is taken again only for the settings it was made with."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pandas as pd
@@ -80,4 +79,4 @@ def test_every_variant_is_a_configuration():
     config = RFSRConfig()
     for changes in ablation.VARIANTS.values():
         changes = {key: value for key, value in changes.items() if not (key == "rewards" and isinstance(value, int))}
-        assert dataclasses.asdict(config.replace(**changes))
+        assert config.replace(**changes).to_dict() | changes == config.replace(**changes).to_dict()
