@@ -129,8 +129,8 @@ show(
 
 # %% [markdown]
 # **What to see.** Compare the two in the middle. The inside of the cup has fewer colored specks, and the edge of the
-# coffee is darker and clearer. MiniIQA rose; the distance to the truth (PSNR in decibels, more is closer)
-# hardly moved. One picture proves little, so here are the other two, and the second reward.
+# coffee is darker and clearer. MiniIQA rose, and in this run the closeness to the truth (PSNR in
+# decibels) as well. One picture proves little, so here are the other two, and the second reward.
 
 # %%
 with torch.no_grad():

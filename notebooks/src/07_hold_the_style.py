@@ -461,7 +461,7 @@ HOLDS = {
     "none": lambda output, image: 0.0,
     "LoRA": lambda output, image: 0.0,
     "KL": lambda output, image: 1.0 * F.mse_loss(output, output2),
-    "Gram": lambda output, image: 2e4 * style(image, target_gram=wanted),
+    "Gram": lambda output, image: 4e3 * style(image, target_gram=wanted),
 }
 
 

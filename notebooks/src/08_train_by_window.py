@@ -570,8 +570,8 @@ show(
 
 # %% [markdown]
 # **What to see.** Little, as expected: the change has to be shown ten times enlarged. The table knows more than the
-# eye. Both bands came closer to the truth, by about four standard errors and more; PSNR and MiniIQA rose by about two
-# or three, MiniPreference by less. The judge, which was not trained on, did not move beyond its error. So in this run
+# eye. Both bands came closer to the truth, by about four standard errors and more; PSNR, MiniIQA and MiniPreference
+# rose by about two or three. The judge, which was not trained on, did not move beyond its error. So in this run
 # neither window spoiled the other. Is that settled? No: it is one seed, and twelve crops of three photographs. The card
 # of the model ([measured figures](../rfsr_ext/weights/README.md)) has the preset's full length over three seeds, where
 # PSNR stays and the judge *falls*.
