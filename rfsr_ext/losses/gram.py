@@ -141,7 +141,7 @@ class VGGGramLoss(nn.Module):
     @property
     def label(self) -> str:
         """The name shown to people: it says so if the network is a random one."""
-        return "Gram-KL" if self.vgg.weights == "imagenet" else "Gram loss (random VGG19, a stand-in)"
+        return "Gram loss" if self.vgg.weights == "imagenet" else "Gram loss (random VGG19, a stand-in)"
 
     @torch.no_grad()
     def target_gram(self, target: Tensor) -> list[Tensor]:

@@ -102,7 +102,7 @@ def _timm(name: str, purpose: str) -> WeightFile:
 
 
 FILES: dict[str, WeightFile] = {
-    "vgg19": _torchvision("vgg19-dcbb9e9d.pth", "VGG19 (ImageNet) of Gram-KL", 548.051),
+    "vgg19": _torchvision("vgg19-dcbb9e9d.pth", "VGG19 (ImageNet) of the Gram loss", 548.051),
     "vgg16": _torchvision("vgg16-397923af.pth", "trunk of LPIPS-VGG and DISTS", 527.796),
     "alexnet": _torchvision("alexnet-owt-7be5be79.pth", "trunk of LPIPS", 233.087),
     "clip-rn50": _openai("RN50.pt", "CLIP of CLIP-IQA, CLIP-IQA+", _RN50, "pyiqa-clip"),

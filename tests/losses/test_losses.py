@@ -117,7 +117,7 @@ def test_gram_loss_is_eq_6(vgg):
     gradients = [torch.autograd.grad(v, pred, retain_graph=True)[0] for v in (value, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
     assert loss(target, target) == 0
-    assert loss.label == "Gram-KL (random VGG19, a stand-in)"
+    assert loss.label == "Gram loss (random VGG19, a stand-in)"
 
 
 @pytest.mark.parametrize("layer_norm", [False, True], ids=["raw", "layer_norm"])
