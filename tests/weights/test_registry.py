@@ -120,7 +120,7 @@ def test_a_file_that_changed_is_read_again(places, known):
 def test_a_renamed_file(places, known):
     (places / "mine" / "vgg19.pth").write_bytes(CONTENT)
     sentence = (
-        rf"{FILE} \(VGG19 \(ImageNet\) of Gram-KL\) is not in {places}/mine or "
+        rf"{FILE} \(VGG19 \(ImageNet\) of the Gram loss\) is not in {places}/mine or "
         rf"{places}/torch/hub/checkpoints; with a network, `rfsr weights fetch vgg19` gets it from https://"
     )
     with pytest.raises(FileNotFoundError, match=sentence):
