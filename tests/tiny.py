@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DCondi
 from torch import nn
 
 from rfsr_ext.mini import architecture
-from rfsr_ext.models import Condition, ControlNetISRModel, ISRModel, Recipe
+from rfsr_ext.models import ControlNetISRModel, ISRModel, Recipe
 
 
 def tiny_parts(seed: int = 0, scheduler=None, **scheduler_options) -> dict:
@@ -68,11 +68,11 @@ class PixelModel(ISRModel):
         self.scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
         super().__init__()
 
-    @torch.no_grad()
-    def condition(self, lr, prompts, negative_prompts=None):
-        self.check_lr(lr, prompts, negative_prompts)
-        image = lr.repeat_interleave(4, -1).repeat_interleave(4, -2)
-        return Condition(image, list(prompts), {"lr": image})
+    def first_stage(self, lr):
+        return lr.repeat_interleave(4, -1).repeat_interleave(4, -2)
+
+    def control(self, image):
+        return {"lr": image}
 
     def predict(self, latents, timestep, condition):
         return self.networks["network"](torch.cat([latents, condition.spatial["lr"]], dim=1))

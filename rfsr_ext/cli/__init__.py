@@ -93,8 +93,11 @@ def upscale(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("upscaled"),
     prompt: Annotated[str, typer.Option(help="What the image shows, a few words.")] = "",
     steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's own by default.")] = None,
-    tile: Annotated[int, typer.Option(help="Side of the tiles, in output pixels.")] = 128,
-    color_fix: Annotated[str, typer.Option(help="wavelet, adain or none.")] = "wavelet",
+    tile: Annotated[
+        int | None, typer.Option(help="Side of the tiles, in output pixels; the model's own by default.")
+    ] = None,
+    overlap: Annotated[int | None, typer.Option(help="Of neighboring tiles at least, likewise.")] = None,
+    color_fix: Annotated[str, typer.Option(help="wavelet, adain or none; the model's own by default.")] = "recipe",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
     guidance_scale: Annotated[
@@ -108,8 +111,8 @@ def upscale(
     from rfsr_ext.cli.upscale import upscale_files
 
     upscale_files(
-        images, model, output, prompt, steps, tile, color_fix, seed, overwrite, guidance_scale, negative_prompt,
-        parse_pairs("--model-option", model_option),
+        images, model, output, prompt, steps, tile, overlap, color_fix, seed, overwrite, guidance_scale,
+        negative_prompt, parse_pairs("--model-option", model_option),
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """``rfsr upscale``: files in, files out."""
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,13 @@ from rfsr_ext.data.images import SUFFIXES, read_image_and_alpha, resize, to_imag
 from rfsr_ext.files import make_folder, replace_file
 from rfsr_ext.models import load_model
 from rfsr_ext.sampling import upscale
+from rfsr_ext.sampling.upscale import tiling
 
 __all__ = ["upscale_files"]
 
 logger = logging.getLogger(__name__)
 
-COLOR_FIXES = ("wavelet", "adain", "none")
-OVERLAP = 32  # of tiles at least, in output pixels
+COLOR_FIXES = ("recipe", "wavelet", "adain", "none")
 
 
 def _images(paths: Sequence[Path]) -> list[Path]:
@@ -69,8 +68,9 @@ def upscale_files(
     output: Path,
     prompt: str = "",
     steps: int | None = None,
-    tile: int = 128,
-    color_fix: str = "wavelet",
+    tile: int | None = None,
+    overlap: int | None = None,
+    color_fix: str = "recipe",
     seed: int = 0,
     overwrite: bool = False,
     guidance_scale: float | None = None,
@@ -89,15 +89,15 @@ def upscale_files(
     """
     if steps is not None and steps < 1:
         raise ValueError(f"--steps must be at least 1, got {steps}")
-    if tile < 1:
+    if tile is not None and tile < 1:
         raise ValueError(f"--tile must be at least 1, got {tile}")
+    if overlap is not None and overlap < 0:
+        raise ValueError(f"--overlap must be at least 0, got {overlap}")
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
     images = _images(paths)
     isr = load_model(model, **(model_options or {}))
-    overlap = math.ceil(OVERLAP / isr.multiple) * isr.multiple
-    if tile <= overlap:
-        raise ValueError(f"--tile must be more than the {overlap} pixels by which tiles overlap, got {tile}")
+    tiling(isr, tile, overlap)  # refused before any work
     targets = _targets(images, output, isr.scale, overwrite)
     make_folder(output)
     left_out = []
@@ -105,7 +105,7 @@ def upscale_files(
         try:
             image, alpha = read_image_and_alpha(path)
             sr = upscale(
-                isr, to_tensor(image), prompt, seed=seed, tile=tile, overlap=OVERLAP, num_inference_steps=steps,
+                isr, to_tensor(image), prompt, seed=seed, tile=tile, overlap=overlap, num_inference_steps=steps,
                 color_fix=None if color_fix == "none" else color_fix, guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt,
             )  # fmt: skip

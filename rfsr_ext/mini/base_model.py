@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from rfsr_ext.mini import architecture
 from rfsr_ext.mini.stage import train_stage
-from rfsr_ext.models import Condition, ControlNetISRModel
+from rfsr_ext.models import Condition, ControlNetISRModel, Recipe
 
 __all__ = ["train_autoencoder", "train_denoiser"]
 
@@ -61,8 +61,9 @@ def train_denoiser(vae, dataset: Dataset, folder: Path, iterations: int, batch_s
     tokenizer = architecture.tokenizer()
     unet, controlnet = architecture.denoiser()
     model = ControlNetISRModel(
-        vae, architecture.text_encoder(tokenizer), tokenizer, unet, controlnet, architecture.scheduler()
-    )
+        vae, architecture.text_encoder(tokenizer), tokenizer, unet, controlnet, architecture.scheduler(),
+        recipe=Recipe(tile=128, overlap=32),
+    )  # fmt: skip
 
     process = model.process()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from rfsr_ext.models.process import Process, check_scheduler
 __all__ = ["Condition", "ISRModel", "Recipe"]
 
 _STARTS = ("lr", "noise")
+_COLOR_FIXES = ("wavelet", "adain", None)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Recipe:
         guidance_scale: of classifier-free guidance at inference; 1 is none.
         added_prompt: appended to every prompt at inference, such as "clean, high-resolution, 8k".
         negative_prompt: of classifier-free guidance.
+        start_timestep: with "lr" the timestep whose noise is added; None for the first one of the trajectory.
+        color_fix: of upscaling, "wavelet", "adain" or None.
+        tile, overlap: of upscaling in tiles, in pixels of the result.
+        min_side: a result with a shorter side is made from an LR image enlarged to reach it, and made smaller again.
         structure_window, reward_window: which steps get which loss, in ``window_unit``; None for none.
         window_unit: "steps", "timesteps" or "noise", see `rfsr_ext.sampling.TimestepWindows`.
 
@@ -91,6 +97,11 @@ class Recipe:
     guidance_scale: float = 1.0
     added_prompt: str = ""
     negative_prompt: str = ""
+    start_timestep: int | None = None
+    color_fix: str | None = "wavelet"
+    tile: int = 512
+    overlap: int = 128
+    min_side: int = 0
     structure_window: tuple[float, float] | None = (1, 20)
     reward_window: tuple[float, float] | None = (41, 50)
     window_unit: str = "steps"
@@ -100,6 +111,12 @@ class Recipe:
             raise ValueError(f"start must be one of {', '.join(_STARTS)}, got {self.start!r}")
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
+        if self.color_fix not in _COLOR_FIXES:
+            raise ValueError(f"color_fix must be one of {list(_COLOR_FIXES)}, got {self.color_fix!r}")
+        if not 0 <= self.overlap < self.tile:
+            raise ValueError(
+                f"overlap must be at least 0 and smaller than tile, got overlap {self.overlap} and tile {self.tile}"
+            )
         for name in ("structure_window", "reward_window"):  # JSON has lists only
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -112,9 +129,10 @@ class Recipe:
 class ISRModel(ABC):
     """A latent diffusion model that turns a low-resolution image into a sharp one ``scale`` times its size.
 
-    A subclass sets the attributes, then calls ``super().__init__()``, and says what differs between models:
-    `condition`, `predict`, `encode` and `decode`; `process` where one scheduler with uniform timesteps is not all.
-    Latents are ``[N, C, h, w]`` everywhere but inside `predict`.
+    A subclass sets the attributes, then calls ``super().__init__()``, and says what differs between models: `predict`,
+    `encode` and `decode`; of what networks are conditioned on `control` and `embed`, and `first_stage` where more than
+    an enlargement comes first; `process` where one scheduler with uniform timesteps is not all.  Latents are
+    ``[N, C, h, w]`` everywhere but inside `predict`.
 
     Attributes:
         networks: every network by name.  Trainers put wrapped ones (adapters, several processes) in their place here.
@@ -150,12 +168,21 @@ class ISRModel(ABC):
 
     # -- what differs between models ------------------------------------------------------------------------------
 
-    @abstractmethod
-    def condition(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> Condition:
-        """``lr`` ``[N, 3, h, w]`` in [0, 1] and one prompt per image, without gradient.
+    def first_stage(self, lr: Tensor) -> Tensor:
+        """The image ``[N, 3, scale·h, scale·w]`` in [0, 1] that the result is a better version of: ``lr`` enlarged."""
+        return F.interpolate(lr, scale_factor=self.scale, mode="bicubic").clamp(0, 1)
 
-        With ``negative_prompts``, one per image, the condition holds a second one for classifier-free guidance.
-        """
+    def control(self, image: Tensor) -> dict[str, Tensor]:
+        """What networks see of that image, for `Condition.spatial`; of a large image only a tile is given."""
+        return {}
+
+    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """What belongs to the whole image, for `Condition.shared`: text embeddings, image tokens."""
+        return {}
+
+    def describe(self, lr: Tensor) -> list[str]:
+        """A prompt for each image, from the model's own tagger; "" where it has none."""
+        return [""] * len(lr)
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
@@ -177,6 +204,25 @@ class ISRModel(ABC):
         return Process(self.scheduler, num_inference_steps or self.recipe.num_inference_steps)
 
     # -- what is the same for all ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def condition(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> Condition:
+        """``lr`` ``[N, 3, h, w]`` in [0, 1] and one prompt per image, without gradient.
+
+        With ``negative_prompts``, one per image, the condition holds a second one for classifier-free guidance.
+
+        Raises:
+            TypeError, ValueError: as `check_lr` does.
+        """
+        self.check_lr(lr, prompts, negative_prompts)
+        lr = lr.to(self.device, self.dtype)
+        image = self.first_stage(lr)
+        spatial = self.control(image)
+
+        def under(texts: list[str], negative: Condition | None) -> Condition:
+            return Condition(image, list(texts), spatial, self.embed(lr, texts), negative)
+
+        return under(prompts, None if negative_prompts is None else under(negative_prompts, None))
 
     def check_lr(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> None:
         """Refuse what no model can take.
@@ -210,7 +256,8 @@ class ISRModel(ABC):
         noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
         if self.recipe.start == "noise":
             return noise * process.init_noise_sigma
-        return process.add_noise(self.encode(condition.image), noise, process.timesteps[0])
+        start = process.timesteps[0] if self.recipe.start_timestep is None else self.recipe.start_timestep
+        return process.add_noise(self.encode(condition.image), noise, start)
 
     @property
     def _denoiser(self) -> nn.Parameter:

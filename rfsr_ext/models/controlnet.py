@@ -4,51 +4,28 @@ Saved as an ordinary diffusers folder that `diffusers.StableDiffusionControlNetP
 facts diffusers has no place for (scale and recipe) lie beside it in ``isr_config.json``.
 """
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from rfsr_ext.files import replace_folder
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
+from rfsr_ext.models.folders import open_part, quiet, read_index
 
-__all__ = ["ISR_CONFIG", "ControlNetISRModel"]
+__all__ = ["ISR_CONFIG", "ControlNetISRModel", "check_recipe", "open_tokenizer_and_scheduler"]
 
 ISR_CONFIG = "isr_config.json"
 """The file in a model's folder that holds what diffusers has no place for."""
 
 _PIPELINE = "StableDiffusionControlNetPipeline"
-_NETWORKS = {
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "unet": UNet2DConditionModel,
-    "controlnet": ControlNetModel,
-}
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Opening or writing a folder takes a second and would show progress bars."""
-    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
 
 
 class ControlNetISRModel(ISRModel):
@@ -66,6 +43,16 @@ class ControlNetISRModel(ISRModel):
     Raises:
         ValueError: if the parts do not fit each other, or the scheduler cannot serve.
     """
+
+    kind: ClassVar[str] = "controlnet"  # what load_model knows it by
+    classes: ClassVar[dict[str, type]] = {  # of the networks in its folder
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "unet": UNet2DConditionModel,
+        "controlnet": ControlNetModel,
+    }
+    optional: ClassVar[frozenset[str]] = frozenset()  # which of them a folder may lack
+    opens: ClassVar[str] = "Stable Diffusion 1.x and 2.x with a ControlNet"
 
     def __init__(
         self,
@@ -116,20 +103,11 @@ class ControlNetISRModel(ISRModel):
 
     # -- conditioning ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def condition(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> Condition:
-        """Enlarge ``lr`` bicubically for the ControlNet and embed the prompts; see `ISRModel.condition`."""
-        self.check_lr(lr, prompts, negative_prompts)
-        lr = lr.to(self.device, self.dtype)
-        image = F.interpolate(lr, scale_factor=self.scale, mode="bicubic").clamp(0, 1)
-        spatial = {"controlnet_cond": image}
+    def control(self, image: Tensor) -> dict[str, Tensor]:
+        return {"controlnet_cond": image}
 
-        def conditioned_on(texts: list[str], negative: Condition | None) -> Condition:
-            shared = {"encoder_hidden_states": self.encode_prompts(texts)}
-            return Condition(image, list(texts), spatial, shared, negative)
-
-        negative = None if negative_prompts is None else conditioned_on(negative_prompts, None)
-        return conditioned_on(prompts, negative)
+    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self.encode_prompts(prompts)}
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Prompts to ``[N, L, D]``; gradients reach the text encoder where its parameters ask for them."""
@@ -183,12 +161,16 @@ class ControlNetISRModel(ISRModel):
             index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
         index |= {"feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None]}
         index["requires_safety_checker"] = False
-        config = {"model": "controlnet", "scale": self.scale, "trained": self.trained, "recipe": self.recipe.to_dict()}
-        with replace_folder(path) as folder, _no_bars():
+        config = {"model": self.kind, "scale": self.scale, "trained": self.trained, "recipe": self.recipe.to_dict()}
+        with replace_folder(path) as folder, quiet():
             for name, part in parts.items():
                 part.save_pretrained(folder / name)
-            for name, values in (("model_index.json", index), (ISR_CONFIG, config)):
+            for name, values in (("model_index.json", index), (ISR_CONFIG, config | self.settings())):
                 (folder / name).write_text(json.dumps(values, indent=2, sort_keys=name != ISR_CONFIG) + "\n")
+
+    def settings(self) -> dict[str, Any]:
+        """What a subclass wants to find again in ``isr_config.json``: arguments of its class, as JSON."""
+        return {}
 
     @classmethod
     def from_pretrained(
@@ -212,63 +194,64 @@ class ControlNetISRModel(ISRModel):
 
         Raises:
             FileNotFoundError: if there is no such folder.
-            ValueError: if it holds another kind of model.
+            ValueError: if it holds another kind of model, or weights are missing, unknown or damaged.
             TypeError: for a recipe field that does not exist.
         """
         path = Path(path)
         config = path / ISR_CONFIG
         stored: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
-        known = {f.name for f in dataclasses.fields(Recipe)}
-        for name in recipe:
-            if name not in known:
-                raise TypeError(f"recipe field must be one of {', '.join(sorted(known))}, got {name!r}")
-        classes = _read_index(path, own_controlnet=controlnet is None)
-        with _no_bars():
-            parts: dict[str, Any] = {}
-            for name, kind in _NETWORKS.items():
-                folder = Path(controlnet) if name == "controlnet" and controlnet is not None else path / name
-                if not folder.is_dir():
-                    raise FileNotFoundError(
-                        f"{name} folder {str(folder)!r} does not exist; give a complete model folder"
-                    )
-                parts[name] = kind.from_pretrained(folder, local_files_only=True)
-            parts["tokenizer"] = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
-            parts["scheduler"] = getattr(diffusers, classes["scheduler"]).from_pretrained(path / "scheduler")
-        merged = Recipe(**(stored.get("recipe", {}) | recipe))
-        scale = stored.get("scale", 4) if scale is None else scale
-        model = cls(**parts, scale=scale, recipe=merged, trained=stored.get("trained") if trained is None else trained)
-        return model.to(model.device, torch_dtype)  # diffusers' own argument for it changes its name between releases
+        own = {name: stored.pop(name, None) for name in ("model", "scale", "trained", "recipe")}
+        scale = own["scale"] or 4 if scale is None else scale
+        trained = own["trained"] if trained is None else trained
+        recipe = (own["recipe"] or {}) | check_recipe(recipe)
+        parts = cls._open_parts(path, controlnet, torch_dtype)
+        return cls(**parts, scale=scale, recipe=Recipe(**recipe), trained=trained, **stored)
+
+    @classmethod
+    def _open_parts(cls, path: Path, controlnet: str | Path | None, dtype: torch.dtype) -> dict[str, Any]:
+        found = read_index(path)
+        if controlnet is None and found.get("controlnet") is None:
+            raise ValueError(
+                f"model folder {str(path)!r} is a {found['_class_name']} without ControlNet; give its folder as "
+                f"controlnet=, or a {_PIPELINE} folder"
+            )
+        parts: dict[str, Any] = {}
+        for name, kind in cls.classes.items():
+            own = name != "controlnet" or controlnet is None
+            if name in cls.optional and found.get(name) is None:
+                continue
+            if own and found.get(name) != kind.__name__:
+                raise ValueError(
+                    f"{name} in {str(path)!r} must be a {kind.__name__}, got {found.get(name)}; this class opens "
+                    f"{cls.opens}"
+                )
+            parts[name] = open_part(kind, path / name if own else Path(controlnet or ""), dtype, name)
+        return parts | open_tokenizer_and_scheduler(path)
 
 
-def _read_index(path: Path, own_controlnet: bool) -> dict[str, str]:
-    """The class of each part of a diffusers folder.
+def check_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Recipe`.
 
     Raises:
-        FileNotFoundError, ValueError: one sentence for each way in which a folder is not what it should be.
+        TypeError: for one that does not exist.
     """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"model folder {str(path)!r} does not exist; give a folder on disk or one of list_models()"
-        )
-    index = path / "model_index.json"
-    if not index.is_file():
-        what = "a file" if path.is_file() else "a folder without model_index.json"
-        raise ValueError(
-            f"model must be a diffusers folder (model_index.json, unet/, controlnet/ …), got {what}: {str(path)!r}"
-        )
-    entries = json.loads(index.read_text())
-    classes = {name: value[1] for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
-    if own_controlnet and classes.get("controlnet") is None:
-        raise ValueError(
-            f"model folder {str(path)!r} is a {entries.get('_class_name')} without ControlNet; give its folder as "
-            f"controlnet=, or a {_PIPELINE} folder"
-        )
-    for name, kind in _NETWORKS.items():
-        if name != "controlnet" and classes.get(name) != kind.__name__:
-            raise ValueError(
-                f"{name} in {str(path)!r} must be a {kind.__name__}, got {classes.get(name)}; this class opens Stable "
-                f"Diffusion 1.x and 2.x with a ControlNet"
-            )
-    if not hasattr(diffusers, classes.get("scheduler") or ""):
-        raise ValueError(f"scheduler in {str(path)!r} must be one of diffusers, got {classes.get('scheduler')}")
-    return classes
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    for name in recipe:
+        if name not in known:
+            raise TypeError(f"recipe field must be one of {', '.join(sorted(known))}, got {name!r}")
+    return recipe
+
+
+def open_tokenizer_and_scheduler(path: Path) -> dict[str, Any]:
+    """The two parts of a Stable Diffusion folder that are no networks.
+
+    Raises:
+        ValueError: if the scheduler is none of diffusers.
+    """
+    scheduler = read_index(path).get("scheduler")
+    if not hasattr(diffusers, scheduler or ""):
+        raise ValueError(f"scheduler in {str(path)!r} must be one of diffusers, got {scheduler}")
+    return {
+        "tokenizer": CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
+        "scheduler": getattr(diffusers, scheduler or "").from_pretrained(path / "scheduler"),
+    }

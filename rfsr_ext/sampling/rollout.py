@@ -138,12 +138,14 @@ def inference_condition(
 ) -> tuple[Condition, float]:
     """The condition of inference and its guidance scale; what is None comes from ``model.recipe``.
 
-    The recipe's ``added_prompt`` is appended to every prompt.
+    A prompt is what the model itself says of the image, what is given, and the recipe's ``added_prompt``.
     """
     recipe = model.recipe
     scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
     negative = recipe.negative_prompt if negative_prompt is None else negative_prompt
-    texts = [", ".join(text for text in (prompt, recipe.added_prompt) if text) for prompt in prompts]
+    seen = model.describe(lr.to(model.device, model.dtype))
+    parts = zip(seen, prompts, [recipe.added_prompt] * len(prompts), strict=True)
+    texts = [", ".join(filter(None, texts)) for texts in parts]
     return model.condition(lr, texts, None if scale == 1 else [negative] * len(texts)), scale
 
 

@@ -4,6 +4,7 @@ The tiles share one noise and are blended at every sampling step, as in MultiDif
 so that neighbors agree on what they draw and no seam appears.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -39,7 +40,7 @@ class Tiles:
         """Top and left of each tile, in pixels."""
         return list(itertools.product(self._starts(self.height), self._starts(self.width)))
 
-    def _part(self, corner: tuple[int, int], factor: int) -> tuple:
+    def part(self, corner: tuple[int, int], factor: int = 1) -> tuple:
         """The index of a tile in something ``factor`` times smaller than the image."""
         top, left = (n // factor for n in corner)
         height, width = (min(self.tile, n) // factor for n in (self.height, self.width))
@@ -62,7 +63,7 @@ class Tiles:
             batch = corners[first : first + self.batch_size]
 
             def cut(x: Tensor, batch=batch) -> Tensor:
-                return torch.cat([x[self._part(corner, self.height // x.shape[-2])] for corner in batch])
+                return torch.cat([x[self.part(corner, self.height // x.shape[-2])] for corner in batch])
 
             outputs = function(cut, len(batch))
             factor = min(self.tile, self.height) // outputs.shape[-2]
@@ -77,8 +78,8 @@ class Tiles:
                 )
                 window = rows[:, None] * columns
             for corner, output in zip(batch, outputs, strict=True):
-                result[self._part(corner, factor)] += window * output
-                weights[self._part(corner, factor)] += window
+                result[self.part(corner, factor)] += window * output
+                weights[self.part(corner, factor)] += window
         return (result / weights).to(outputs.dtype)
 
 
@@ -97,8 +98,25 @@ class Tiled(ISRModel):
         self.scheduler, self.scale, self.multiple = model.scheduler, model.scale, model.multiple
         self.latent_channels, self.vae_scale_factor = model.latent_channels, model.vae_scale_factor
 
-    def condition(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> Condition:
-        return self.model.condition(lr, prompts, negative_prompts)
+    def first_stage(self, lr: Tensor) -> Tensor:
+        if type(self.model).first_stage is ISRModel.first_stage:
+            return self.model.first_stage(lr)  # no network, and no memory to save
+        return self.tiles.blend(lambda cut, count: self.model.first_stage(cut(lr)))
+
+    def control(self, image: Tensor) -> dict[str, Tensor]:
+        names = self.model.control(image[self.tiles.part(self.tiles.corners()[0])])
+        return {n: self.tiles.blend(lambda cut, count, n=n: self.model.control(cut(image))[n]) for n in names}
+
+    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        return self.model.embed(lr, prompts)
+
+    def describe(self, lr: Tensor) -> list[str]:
+        return self.model.describe(lr)
+
+    def initial_latents(self, condition: Condition, process: Process, generator=None) -> Tensor:
+        twin = copy.copy(self.model)
+        twin.encode = self.encode  # the model's own rule for the start, but encoded in tiles
+        return twin.initial_latents(condition, process, generator)
 
     def process(self, num_inference_steps: int | None = None) -> Process:
         return self.model.process(num_inference_steps)

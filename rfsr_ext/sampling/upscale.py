@@ -12,7 +12,7 @@ from rfsr_ext.sampling.color import COLOR_FIXES
 from rfsr_ext.sampling.rollout import generators, inference_condition, trajectory
 from rfsr_ext.sampling.tiles import Tiled, Tiles
 
-__all__ = ["upscale"]
+__all__ = ["tiling", "upscale"]
 
 
 def _pad(image: Tensor, height: int, width: int) -> Tensor:
@@ -22,6 +22,26 @@ def _pad(image: Tensor, height: int, width: int) -> Tensor:
     return F.pad(image, (0, 0, 0, below), mode="reflect" if below < image.shape[-2] else "replicate")
 
 
+def tiling(model: ISRModel, tile: int | None = None, overlap: int | None = None) -> tuple[int, int, int]:
+    """Side and overlap of tiles and their unit, in pixels of the result; both are rounded up to the unit.
+
+    What is None comes from ``model.recipe``, but an overlap is never more than a quarter of a tile that is given.
+
+    Raises:
+        ValueError: if the overlap is not smaller than the tile.
+    """
+    recipe, unit = model.recipe, math.lcm(model.scale, model.multiple)
+    if overlap is None:
+        overlap = recipe.overlap if tile is None else min(recipe.overlap, tile // 4)
+    tile, overlap = (math.ceil(n / unit) * unit for n in (recipe.tile if tile is None else tile, overlap))
+    if not 0 <= overlap < tile:
+        raise ValueError(
+            f"overlap must be at least 0 and smaller than tile, both in steps of {unit} pixels for this model, got "
+            f"overlap {overlap} and tile {tile}"
+        )
+    return tile, overlap, unit
+
+
 @torch.no_grad()
 def upscale(
     model: ISRModel,
@@ -29,13 +49,13 @@ def upscale(
     prompt: str = "",
     *,
     seed: int = 0,
-    tile: int = 128,
-    overlap: int = 32,
+    tile: int | None = None,
+    overlap: int | None = None,
     batch_size: int = 4,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
-    color_fix: str | None = "wavelet",
+    color_fix: str | None = "recipe",
     progress: bool = True,
 ) -> Tensor:
     """Upscale one photograph of any size.
@@ -48,13 +68,14 @@ def upscale(
         image: LR image ``[3, h, w]`` in [0, 1], one pixel or more.
         prompt: what the photograph shows; every tile gets it.
         seed: of the noise; the same seed gives the same result.
-        tile: side of a tile in pixels of the result, rounded up to a multiple of ``model.multiple``.
+        tile: side of a tile in pixels of the result, rounded up to a multiple of what the model can take.
         overlap: how far neighboring tiles overlap at least, in the same pixels and rounded up in the same way.
         batch_size: tiles denoised at once.
-        num_inference_steps, guidance_scale, negative_prompt: those of the model's recipe by default.
+        num_inference_steps, guidance_scale, negative_prompt: those of the model's recipe by default, like the three
+            around them.
         color_fix: correct color shifts against ``condition.image``, the enlarged LR image: ``"wavelet"`` takes its low
             frequencies (StableSR), ``"adain"`` its channels' mean and standard deviation (SeeSR), None leaves colors
-            alone.
+            alone, ``"recipe"`` does what the authors do.
         progress: show a progress bar.
 
     Returns:
@@ -70,26 +91,29 @@ def upscale(
         raise TypeError(f"image must be floating point in [0, 1], got {image.dtype}; divide 8-bit images by 255")
     if not (image.min() >= 0 and image.max() <= 1):  # also catches NaN
         raise ValueError(f"image must be finite and in [0, 1], got values from {image.min():g} to {image.max():g}")
+    color_fix = model.recipe.color_fix if color_fix == "recipe" else color_fix
     if color_fix not in COLOR_FIXES:
-        raise ValueError(f"color_fix must be one of {list(COLOR_FIXES)}, got {color_fix!r}")
-    tile, overlap = (math.ceil(n / model.multiple) * model.multiple for n in (tile, overlap))
-    if not 0 <= overlap < tile:
-        raise ValueError(
-            f"overlap must be at least 0 and smaller than tile, both as multiples of {model.multiple}, got overlap "
-            f"{overlap} and tile {tile}"
-        )
+        raise ValueError(f"color_fix must be recipe or one of {list(COLOR_FIXES)}, got {color_fix!r}")
+    tile, overlap, unit = tiling(model, tile, overlap)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    unit = math.lcm(model.scale, model.multiple) // model.scale
-    lr = _pad(image[None].float(), *(math.ceil(n / unit) * unit for n in image.shape[-2:])).to(model.device)
+    lr = image[None].float()
+    if (short := min(lr.shape[-2:])) * model.scale < model.recipe.min_side:
+        larger = [math.ceil(n * model.recipe.min_side / (short * model.scale)) for n in lr.shape[-2:]]
+        lr = F.interpolate(lr, larger, mode="bicubic").clamp(0, 1)
+    crop = ..., slice(lr.shape[-2] * model.scale), slice(lr.shape[-1] * model.scale)
+    lr = _pad(lr, *(math.ceil(n * model.scale / unit) * unit // model.scale for n in lr.shape[-2:])).to(model.device)
     height, width = (n * model.scale for n in lr.shape[-2:])
     if max(height, width) > tile:
-        model = Tiled(model, Tiles(height, width, tile, overlap, model.multiple, batch_size))
+        model = Tiled(model, Tiles(height, width, tile, overlap, unit, batch_size))
     condition, guidance_scale = inference_condition(model, lr, [prompt], guidance_scale, negative_prompt)
     states = trajectory(model, condition, generators(seed, [0]), num_inference_steps, guidance_scale)
     with tqdm(total=len(model.process(num_inference_steps)), desc="upscale", unit="step", disable=not progress) as bar:
         for state, _ in states:  # the last of them is the end
             bar.update(state.step - 1 - bar.n)
-    crop = ..., slice(image.shape[-2] * model.scale), slice(image.shape[-1] * model.scale)
     sr, reference = (x[crop].float() for x in (model.decode(state.latents), condition.image))
-    return COLOR_FIXES[color_fix](sr, reference).clamp(0, 1)[0].to(image.device)
+    sr = COLOR_FIXES[color_fix](sr, reference).clamp(0, 1)
+    wanted = [n * model.scale for n in image.shape[-2:]]
+    if list(sr.shape[-2:]) != wanted:
+        sr = F.interpolate(sr, wanted, mode="bicubic", antialias=True).clamp(0, 1)
+    return sr[0].to(image.device)

@@ -109,7 +109,7 @@ class RFSRObjective:
         Args:
             lr: ``[N, 3, h, w]`` in [0, 1].
             gt: ``[N, 3, scale·h, scale·w]`` in [0, 1].
-            prompts: N prompts.
+            prompts: N prompts; in place of an empty one stands what the model itself says of the image.
             step: a sampling step inside one of the windows.
             generator: noise of x_T (and of a stochastic sampler), one or a list of N.
 
@@ -122,6 +122,9 @@ class RFSRObjective:
         in_structure, in_reward = self.windows.in_structure(step), self.windows.in_reward(step)
         if not (in_structure or in_reward):
             raise ValueError(f"step must be one of {self.windows.steps()}, got {step}")
+        if not all(prompts):
+            seen = self.model.describe(lr.to(self.model.device, self.model.dtype))
+            prompts = [prompt or text for prompt, text in zip(prompts, seen, strict=True)]
         negative = None if self.guidance_scale == 1 else [self.negative_prompt] * len(prompts)
         condition = self.model.condition(lr, prompts, negative)
         state = rollout(self.model, condition, step, generator, self.num_inference_steps, self.guidance_scale)

@@ -1,19 +1,24 @@
 """Weight files of other people's models, read without running code that is in them."""
 
 import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["load_strictly", "read_tensors"]
+__all__ = ["load_strictly", "open_network", "read_tensors"]
+
+_WRAPPERS = ("state_dict", "params_ema", "params", "model")
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """Tensors by name from a safetensors file, a TorchScript archive or what ``torch.save`` made of a state dict.
 
-    A lone tensor, such as learned prompts, comes back under the empty name.
+    A lone tensor, such as learned prompts, comes back under the empty name.  The tensors lie in the file until they are
+    used, so a file larger than the memory can be opened.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -32,8 +37,11 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
         ) from error
     if isinstance(found, Tensor):
         return {"": found}
-    if isinstance(found, dict) and set(found) in ({"params"}, {"state_dict"}, {"model"}):
-        (found,) = found.values()
+    if isinstance(found, dict):
+        for wrapper in _WRAPPERS:  # beside the weights may stand counters and settings of the training
+            if isinstance(found.get(wrapper), dict):
+                found = found[wrapper]
+                break
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{what} {str(path)!r} must hold tensors by name, got a {type(found).__name__}")
     return {name.removeprefix("module."): value for name, value in found.items()}
@@ -45,7 +53,8 @@ def _read_torch(path: Path):
         try:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         except RuntimeError:  # no TorchScript archive
-            return torch.load(path, map_location="cpu", weights_only=True)
+            zipped = zipfile.is_zipfile(path)  # the format of torch before 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path, what: str, assign: bool = False) -> None:
@@ -68,3 +77,26 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path, wha
                 f"got {list(tensors[name].shape)}"
             )
     module.load_state_dict(tensors, assign=assign)
+
+
+def open_network(
+    build: Callable[[], nn.Module],
+    tensors: dict[str, Tensor],
+    path: Path,
+    what: str,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """A frozen network whose weights come from ``tensors``, each of them converted to ``dtype`` and put in its place.
+
+    ``build`` runs on the meta device, so the weights are never there twice.
+
+    Raises:
+        ValueError: if names or shapes are not those of the network.
+    """
+    from accelerate import init_empty_weights  # installed with models; the losses go without
+
+    with init_empty_weights(include_buffers=False):
+        network = build()
+    stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    load_strictly(network, stored, path, what, assign=True)
+    return network.eval().requires_grad_(False)

@@ -78,7 +78,7 @@ def test_config_show_prints_every_setting(rfsr):
         (["upscale", "x.png", "--color-fix", "sepia"], "--color-fix must be one of wavelet, adain, none, got 'sepia'"),
         (["upscale", "x.png", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["upscale", "x.png", "--steps", "-1"], "--steps must be at least 1, got -1"),
-        (["upscale", "x.png", "--tile", "8"], "--tile must be more than the 32 pixels by which tiles overlap, got 8"),
+        (["upscale", "x.png", "--tile", "8", "--overlap", "32"], "overlap must be at least 0 and smaller than tile"),
         (["upscale", "x.png", "--tile", "-8"], "--tile must be at least 1, got -8"),
         (["upscale", "x.png", "--output", "x.png"], "'x.png' must be a folder, but 'x.png' is a file; give another"),
         (["upscale", "x.png", "--output", "x.png/out"], "'x.png/out' must be a folder, but 'x.png' is a file"),

@@ -11,7 +11,7 @@ from rfsr_ext.data import evaluation_crops
 from rfsr_ext.evaluation import compare, evaluate, evaluate_bicubic, measure_trajectory, summarize
 from rfsr_ext.metrics import band_ssim, psnr, ssim
 from rfsr_ext.mini import architecture
-from rfsr_ext.models import Condition, ISRModel, Recipe
+from rfsr_ext.models import ISRModel, Recipe
 from rfsr_ext.sampling import generators
 
 
@@ -27,10 +27,6 @@ class NoisyBicubic(ISRModel):
         self.scheduler = DDIMScheduler.from_config(architecture.scheduler().config, set_alpha_to_one=True)
         self.strength = strength
         super().__init__()
-
-    def condition(self, lr, prompts, negative_prompts=None):
-        assert not lr.requires_grad and len(lr) == len(prompts)
-        return Condition(F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1), prompts)
 
     def initial_latents(self, condition, process, generator=None):
         noise = super().initial_latents(condition, process, generator)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfsr_ext.mini import architecture
-from rfsr_ext.models import Condition, ISRModel, Recipe
+from rfsr_ext.models import ISRModel, Recipe
 from rfsr_ext.sampling import Tiles, adain_color_fix, generators, sample, upscale, wavelet_color_fix
 from rfsr_ext.sampling.upscale import _pad
 
@@ -29,11 +29,12 @@ class PixelwiseModel(ISRModel):
     def _see(self, pixels):
         self.seen.extend(pixels.shape[-2:])
 
-    def condition(self, lr, prompts, negative_prompts=None):
-        image = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
-        text = torch.full((len(lr), 2, 3), float(len(prompts[0])))
-        negative = self.condition(lr, negative_prompts) if negative_prompts else None
-        return Condition(image, prompts, {"picture": image, "latent": F.avg_pool2d(image, 4)}, {"text": text}, negative)
+    def control(self, image):
+        self._see(image)
+        return {"picture": image, "latent": F.avg_pool2d(image, 4)}
+
+    def embed(self, lr, prompts):
+        return {"text": torch.full((len(lr), 2, 3), float(len(prompts[0])))}
 
     def predict(self, latents, timestep, condition):
         self._see(condition.image)

@@ -1,0 +1,100 @@
+"""The parts of a diffusers folder, opened strictly: nothing is downloaded, and every weight is accounted for."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+__all__ = ["open_part", "quiet", "read_index"]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice of the libraries while a folder is opened or written."""
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    for log, _ in levels:
+        log.set_verbosity_error()
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+        for log, level in levels:
+            log.set_verbosity(level)
+
+
+def read_index(path: Path) -> dict[str, str | None]:
+    """The class of each part of a diffusers folder, by name; that of its pipeline as ``_class_name``.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it is none of diffusers.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"model folder {str(path)!r} does not exist; give a folder on disk or one of list_models()"
+        )
+    index = path / "model_index.json"
+    if not index.is_file():
+        what = "a file" if path.is_file() else "a folder without model_index.json"
+        raise ValueError(
+            f"model must be a diffusers folder (model_index.json, unet/, controlnet/ …), got {what}: {str(path)!r}"
+        )
+    entries: Mapping[str, Any] = json.loads(index.read_text())
+    classes = {name: value[1] for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
+    return {"_class_name": entries.get("_class_name"), **classes}
+
+
+def open_part(kind: type, folder: str | Path, dtype: torch.dtype = torch.float32, name: str | None = None) -> nn.Module:
+    """A network from its folder (``config.json`` and weights), by diffusers or transformers, in ``dtype``.
+
+    A folder that holds only half-precision files (``*.fp16.safetensors``) is opened as well.  Weights go from the file
+    into their places one by one; they are never there twice.  ``name`` is what an error calls the part.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the files are damaged, or lack weights, or have weights that the network does not know.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name or folder.name} folder {str(folder)!r} does not exist; give a complete model folder"
+        )
+    files = [file.name for file in folder.iterdir()]
+    halves = [name for name in files if ".fp16." in name]
+    whole = [name for name in files if name.endswith((".safetensors", ".bin")) and name not in halves]
+    options: dict[str, Any] = {"variant": "fp16"} if halves and not whole else {}
+    # diffusers calls it torch_dtype and may change its mind; transformers has changed to dtype
+    options |= {"dtype": dtype} if kind.__module__.startswith("transformers") else {"torch_dtype": dtype}
+    try:
+        with quiet():
+            network, report = kind.from_pretrained(  # pyrefly: ignore[missing-attribute]
+                folder, local_files_only=True, output_loading_info=True, **options
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:300]
+        raise ValueError(
+            f"{str(folder)!r} cannot be opened as {kind.__name__} ({reason}); the files are damaged or of another "
+            "model, fetch them again"
+        ) from error
+    missing, strange = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or strange:
+        lacks = f"lacks {len(missing)} weights such as {missing[0]}" if missing else "lacks none"
+        more = f"has {len(strange)} unknown ones such as {strange[0]}" if strange else "has no unknown ones"
+        raise ValueError(f"{str(folder)!r} is no {kind.__name__} of its config.json: it {lacks} and {more}")
+    if mismatched := report.get("mismatched_keys"):
+        name, given, wanted = sorted(mismatched)[0]
+        raise ValueError(
+            f"{str(folder)!r} is no {kind.__name__} of its config.json: {name} must have shape {list(wanted)}, got "
+            f"{list(given)}"
+        )
+    return network
