@@ -44,7 +44,7 @@ from rfsr_ext import haar_ll_l1_loss
 from rfsr_ext.data import PhotographCrops, evaluation_crops, photographs
 from rfsr_ext.losses import HaarLLLoss, VGGGramLoss
 from rfsr_ext.metrics import psnr
-from rfsr_ext.models import Condition, ISRModel, Recipe, check_model, load_model
+from rfsr_ext.models import ISRModel, Recipe, check_model, load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import MiniIQA, WeightedReward, create_reward
 from rfsr_ext.sampling import TimestepWindows, generators, sample
@@ -237,9 +237,11 @@ del loss, structure, images, pred_original_sample, theirs, prediction, residuals
 #
 # ## 4 · Your own base model
 #
-# What must a model be able to do? The class `ISRModel` asks for four things: make the condition, predict, encode and
-# decode pictures. It has the rest: noise process, start, parts to train, a frozen copy of itself. Let us adapt a toy that has nothing in common with Stable Diffusion: no autoencoder, no text, ten steps, and a network
-# that answers with the *picture*, not with noise.
+# What must a model be able to do? The class `ISRModel` asks for three things: predict, encode and decode pictures. It
+# asks for more only where a model is more than that: what its networks see of the enlarged picture (`control`), text and
+# tokens (`embed`), a first network that cleans the picture (`first_stage`). It has the rest: noise process, start, parts
+# to train, a frozen copy of itself. Let us adapt a toy that has nothing in common with Stable Diffusion: no autoencoder,
+# no text, ten steps, and a network that answers with the *picture*, not with noise.
 
 
 # %%
@@ -273,9 +275,8 @@ class PixelISR(ISRModel):
         self.scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
         super().__init__()
 
-    def condition(self, lr, prompts, negative_prompts=None):
-        enlarged = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
-        return Condition(enlarged, list(prompts), spatial={"enlarged": enlarged})  # tiles would cut it
+    def control(self, image):
+        return {"enlarged": image}  # by default the LR picture enlarged bicubically; tiles would cut it
 
     def predict(self, latents, timestep, condition):
         return self.networks["network"](latents, timestep, condition.spatial["enlarged"])

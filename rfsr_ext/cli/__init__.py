@@ -29,6 +29,11 @@ ModelOption = Annotated[
     typer.Option(help="KEY=VALUE of what a diffusers folder does not say, such as scale=2 or start=noise; repeatable."),
 ]
 
+WeightsFolder = Annotated[
+    Path | None, typer.Option(help="Folder with a published model's files; RFSR_WEIGHTS/NAME by default.")
+]
+BaseFolder = Annotated[Path | None, typer.Option(help="Folder of the Stable Diffusion or FLUX model under it.")]
+
 
 def app() -> None:
     """Run the command line; what a user can mend is one sentence on stderr (``RFSR_DEBUG=1`` shows the traceback)."""
@@ -89,7 +94,9 @@ def train(
 @_typer.command()
 def upscale(
     images: Annotated[list[Path], typer.Argument(help="Images of any size, or folders of them.")],
-    model: Annotated[str, typer.Option(help='"mini", or a folder such as runs/demo/model.')] = "mini",
+    model: Annotated[
+        str, typer.Option(help='"mini", a name of `rfsr models`, or a folder such as runs/demo/model.')
+    ] = "mini",
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("upscaled"),
     prompt: Annotated[str, typer.Option(help="What the image shows, a few words.")] = "",
     steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's own by default.")] = None,
@@ -104,15 +111,19 @@ def upscale(
         float | None, typer.Option(help="Of classifier-free guidance, 1 for none; the model's own by default.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Of that guidance; the model's own by default.")] = None,
+    weights: WeightsFolder = None,
+    base: BaseFolder = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of all networks.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cuda if there is one, else cpu.")] = None,
     model_option: ModelOption = None,
 ) -> None:
-    """Upscale images with the base model or a fine-tuned one."""
-    from rfsr_ext.cli.config import parse_pairs
+    """Upscale images with the base model, a published one or a fine-tuned one."""
+    from rfsr_ext.cli.config import model_options
     from rfsr_ext.cli.upscale import upscale_files
 
     upscale_files(
         images, model, output, prompt, steps, tile, overlap, color_fix, seed, overwrite, guidance_scale,
-        negative_prompt, parse_pairs("--model-option", model_option),
+        negative_prompt, model_options(model_option, weights, base, dtype), device,
     )  # fmt: skip
 
 
@@ -155,6 +166,28 @@ def evaluate(
     else:
         options = parse_pairs("--model-option", model_option)
         evaluate_models(targets, crops, size, range(seeds), output, steps, chosen, options)
+
+
+@_typer.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="A published model, to list its files; all by default.")] = None,
+    weights: WeightsFolder = None,
+    base: BaseFolder = None,
+    output: Annotated[
+        Path | None, typer.Option("--convert", help="Write the model as a folder of safetensors here.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of what is written.")] = "float32",
+    model_option: ModelOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the published models: their files, whether they are here, the command that runs them."""
+    from rfsr_ext.cli.config import model_options
+    from rfsr_ext.cli.models import convert_model, list_published
+
+    if output is None:
+        list_published(name, weights, base, json_)
+    else:
+        convert_model(name or "", output, model_options(model_option, weights, base, dtype))
 
 
 @_weights.callback()

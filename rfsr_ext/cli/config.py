@@ -1,6 +1,7 @@
 """``rfsr config show``: every setting with what it means; and ``KEY=VALUE`` options."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -8,7 +9,7 @@ import yaml
 
 from rfsr_ext.training.config import RFSRConfig
 
-__all__ = ["parse_pairs", "show_config"]
+__all__ = ["model_options", "parse_pairs", "show_config"]
 
 
 def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -28,6 +29,19 @@ def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
             reason = " ".join(str(error).split())
             raise ValueError(f"{option} {key.strip()} must have a YAML value, got {value!r} ({reason})") from None
     return overrides
+
+
+def model_options(
+    pairs: Sequence[str] | None, weights: Path | None = None, base: Path | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Options of ``load_model`` from those of the command line; only what was given.
+
+    Raises:
+        ValueError: as `parse_pairs` does.
+    """
+    options = parse_pairs("--model-option", pairs)
+    options |= {name: str(path) for name, path in (("weights", weights), ("base", base)) if path is not None}
+    return options if dtype == "float32" else {**options, "torch_dtype": dtype}
 
 
 def show_config(path: str, overrides: dict[str, Any]) -> None:

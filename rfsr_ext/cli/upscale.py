@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import typer
 from PIL import Image
 
@@ -76,6 +77,7 @@ def upscale_files(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     model_options: dict[str, Any] | None = None,
+    device: str | None = None,
 ) -> None:
     """Upscale files and the pictures in folders to ``output/<name>_x<scale>.png``.
 
@@ -96,7 +98,7 @@ def upscale_files(
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
     images = _images(paths)
-    isr = load_model(model, **(model_options or {}))
+    isr = load_model(model, **(model_options or {})).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tiling(isr, tile, overlap)  # refused before any work
     targets = _targets(images, output, isr.scale, overwrite)
     make_folder(output)

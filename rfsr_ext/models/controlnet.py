@@ -215,17 +215,18 @@ class ControlNetISRModel(ISRModel):
                 f"model folder {str(path)!r} is a {found['_class_name']} without ControlNet; give its folder as "
                 f"controlnet=, or a {_PIPELINE} folder"
             )
-        parts: dict[str, Any] = {}
-        for name, kind in cls.classes.items():
-            own = name != "controlnet" or controlnet is None
-            if name in cls.optional and found.get(name) is None:
-                continue
-            if own and found.get(name) != kind.__name__:
+        places = {
+            name: Path(controlnet) if name == "controlnet" and controlnet is not None else path / name
+            for name in cls.classes
+            if name not in cls.optional or found.get(name) is not None
+        }
+        for name, place in places.items():
+            if place == path / name and found.get(name) != cls.classes[name].__name__:
+                wanted = cls.classes[name].__name__
                 raise ValueError(
-                    f"{name} in {str(path)!r} must be a {kind.__name__}, got {found.get(name)}; this class opens "
-                    f"{cls.opens}"
+                    f"{name} in {str(path)!r} must be a {wanted}, got {found.get(name)}; this class opens {cls.opens}"
                 )
-            parts[name] = open_part(kind, path / name if own else Path(controlnet or ""), dtype, name)
+        parts: dict[str, Any] = {n: open_part(cls.classes[n], place, dtype, n) for n, place in places.items()}
         return parts | open_tokenizer_and_scheduler(path)
 
 
