@@ -7,12 +7,18 @@ from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
 from rfsr_ext.models.check import check_model
 from rfsr_ext.models.controlnet import ISR_CONFIG, ControlNetISRModel
+from rfsr_ext.models.csd2 import CSD2_RECIPE, CSD2ISRModel
+from rfsr_ext.models.flux import FLUX_RECIPE, FluxISRModel
 from rfsr_ext.models.process import NonUniformProcess, Process, check_scheduler
 from rfsr_ext.weights import WEIGHTS
 
 __all__ = [
+    "CSD2_RECIPE",
+    "FLUX_RECIPE",
+    "CSD2ISRModel",
     "Condition",
     "ControlNetISRModel",
+    "FluxISRModel",
     "ISRModel",
     "NonUniformProcess",
     "Process",
@@ -23,7 +29,11 @@ __all__ = [
     "load_model",
 ]
 
-_CLASSES: dict[str, type[ISRModel]] = {"controlnet": ControlNetISRModel}
+_CLASSES: dict[str, type[ISRModel]] = {
+    "controlnet": ControlNetISRModel,
+    "c-sd2": CSD2ISRModel,
+    "flux": FluxISRModel,
+}
 _SHIPPED: dict[str, Path] = {"mini": WEIGHTS / "model"}
 
 

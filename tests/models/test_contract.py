@@ -8,11 +8,14 @@ import torch
 from rfsr_ext.models import check_model, list_models, load_model
 from rfsr_ext.sampling import generators, sample, upscale
 from tests.tiny import PixelModel, tiny_model
+from tests.tiny_dp2o import tiny_csd2, tiny_flux
 
 MODELS = {
     "tiny": tiny_model,
     "tiny, attention only": lambda: tiny_model(trained={"unet": "attentions", "controlnet": ""}),
     "tiny, decoder": lambda: tiny_model(trained={"unet": "", "vae": r"^decoder\."}),
+    "C-SD2": tiny_csd2,
+    "C-FLUX": tiny_flux,
     "pixels": PixelModel,
     **{name: (lambda name=name: load_model(name)) for name in list_models()},
 }
