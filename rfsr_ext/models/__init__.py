@@ -27,7 +27,11 @@ __all__ = [
 ]
 
 # By the word in isr_config.json, what opens a folder that was saved here; imported when one is opened.
-_KINDS = {"controlnet": "rfsr_ext.models.controlnet:ControlNetISRModel"}
+_KINDS = {
+    "controlnet": "rfsr_ext.models.controlnet:ControlNetISRModel",
+    "c-sd2": "rfsr_ext.models.csd2:CSD2ISRModel",
+    "flux": "rfsr_ext.models.flux:FluxISRModel",
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHIPPED: dict[str, Path] = {"mini": WEIGHTS / "model"}
 

@@ -199,8 +199,12 @@ class ISRModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images ``[N, 3, H, W]``, nominally in [0, 1], not clamped; differentiable."""
 
-    def process(self, num_inference_steps: int | None = None) -> Process:
-        """A fresh noise process for one trajectory."""
+    def process(self, num_inference_steps: int | None = None, size: tuple[int, int] | None = None) -> Process:
+        """A fresh noise process for one trajectory.
+
+        ``size`` is the height and width in pixels of what the network sees at once, by which some models choose their
+        noise levels (FLUX); None for the recipe's tile.
+        """
         return Process(self.scheduler, num_inference_steps or self.recipe.num_inference_steps)
 
     # -- what is the same for all ---------------------------------------------------------------------------------

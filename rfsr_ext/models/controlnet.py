@@ -16,14 +16,10 @@ from diffusers.schedulers import SchedulerMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from rfsr_ext.files import replace_folder
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
-from rfsr_ext.models.folders import open_part, quiet, read_index
+from rfsr_ext.models.folders import ISR_CONFIG, open_part, open_plain_part, read_index, write_folder
 
 __all__ = ["ISR_CONFIG", "ControlNetISRModel", "check_recipe", "open_tokenizer_and_scheduler"]
-
-ISR_CONFIG = "isr_config.json"
-"""The file in a model's folder that holds what diffusers has no place for."""
 
 _PIPELINE = "StableDiffusionControlNetPipeline"
 
@@ -151,22 +147,12 @@ class ControlNetISRModel(ISRModel):
     # -- storage --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write an ordinary diffusers folder plus ``isr_config.json``, complete or not at all.
-
-        What else lies in the folder stays (see `rfsr_ext.files.replace_folder`).
-        """
+        """Write an ordinary diffusers folder plus ``isr_config.json``, see `rfsr_ext.models.folders.write_folder`."""
         parts = {**self.networks, "tokenizer": self.tokenizer, "scheduler": self.scheduler}
-        index: dict[str, Any] = {"_class_name": _PIPELINE, "_diffusers_version": diffusers.__version__}
-        for name, part in parts.items():
-            index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
-        index |= {"feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None]}
-        index["requires_safety_checker"] = False
+        others: dict[str, Any] = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None])
         config = {"model": self.kind, "scale": self.scale, "trained": self.trained, "recipe": self.recipe.to_dict()}
-        with replace_folder(path) as folder, quiet():
-            for name, part in parts.items():
-                part.save_pretrained(folder / name)
-            for name, values in (("model_index.json", index), (ISR_CONFIG, config | self.settings())):
-                (folder / name).write_text(json.dumps(values, indent=2, sort_keys=name != ISR_CONFIG) + "\n")
+        others["requires_safety_checker"] = False
+        write_folder(path, _PIPELINE, parts, others, config | self.settings())
 
     def settings(self) -> dict[str, Any]:
         """What a subclass wants to find again in ``isr_config.json``: arguments of its class, as JSON."""
@@ -253,6 +239,6 @@ def open_tokenizer_and_scheduler(path: Path) -> dict[str, Any]:
     if not hasattr(diffusers, scheduler or ""):
         raise ValueError(f"scheduler in {str(path)!r} must be one of diffusers, got {scheduler}")
     return {
-        "tokenizer": CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
-        "scheduler": getattr(diffusers, scheduler or "").from_pretrained(path / "scheduler"),
+        "tokenizer": open_plain_part(CLIPTokenizer, path / "tokenizer"),
+        "scheduler": open_plain_part(getattr(diffusers, scheduler or ""), path / "scheduler"),
     }

@@ -6,12 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-__all__ = ["open_part", "quiet", "read_index"]
+from rfsr_ext.files import replace_folder
+
+__all__ = ["ISR_CONFIG", "open_part", "open_plain_part", "quiet", "read_index", "write_folder"]
+
+ISR_CONFIG = "isr_config.json"
+"""The file in a model's folder that holds what diffusers has no place for."""
 
 
 @contextlib.contextmanager
@@ -98,3 +104,41 @@ def open_part(kind: type, folder: str | Path, dtype: torch.dtype = torch.float32
             f"{list(given)}"
         )
     return network
+
+
+def write_folder(path: str | Path, pipeline: str, parts: dict[str, Any], others: dict[str, Any], config: dict) -> None:
+    """Write a folder that the pipeline of that name opens, with ``config`` in `ISR_CONFIG`: complete or not at all.
+
+    What else lies in the folder stays (see `rfsr_ext.files.replace_folder`).
+
+    Args:
+        path: the folder.
+        pipeline: the class of diffusers.
+        parts: networks, tokenizers and scheduler by name.
+        others: further entries of ``model_index.json``, such as parts that are absent.
+        config: what diffusers has no place for.
+    """
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    for name, part in parts.items():
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    with replace_folder(path) as folder, quiet():
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        for name, values in (("model_index.json", index | others), (ISR_CONFIG, config)):
+            (folder / name).write_text(json.dumps(values, indent=2, sort_keys=name != ISR_CONFIG) + "\n")
+
+
+def open_plain_part(kind: type, folder: Path) -> Any:
+    """A part without weights, a tokenizer or a scheduler, from its folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if its files are missing or damaged.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder.name} folder {str(folder)!r} does not exist; give a complete model folder")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)  # pyrefly: ignore[missing-attribute]
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:300]
+        raise ValueError(f"{str(folder)!r} cannot be opened as {kind.__name__} ({reason}); fetch it again") from error

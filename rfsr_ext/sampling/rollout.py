@@ -76,7 +76,8 @@ def denoise(
 
 def _states(model: ISRModel, condition: Condition, generator, num_inference_steps: int | None, guidance_scale: float):
     """Yield every state with a function that gives the network's output there; asking for the next takes the step."""
-    process = model.process(num_inference_steps)
+    height, width = condition.image.shape[-2:]
+    process = model.process(num_inference_steps, (height, width))
     latents = model.initial_latents(condition, process, generator)
     for step, timestep in enumerate(process.timesteps, start=1):
         predict = functools.cache(

@@ -118,8 +118,9 @@ class Tiled(ISRModel):
         twin.encode = self.encode  # the model's own rule for the start, but encoded in tiles
         return twin.initial_latents(condition, process, generator)
 
-    def process(self, num_inference_steps: int | None = None) -> Process:
-        return self.model.process(num_inference_steps)
+    def process(self, num_inference_steps: int | None = None, size: tuple[int, int] | None = None) -> Process:
+        seen = tuple(min(self.tiles.tile, n) for n in (self.tiles.height, self.tiles.width))
+        return self.model.process(num_inference_steps, seen)
 
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         def part(cut: Callable[[Tensor], Tensor], count: int) -> Tensor:

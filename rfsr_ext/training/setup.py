@@ -40,7 +40,7 @@ def build_dataset(config: RFSRConfig) -> Dataset:
 def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:
     """The windows, in sampling steps of the model's own scheduler."""
     windows = TimestepWindows.from_process(
-        model.process(config.num_inference_steps),
+        model.process(config.num_inference_steps, (config.crop_size, config.crop_size)),
         config.structure_window,
         config.reward_window,
         config.window_unit,
