@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from rfsr_ext.data.degradation import stages_cpu
+from rfsr_ext.data.degradation import stages_cpu, stages_gpu
 from rfsr_ext.data.degradation.choices import RoundChoices
 from rfsr_ext.data.degradation.kernels import gaussian
 from rfsr_ext.data.images import jpeg, resize
@@ -34,9 +34,13 @@ def degrade_batch(
     if not len(gt):
         return gt.new_empty(0, 3, *(side // settings.scale for side in gt.shape[2:])), gt
     samples = list(zip(gt, generators, strict=True))
-    # NumPy, SciPy and Pillow let other threads run meanwhile
-    with ThreadPoolExecutor(max(1, min(len(samples), torch.get_num_threads()))) as pool:
-        results = list(pool.map(lambda sample: _tensors(settings, *sample), samples))
+    if gt.device.type != "cpu" and settings.second is not None:
+        results = [_two_rounds(settings, image, rng, stages_gpu) for image, rng in samples]
+    elif (threads := min(len(samples), torch.get_num_threads())) == 1:
+        results = [_arrays_degraded(settings, image, rng) for image, rng in samples]
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # NumPy and SciPy let the other threads run
+            results = list(pool.map(lambda sample: _arrays_degraded(settings, *sample), samples))
     lr, sharp = zip(*results, strict=True)
     return torch.stack(lr).to(gt.device), torch.stack(sharp).to(gt.device) if settings.sharpens_gt else gt
 
@@ -50,7 +54,7 @@ def degrade_image(settings: Degradation, gt: np.ndarray, rng: np.random.Generato
     return np.ascontiguousarray(np.moveaxis(lr, 0, -1)), np.ascontiguousarray(np.moveaxis(sharp, 0, -1))
 
 
-def _tensors(settings: Degradation, gt: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _arrays_degraded(settings: Degradation, gt: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     image = gt.detach().cpu().contiguous().numpy()
     if settings.second is None:
         results = degrade_image(settings, np.ascontiguousarray(np.moveaxis(image, 0, -1)), rng)

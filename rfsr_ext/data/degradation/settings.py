@@ -186,8 +186,11 @@ class Degradation:
             ValueError: for the first key or value that is no use.
         """
         try:
-            rounds = {name: _round(name, values[name]) for name in ("first", "second") if name in values}
-            return cls(**known("", cls, values) | rounds)
+            arguments = known("", cls, values)
+            for name in ("first", "second"):
+                if name in arguments:
+                    arguments[name] = _round(name, arguments[name])
+            return cls(**arguments)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
@@ -211,7 +214,9 @@ class Degradation:
             degradation says so; both float32 in [0, 1] and where ``gt`` is.
 
         On the CPU a sample comes out the same to the bit whatever the batch, the number of threads and the process, on
-        every x86-64 processor with the same versions of NumPy, SciPy and Pillow.
+        every x86-64 processor with the same versions of NumPy, SciPy and Pillow.  A GPU makes the same choices,
+        draws the same random numbers and rounds its JPEGs alike; its blurs and resizes differ in the last bits, which
+        rounding to 8 bits can turn into a level.
 
         Raises:
             ValueError: for images of another shape or type, or another number of seeds.

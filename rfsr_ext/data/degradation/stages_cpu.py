@@ -67,12 +67,13 @@ def add_poisson_noise(image: np.ndarray, strength: float, gray: bool, rng: np.ra
         source = (np.float32(0.2989) * image[0] + np.float32(0.587) * image[1] + np.float32(0.114) * image[2])[None]
     levels = np.rint(source.clip(0, 1) * 255).astype(np.int32)
     power = levels_power(int(np.count_nonzero(np.bincount(levels.ravel(), minlength=256))))
-    bits = rng.integers(0, 2**32, levels.shape, dtype=np.uint32)
-    shift = column_bits(power)
-    column = (bits & np.uint32((1 << shift) - 1)).astype(np.int32)
-    entry = alias_table(power)[(levels << shift) + column]
-    count = np.where(bits >> np.uint32(shift) < entry >> np.uint32(shift), column, entry & np.uint32((1 << shift) - 1))
-    noise = count.astype(np.float32) * np.float32(1 / power) + offsets(power)[levels]
+    numbers = rng.integers(0, 2**32, levels.shape, dtype=np.uint32)
+    bits = column_bits(power)
+    columns = (numbers & np.uint32((1 << bits) - 1)).astype(np.int32)
+    entries = alias_table(power)[(levels << bits) + columns]
+    own = numbers >> np.uint32(bits) < entries >> np.uint32(bits)
+    counts = np.where(own, columns, entries & np.uint32((1 << bits) - 1))
+    noise = counts.astype(np.float32) * np.float32(1 / power) + offsets(power)[levels]
     return (image + noise * np.float32(strength)).clip(0, 1)
 
 
