@@ -64,7 +64,7 @@ def draw(settings: Degradation, rng: np.random.Generator) -> Choices:
         second,
         final_mode=MODES[rng.integers(len(MODES))],
         final_kernel=kernel,
-        jpeg_last=bool(rng.random() < 0.5),
+        jpeg_last=rng.random() < 0.5,
     )
 
 
@@ -76,7 +76,7 @@ def _draw_round(settings: Round, sizes: tuple[int, int], rng: np.random.Generato
     mode = MODES[rng.integers(len(MODES))]
     noise = "gaussian" if rng.random() < settings.gaussian_noise_prob else "poisson"
     strength = rng.uniform(*(settings.noise_range if noise == "gaussian" else settings.poisson_scale_range))
-    gray = bool(rng.random() < settings.gray_noise_prob)
+    gray = rng.random() < settings.gray_noise_prob
     low, high = settings.jpeg_range
     return RoundChoices(kernel, resize, mode, noise, strength, gray, int(rng.integers(low, high + 1)))
 

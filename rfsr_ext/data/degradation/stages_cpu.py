@@ -23,20 +23,31 @@ def as_float(mask: np.ndarray) -> np.ndarray:
 
 
 def blur(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Correlation with ``[k, k]`` weights, the image reflected at its edges (the edge itself not repeated).
+    """Filter with ``[k, k]`` weights, symmetric about their center, the image reflected at its edges (not repeated).
 
-    It is multiplied in the frequency domain, where its cost does not depend on the kernel.
+    It is multiplied in the frequency domain, where its cost does not depend on the kernel.  There such weights are real
+    numbers.  That matters: the product of two complex ones is rounded once or twice, as the processor has it.
     """
-    size = len(weights)
-    margin = size // 2
+    margin = len(weights) // 2
     height, width = image.shape[1:]
     padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)), mode="reflect")
     rows, columns = (fft.next_fast_len(side + 2 * margin, real=True) for side in (height, width))
-    kernel = weights[::-1, ::-1].astype(np.float32)
+    response = _response(weights.astype(np.float32), rows, columns)
     spectrum = fft.rfft2(padded, (rows, columns))
-    spectrum *= fft.fft(fft.rfft(kernel, columns, axis=1), rows, axis=0)
+    spectrum.real *= response
+    spectrum.imag *= response
     blurred = fft.irfft2(spectrum, (rows, columns), overwrite_x=True)
-    return np.ascontiguousarray(blurred[:, size - 1 : size - 1 + height, size - 1 : size - 1 + width])
+    return np.ascontiguousarray(blurred[:, margin : margin + height, margin : margin + width])
+
+
+def _response(weights: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The real transform of weights whose center is moved to the origin, ``[rows, columns // 2 + 1]``."""
+    size, margin = len(weights), len(weights) // 2
+    lines = np.zeros((size, columns), np.float32)
+    lines[:, :size] = weights
+    across = np.zeros((rows, columns // 2 + 1), np.complex64)
+    across[:size] = fft.rfft(np.roll(lines, -margin, axis=1), axis=1)
+    return fft.fft(np.roll(across, -margin, axis=0), axis=0).real
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: str, scale: float | None = None) -> np.ndarray:

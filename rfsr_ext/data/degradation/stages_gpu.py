@@ -21,18 +21,18 @@ def as_float(mask: Tensor) -> Tensor:
 
 def blur(image: Tensor, weights: np.ndarray) -> Tensor:
     """As `stages_cpu.blur`."""
-    size = len(weights)
-    margin = size // 2
+    size, margin = len(weights), len(weights) // 2
     height, width = image.shape[1:]
     # numpy's reflection also serves margins wider than the image
     down, across = (
         torch.from_numpy(np.pad(np.arange(side), margin, mode="reflect")).to(image.device) for side in (height, width)
     )
     shape = tuple(next_fast_len(side + 2 * margin, real=True) for side in (height, width))
-    kernel = torch.from_numpy(weights[::-1, ::-1].astype(np.float32)).to(image.device)
-    spectrum = torch.fft.rfft2(image[:, down][:, :, across], shape) * torch.fft.rfft2(kernel, shape)
-    blurred = torch.fft.irfft2(spectrum, shape)
-    return blurred[:, size - 1 : size - 1 + height, size - 1 : size - 1 + width]
+    kernel = torch.zeros(shape, device=image.device)
+    kernel[:size, :size] = torch.from_numpy(weights.astype(np.float32))
+    response = torch.fft.rfft2(kernel.roll((-margin, -margin), dims=(0, 1))).real
+    blurred = torch.fft.irfft2(torch.fft.rfft2(image[:, down][:, :, across], shape) * response, shape)
+    return blurred[:, margin : margin + height, margin : margin + width]
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: str, scale: float | None = None) -> Tensor:
