@@ -173,7 +173,7 @@ class PhotographCrops(Dataset):
             tags = PHOTOGRAPHS[name].tags
             kept = sorted(rng.choice(len(tags), rng.integers(1, len(tags) + 1), replace=False))
             prompt = "" if rng.random() < self.empty_prompt_share else ", ".join(tags[i] for i in kept)
-        lr = self.degradation(np.ascontiguousarray(gt), rng)
+        lr, gt = self.degradation.degrade(np.ascontiguousarray(gt), rng)
         return Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=prompt)
 
 
@@ -297,7 +297,7 @@ class ImageFolder(Dataset):
         rng = np.random.default_rng((self.seed, index))
         prompt, image = self._load(int(rng.integers(len(self.paths))))
         gt = _dihedral(_random_crop(image, self.size, rng), rng, rotate=False)
-        lr = self.degradation(np.ascontiguousarray(gt), rng)
+        lr, gt = self.degradation.degrade(np.ascontiguousarray(gt), rng)
         return Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=prompt)
 
 
@@ -334,6 +334,6 @@ def evaluation_crops(
     for name, key, gt in turns[:count]:
         gt = np.ascontiguousarray(gt)
         digest = hashlib.sha256(key.encode()).digest()[:8]
-        lr = degradation(gt, np.random.default_rng(int.from_bytes(digest, "little")))
+        lr, gt = degradation.degrade(gt, np.random.default_rng(int.from_bytes(digest, "little")))
         samples.append(Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=", ".join(PHOTOGRAPHS[name].tags)))
     return samples
