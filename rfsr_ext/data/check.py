@@ -123,12 +123,13 @@ def check_root(
     return report
 
 
-def size_fault(gt: tuple[int, int], lr: tuple[int, int] | None, size: int, scale: int) -> str | None:
-    """What is wrong with the heights and widths of an image, or of a pair, if anything is."""
+def size_fault(sizes: Sequence[tuple[int, int]], size: int, scale: int) -> str | None:
+    """What is wrong with the height and width of an image, or with those of a ground truth and its LR image."""
+    gt = sizes[0]
     if min(gt) < size:
         return f"is {gt[1]}x{gt[0]} pixels, the crop needs {size}"
-    if lr is not None and gt != (scale * lr[0], scale * lr[1]):
-        return f"is {gt[1]}x{gt[0]} pixels, must be {scale} times its LR image, which is {lr[1]}x{lr[0]}"
+    if any(gt != (scale * height, scale * width) for height, width in sizes[1:]):
+        return f"is {gt[1]}x{gt[0]} pixels, must be {scale} times its LR image, which is {sizes[1][1]}x{sizes[1][0]}"
     return None
 
 
@@ -145,8 +146,8 @@ def _look(entry: Entry, size: int, scale: int, decode: bool) -> Header:
             headers.append(read_header(path))
         except OSError as error:
             raise OSError(f"{which}cannot be read as an image ({_words(error)})") from error
-    gt, *lr = ((header.height, header.width) for header in headers)
-    if fault := size_fault(gt, *lr or [None], size, scale):
+    sizes = [(header.height, header.width) for header in headers]
+    if fault := size_fault(sizes, size, scale):
         raise OSError(fault)
     if decode:
         for path in filter(None, (entry.gt, entry.lr)):

@@ -267,10 +267,10 @@ class ImageFolder(Dataset):
 
         def box(height: int, width: int, side: int, unit: int) -> tuple[int, int, int, int]:
             sizes.append((height, width))
-            if fault := size_fault(sizes[0], sizes[1] if len(sizes) > 1 else None, self.size, scale):
+            if fault := size_fault(sizes, self.size, scale):
                 raise OSError(fault)
-            corner = [int(at * ((n - side) // unit + 1)) * unit for at, n in zip(place, (height, width), strict=True)]
-            return *corner, side, side
+            top, left = (int(at * ((n - side) // unit + 1)) * unit for at, n in zip(place, (height, width), strict=True))
+            return top, left, side, side
 
         gt = read_image(entry.gt, lambda height, width: box(height, width, self.size, scale if entry.lr else 1))
         if entry.lr is None:

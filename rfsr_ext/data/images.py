@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageFile
 from scipy.ndimage import distance_transform_edt
 
 __all__ = [
@@ -142,7 +142,7 @@ _TURNS = {
 
 def _upright(file: Image.Image, box: Box | None) -> Image.Image:
     """The picture, or a part of it, turned as its orientation asks; only that part is turned."""
-    if file.format == "TIFF":
+    if isinstance(file, ImageFile.ImageFile) and file.format == "TIFF":
         file.filename = ""  # else Pillow maps an uncompressed one into memory and confuses the sides of a turned one
     file.load()  # some formats turn themselves, others have their orientation at the end
     turn = _TURNS[_orientation(file)]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from rfsr_ext.data import ImageFolder, PhotographCrops, photographs
+from rfsr_ext.data import ImageFolder, PhotographCrops, Root, photographs
 from rfsr_ext.files import replace_folder
 from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.losses import HaarLLLoss
@@ -32,9 +32,11 @@ def build_dataset(config: RFSRConfig) -> Dataset:
     """The training crops."""
     if config.data == "photographs":
         return PhotographCrops(photographs("train"), config.crop_size, seed=config.seed, recolor=False)
-    if is_import_name(config.data):
+    if isinstance(config.data, str) and is_import_name(config.data):
         return create_object(config.data, "data", Dataset, config)
-    return ImageFolder(config.data, config.crop_size, seed=config.seed)
+    roots = [config.data] if isinstance(config.data, str) else config.data
+    roots = [Root(root) if isinstance(root, str) else Root(**root) for root in roots]
+    return ImageFolder(roots, config.crop_size, seed=config.seed)
 
 
 def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:
