@@ -269,7 +269,9 @@ class ImageFolder(Dataset):
             sizes.append((height, width))
             if fault := size_fault(sizes, self.size, scale):
                 raise OSError(fault)
-            top, left = (int(at * ((n - side) // unit + 1)) * unit for at, n in zip(place, (height, width), strict=True))
+            top, left = (
+                int(at * ((n - side) // unit + 1)) * unit for at, n in zip(place, (height, width), strict=True)
+            )
             return top, left, side, side
 
         gt = read_image(entry.gt, lambda height, width: box(height, width, self.size, scale if entry.lr else 1))

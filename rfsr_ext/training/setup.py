@@ -15,7 +15,7 @@ from rfsr_ext.losses import HaarLLLoss
 from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards import Reward, WeightedReward, create_reward
 from rfsr_ext.sampling import TimestepWindows
-from rfsr_ext.training.config import RFSRConfig
+from rfsr_ext.training.config import RFSRConfig, RunConfig, create_degradation
 
 __all__ = [
     "add_adapters",
@@ -28,15 +28,23 @@ __all__ = [
 ]
 
 
-def build_dataset(config: RFSRConfig) -> Dataset:
-    """The training crops."""
+def build_dataset(config: RunConfig) -> Dataset:
+    """The training crops.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or holds nothing of use.
+        ValueError: if the crops do not fit the degradation's scale, or the user's own object is no dataset.
+    """
+    degradation = create_degradation(config.degradation)
     if config.data == "photographs":
-        return PhotographCrops(photographs("train"), config.crop_size, seed=config.seed, recolor=False)
+        return PhotographCrops(
+            photographs("train"), config.crop_size, seed=config.seed, degradation=degradation, recolor=False
+        )
     if isinstance(config.data, str) and is_import_name(config.data):
         return create_object(config.data, "data", Dataset, config)
     roots = [config.data] if isinstance(config.data, str) else config.data
     roots = [Root(root) if isinstance(root, str) else Root(**root) for root in roots]
-    return ImageFolder(roots, config.crop_size, seed=config.seed)
+    return ImageFolder(roots, config.crop_size, seed=config.seed, degradation=degradation)
 
 
 def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from rfsr_ext.data import Degradation, ImageFolder, Root
+from rfsr_ext.data.degradation import Round
 from rfsr_ext.data.folders import list_root
 from rfsr_ext.data.pairs import match
 
@@ -64,7 +65,7 @@ def test_roots_are_drawn_by_weight_and_number(tmp_path):
         for i in range(count):
             save(tmp_path / folder / f"{i:02}.png", np.full((8, 8, 3), level, np.uint8))
     roots = [str(tmp_path / "a"), Root(str(tmp_path / "b"), weight=3), Root(str(tmp_path / "c"), limit=5, weight=0.5)]
-    mild = Degradation(noise=(0, 0))
+    mild = Degradation(first=Round(noise_range=(0, 0)))
     dataset = ImageFolder(roots, 8, degradation=mild)
     assert len(dataset) == 45
     drawn = Counter(round(dataset[i]["gt"].mean().item() * 255) for i in range(3000))
