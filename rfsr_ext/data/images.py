@@ -1,6 +1,7 @@
 """Pictures as float32 sRGB arrays ``[H, W, 3]`` in [0, 1]: reading files, 8 bits and back, resizing, JPEG."""
 
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -178,6 +179,9 @@ def _stored(box: tuple[int, int, int, int], size: tuple[int, int], turn: Image.T
 def _read(path: str | Path, box: Box | None, bleed: bool) -> tuple[np.ndarray, np.ndarray | None]:
     with _decoding(), Image.open(path) as file:
         is_png = file.format == "PNG"
+        if is_png:  # Pillow compares the checksums of the pixels on request alone, of a file opened for that
+            with Image.open(path) as same:
+                same.verify()
         image = _upright(file, box)
         if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
             # 16-bit gray, which Pillow's own conversion would clip at 255
@@ -196,6 +200,12 @@ def _read(path: str | Path, box: Box | None, bleed: bool) -> tuple[np.ndarray, n
         rows, columns = np.asarray(distance_transform_edt(alpha == 0, return_distances=False, return_indices=True))
         colors = colors[rows, columns]
     return colors, alpha[..., None]
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    """Once, however often a file is read."""
+    logger.warning("%s", sentence)
 
 
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of Pillow, by the color space of an ICC profile
@@ -220,7 +230,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Ima
             assert converted is not None  # it is not done in place
             return converted
         except (ImageCms.PyCMSError, OSError) as error:
-            logger.warning("%s: its color profile cannot be used and is passed over (%s)", path, error)
+            _warn(f"{path}: its color profile cannot be used and is passed over ({error})")
     return image.convert("RGB")
 
 
