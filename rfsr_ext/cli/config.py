@@ -6,8 +6,6 @@ from typing import Any
 import typer
 import yaml
 
-from rfsr_ext.training.config import RFSRConfig
-
 __all__ = ["parse_pairs", "show_config"]
 
 
@@ -32,6 +30,8 @@ def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
 
 def show_config(path: str, overrides: dict[str, Any]) -> None:
     """Print the configuration that ``path`` and ``overrides`` make, as YAML that can be given to ``rfsr train``."""
+    from rfsr_ext.training.config import RFSRConfig  # here, because `parse_pairs` needs none of what it imports
+
     config = RFSRConfig.load(path, overrides)
     for key, value in config.to_dict().items():
         typer.echo(f"# {type(config).model_fields[key].description}")

@@ -22,6 +22,7 @@ __all__ = [
     "build_dataset",
     "build_rewards",
     "build_windows",
+    "data_roots",
     "merge_adapters",
     "save_adapters",
     "structure_loss",
@@ -42,9 +43,14 @@ def build_dataset(config: RunConfig) -> Dataset:
         )
     if isinstance(config.data, str) and is_import_name(config.data):
         return create_object(config.data, "data", Dataset, config)
-    roots = [config.data] if isinstance(config.data, str) else config.data
-    roots = [Root(root) if isinstance(root, str) else Root(**root) for root in roots]
-    return ImageFolder(roots, config.crop_size, seed=config.seed, degradation=degradation)
+    return ImageFolder(data_roots(config), config.crop_size, seed=config.seed, degradation=degradation)
+
+
+def data_roots(config: RunConfig) -> list[Root]:
+    """The folders of the training data; none if it is something else."""
+    if isinstance(config.data, str):
+        return [] if config.data == "photographs" or is_import_name(config.data) else [Root(config.data)]
+    return [Root(root) if isinstance(root, str) else Root(**root) for root in config.data]
 
 
 def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:
