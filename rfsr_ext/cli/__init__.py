@@ -24,6 +24,9 @@ _typer.add_typer(_config, name="config")
 _weights = typer.Typer(invoke_without_command=True)
 _typer.add_typer(_weights, name="weights")
 
+_data = typer.Typer(help="Training data.", no_args_is_help=True)
+_typer.add_typer(_data, name="data")
+
 ModelOption = Annotated[
     list[str] | None,
     typer.Option(help="KEY=VALUE of what a diffusers folder does not say, such as scale=2 or start=noise; repeatable."),
@@ -136,6 +139,11 @@ def evaluate(
         ),
     ],
     gt: Annotated[Path | None, typer.Option(help="Folder of ground truths, matched by name (pictures).")] = None,
+    pairs: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Folders of LR images and of their ground truths (RealSR, DRealSR …) to run models on."),
+    ] = None,
+    pictures: Annotated[Path, typer.Option(help="Receives the pictures models make of --pairs.")] = Path("evaluated"),
     preset: Annotated[
         str | None, typer.Option(help="basic, rfsr-paper, seesr, held-out or weightless; basic for pictures.")
     ] = None,
@@ -146,26 +154,40 @@ def evaluate(
     by: Annotated[str | None, typer.Option(help="Metric that ranks the cases; the first by default.")] = None,
     crops: Annotated[int, typer.Option(help="Held-out crops.")] = 64,
     size: Annotated[int, typer.Option(help="Their side in pixels.")] = 64,
-    seeds: Annotated[int, typer.Option(help="Seeds of the noise, from 0.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds of the noise, from 0; 3 on held-out crops and 1 on pairs by default.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write every row to this .csv or .parquet file.")] = None,
     steps: Annotated[bool, typer.Option(help="Also measure every sampling step (Figure 1 of the paper).")] = False,
     model_option: ModelOption = None,
 ) -> None:
-    """Measure folders of pictures, or models on held-out photographs, by the metrics of a preset."""
+    """Measure folders of pictures, or models on held-out photographs or pairs, by the metrics of a preset."""
     from rfsr_ext.cli.config import parse_pairs
-    from rfsr_ext.cli.evaluate import choose_preset, evaluate_folders, evaluate_models, holds_pictures
+    from rfsr_ext.cli.evaluate import (
+        choose_preset,
+        evaluate_folders,
+        evaluate_models,
+        evaluate_on_pairs,
+        holds_pictures,
+    )
 
     chosen = choose_preset(preset, metrics, channel, border)
     folders = [holds_pictures(target) for target in targets]
-    if all(folders):
+    options = parse_pairs("--model-option", model_option)
+    if pairs is not None:
+        if any(folders) or gt is not None or cases is not None or steps:
+            raise ValueError(
+                "--pairs is for models alone, without --gt, --cases and --steps; its second folder is --gt"
+            )
+        evaluate_on_pairs(targets, pairs, pictures, chosen, range(seeds or 1), output, options)
+    elif all(folders):
         evaluate_folders([Path(target) for target in targets], gt, chosen, output, cases, by)
     elif any(folders):
         raise ValueError(f"targets must be all models or all folders of pictures, got {' '.join(targets)}")
     elif gt is not None or cases is not None:
         raise ValueError("--gt and --cases are for folders of pictures; models are measured on the bundled photographs")
     else:
-        options = parse_pairs("--model-option", model_option)
-        evaluate_models(targets, crops, size, range(seeds), output, steps, chosen, options)
+        evaluate_models(targets, crops, size, range(seeds or 3), output, steps, chosen, options)
 
 
 @_typer.command()
@@ -244,6 +266,60 @@ def config_show(
     from rfsr_ext.cli.config import parse_pairs, show_config
 
     show_config(config, parse_pairs("--set", set_))
+
+
+@_data.command("check")
+def data_check(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Folders of sharp images, each by itself.")] = None,
+    pairs: Annotated[tuple[Path, Path] | None, typer.Option(help="Folders of LR images and ground truths.")] = None,
+    config: Annotated[str | None, typer.Option(help="A YAML file whose data is looked at, with its sizes.")] = None,
+    crop_size: Annotated[int, typer.Option(help="Side of the training crops; smaller images are not used.")] = 512,
+    scale: Annotated[int, typer.Option(help="How many times larger the ground truths of pairs are.")] = 4,
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Read no more than headers: seconds, not minutes.")
+    ] = False,
+) -> None:
+    """Say what folders hold, what of it will not be used in training and why; exit code 1 if there is such a file."""
+    from rfsr_ext.cli.data import check_data
+    from rfsr_ext.data import Root
+
+    roots = [Root(str(folder)) for folder in folders or ()]
+    if pairs is not None:
+        roots.append(Root(lr=str(pairs[0]), gt=str(pairs[1])))
+    if config is not None:
+        from rfsr_ext.training import RFSRConfig
+        from rfsr_ext.training.config import create_degradation
+        from rfsr_ext.training.setup import data_roots
+
+        settings = RFSRConfig.load(config)
+        roots += data_roots(settings)
+        crop_size, scale = settings.crop_size, create_degradation(settings.degradation).scale
+    if not roots:
+        raise ValueError("give at least one folder, --pairs or a --config with folders")
+    check_data(roots, crop_size, scale, headers)
+
+
+@_data.command("degrade")
+def data_degrade(
+    folder: Annotated[Path, typer.Argument(help="Sharp images, searched recursively.")],
+    output: Annotated[Path, typer.Option(help="Receives lr/, gt/ and manifest.json.")],
+    preset: Annotated[str, typer.Option(help="realesrgan-a, realesrgan-b, realesrgan-c or mini.")] = "realesrgan-a",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the preset, such as scale=2; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    crops: Annotated[int | None, typer.Option(help="So many random crops instead of whole images.")] = None,
+    size: Annotated[int, typer.Option(help="Their side in pixels.")] = 512,
+    limit: Annotated[int | None, typer.Option(help="The first so many images of the sorted list alone.")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Somebody's manifest.json: take its settings and compare the LR files.")
+    ] = None,
+) -> None:
+    """Make LR images that anybody with the same versions can make again to the byte; the same command resumes."""
+    from rfsr_ext.cli.config import parse_pairs
+    from rfsr_ext.cli.data import degrade_data
+
+    degrade_data(folder, output, preset, seed, parse_pairs("--set", set_), crops, size, limit, like)
 
 
 @_mini.command("build")

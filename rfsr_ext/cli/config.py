@@ -7,8 +7,6 @@ from typing import Any
 import typer
 import yaml
 
-from rfsr_ext.training.config import RFSRConfig
-
 __all__ = ["model_options", "parse_pairs", "show_config"]
 
 
@@ -46,6 +44,8 @@ def model_options(
 
 def show_config(path: str, overrides: dict[str, Any]) -> None:
     """Print the configuration that ``path`` and ``overrides`` make, as YAML that can be given to ``rfsr train``."""
+    from rfsr_ext.training.config import RFSRConfig  # here, because `parse_pairs` needs none of what it imports
+
     config = RFSRConfig.load(path, overrides)
     for key, value in config.to_dict().items():
         typer.echo(f"# {type(config).model_fields[key].description}")

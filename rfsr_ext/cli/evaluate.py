@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import typer
 
-from rfsr_ext.data import evaluation_crops, photographs
+from rfsr_ext.data import Root, evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
     FolderResult,
@@ -21,6 +21,7 @@ from rfsr_ext.evaluation import (
     evaluate,
     evaluate_bicubic,
     evaluate_folder,
+    evaluate_pairs,
     measure_trajectory,
     summarize,
     trajectory_figure,
@@ -39,6 +40,7 @@ __all__ = [
     "difference_table",
     "evaluate_folders",
     "evaluate_models",
+    "evaluate_on_pairs",
     "held_out_scorers",
     "holds_pictures",
     "mean_table",
@@ -135,6 +137,12 @@ def _cases(results: dict[str, FolderResult], metric: str, frame: pd.DataFrame, p
         cases_figure(rows, titles).savefig(aside, format="png", dpi=100)
 
 
+def _print_means(frame: pd.DataFrame, suite: Suite) -> None:
+    better = ", ".join(name for name in suite.metrics if METRICS[name].lower_better)
+    typer.echo(f"mean ± standard error over pictures{f'; lower is better for {better}' if better else ''}\n")
+    typer.echo(mean_table(frame))
+
+
 def evaluate_folders(
     folders: Sequence[Path],
     references: Path | None,
@@ -158,9 +166,7 @@ def evaluate_folders(
     typer.echo(suite.preset.label)
     if left_out:
         typer.echo(f"without --gt there is no {', '.join(left_out)}")
-    better = ", ".join(name for name in suite.metrics if METRICS[name].lower_better)
-    typer.echo(f"mean ± standard error over pictures{f'; lower is better for {better}' if better else ''}\n")
-    typer.echo(mean_table(frame))
+    _print_means(frame, suite)
     common = set.intersection(*(set(result.pictures) for result in results.values()))
     base, *others = results
     shared = frame[frame["image"].isin(common)]
@@ -179,6 +185,47 @@ def evaluate_folders(
             typer.echo(f"left out {path}: {reason}", err=True)
         pictures = len(frame) + len(broken)
         raise ValueError(f"{len(broken)} of {pictures} pictures could not be measured: {', '.join(map(str, broken))}")
+
+
+def evaluate_on_pairs(
+    names: Sequence[str],
+    pairs: tuple[Path, Path],
+    pictures: Path,
+    preset: Preset | None,
+    seeds: Sequence[int],
+    output: Path | None,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Upscale the LR images of pairs, keep the pictures and print the table of models and of their differences.
+
+    Raises:
+        ValueError: before any work if no pair fits a model; at the end if a pair was left out.
+    """
+    check_table(output)
+    root = Root(lr=str(pairs[0]), gt=str(pairs[1]))
+    suite = Suite(preset or get_preset("basic"), device=_device())
+    results = {}
+    for name in dict.fromkeys(names):
+        model = load_model(name, **(options or {}))
+        model.to(_device())
+        results[name] = evaluate_pairs(model, root, suite, pictures, seeds, name)
+        del model  # the next one needs its memory
+    frame = pd.concat([result.frame for result in results.values()], ignore_index=True)
+    typer.echo(suite.preset.label)
+    _print_means(frame, suite)
+    base, *others = results
+    common = set.intersection(*(set(result.frame["image"]) for result in results.values()))
+    if others and common:
+        typer.echo(f"\nAgainst {base}, {len(common)} pictures:\n")
+        typer.echo(difference_table(frame[frame["image"].isin(common)], base, others))
+    typer.echo(f"\npictures: {', '.join(str(folder) for result in results.values() for folder in result.folders)}")
+    if output is not None:
+        write_table(frame, output)
+    left_out = {path: reason for result in results.values() for path, reason in result.left_out.items()}
+    for path, reason in left_out.items():
+        typer.echo(f"left out {path}: {reason}", err=True)
+    if left_out:
+        raise ValueError(f"{len(left_out)} pictures of the pairs were left out: {', '.join(map(str, left_out))}")
 
 
 def evaluate_models(

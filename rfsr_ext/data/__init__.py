@@ -2,6 +2,7 @@
 
 from rfsr_ext.data.datasets import DistortedCrops, ImageFolder, PhotographCrops, Sample, evaluation_crops
 from rfsr_ext.data.degradation import Degradation
+from rfsr_ext.data.folders import Root
 from rfsr_ext.data.photographs import PHOTOGRAPHS, load_photograph, photographs
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "DistortedCrops",
     "ImageFolder",
     "PhotographCrops",
+    "Root",
     "Sample",
     "evaluation_crops",
     "load_photograph",

@@ -4,12 +4,12 @@ Because sample ``i`` is always the same crop with the same degradation, a run th
 processes, sees exactly the data an uninterrupted single process would have seen; no random state has to be saved.
 """
 
-import codecs
 import hashlib
 import itertools
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,18 +18,22 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from rfsr_ext.data.check import Report, check_root, size_fault
 from rfsr_ext.data.dead_leaves import dead_leaves
 from rfsr_ext.data.degradation import Degradation
 from rfsr_ext.data.distortions import distort
-from rfsr_ext.data.images import SUFFIXES, read_image, resize, to_tensor
+from rfsr_ext.data.folders import Entry, Root
+from rfsr_ext.data.images import read_image, resize, to_tensor
 from rfsr_ext.data.photographs import PHOTOGRAPHS, load_photograph
+from rfsr_ext.data.prompts import read_prompt
 
 __all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "check_sample", "evaluation_crops"]
 
 logger = logging.getLogger(__name__)
 
 _PYRAMID = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3)  # photographs are cropped at these scales, each computed once
-_NOT_READ = {".avif", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga"}  # pictures, too
+HEADERS = 10_000  # files of a root looked at before the start; of more, a sample: it must take seconds
+_NAMED = 20  # files skipped before the start that are named one by one
 _FLAT = 0.04  # crops whose brightness varies less than this show a background; they teach and measure nothing
 
 
@@ -94,25 +98,6 @@ def _random_crop(image: np.ndarray, size: int, rng: np.random.Generator, tries: 
 def _level(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The photograph at one size of its pyramid; at its own it is not copied."""
     return image if size == image.shape[:2] else resize(image, size, Image.Resampling.LANCZOS).clip(0, 1)
-
-
-def _read_text(path: Path) -> str:
-    """A text in UTF-8, in UTF-16 with its mark, or else in the Windows code page 1252.
-
-    Raises:
-        ValueError: if it is none of these.
-    """
-    data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = data.decode("utf-16")
-    else:
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = data.decode("cp1252")
-    if "\0" in text:
-        raise ValueError("it has zeros in it")
-    return text.strip()
 
 
 def _is_flat(image: np.ndarray) -> bool:
@@ -201,104 +186,145 @@ class DistortedCrops(Dataset):
 
 
 class ImageFolder(Dataset):
-    """Random crops of a folder of sharp images; ``name.txt`` beside ``name.png`` holds the prompt, if there is one.
+    """Random crops of folders of sharp images, or of pairs of LR images and their ground truths.
 
-    Files that are no images, are truncated or smaller than the crop are skipped and counted in ``skipped``, whichever
-    loader process meets them; the next image of the folder stands in, so that training goes on.  A prompt that is no
-    text is skipped and counted there as well; its image stays, with an empty prompt.  What is not looked into, pictures
-    of other endings and links to folders, is counted by kind in ``passed_over``.  Transparent pixels are white.
+    ``name.txt`` beside ``name.png`` holds the prompt, if there is one.  Files that are no images, are truncated or
+    smaller than the crop, and pairs of other sizes than ``scale`` demands, are skipped and counted in ``skipped``,
+    whichever loader process meets them; another image is drawn instead, so that training goes on.  A prompt that is no
+    text is skipped and counted there as well; its image stays, with an empty prompt.  What is not looked into, such as
+    pictures of other endings and hidden files, is counted by kind in ``passed_over``.  Transparent pixels are white.
+
+    Which image, crop and degradation make a sample is drawn from ``(seed, index)`` alone, an image that cannot be used
+    being drawn anew, so that a sample is the same whenever a fault is found: before the start or in training.
 
     Args:
-        root: folder, searched recursively.
+        roots: a folder, searched recursively, a `Root`, or several of them.
         size: side of the sharp crop in pixels.
         seed: of the sequence of crops.
-        degradation: makes the low-resolution image.
+        degradation: makes the low-resolution image; its scale is also that of pairs.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or no usable image in it.
+        FileNotFoundError: if there is no such folder, or no usable image in one of them.
+        ValueError: if the size is no multiple of the scale, or a picture could have two partners.
     """
 
-    def __init__(self, root: str | Path, size: int, seed: int = 0, degradation: Degradation | None = None):
-        self.root, self.size, self.seed = Path(root), size, seed
+    def __init__(
+        self,
+        roots: str | Path | Root | Sequence[str | Path | Root],
+        size: int,
+        seed: int = 0,
+        degradation: Degradation | None = None,
+    ):
+        roots = [roots] if isinstance(roots, (str, Path, Root)) else list(roots)
+        self.roots = [root if isinstance(root, Root) else Root(os.fspath(root)) for root in roots]
+        self.size, self.seed = size, seed
         self.degradation = degradation or Degradation()
-        self._unusable: dict[Path, str] = {}
+        if not roots:
+            raise ValueError("roots must name at least one folder, got none")
         if size % self.degradation.scale:
             raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"data folder {str(root)!r} does not exist; give a folder of images")
-        everything = sorted(self.root.rglob("*"))
-        candidates = [p for p in everything if p.suffix.lower() in SUFFIXES and p.is_file()]
-        self.passed_over = Counter(
-            "links to folders" if path.is_dir() else path.suffix.lower()
-            for path in everything
-            if path.suffix.lower() in _NOT_READ or (path.is_symlink() and path.is_dir())
-        )
-        passed_over = ", ".join(f"{count} {kind}" for kind, count in sorted(self.passed_over.items()))
-        if passed_over:
-            logger.warning("not looked into in %s: %s", root, passed_over)
-        self.paths = [path for path in candidates if self._header_fits(path)]
-        if not self.paths:
-            raise FileNotFoundError(
-                f"data folder {str(root)!r} has no usable image: {len(candidates)} image files found, "
-                f"{len(self._unusable)} skipped, {passed_over or 'nothing'} not looked into; wanted "
-                f"{', '.join(sorted(SUFFIXES))} of at least {size}x{size} pixels"
-            )
-        self.prompts = [self._prompt(path.with_suffix(".txt")) for path in self.paths]
-        # that a file cannot be decoded shows late, in some loader process: all of them share these flags
-        self._broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
+        self.entries: list[Entry] = []
+        self.passed_over: Counter = Counter()
+        self._unusable: dict[str, str] = {}
+        weights = []
+        for root in self.roots:
+            report = check_root(root, size, self.degradation.scale, decode=False, at_most=HEADERS)
+            report.require_images(size)
+            _log(report)
+            self._unusable |= report.faults
+            self.passed_over += report.listing.passed_over
+            self.entries += report.listing.entries
+            weights += [root.weight] * len(report.listing.entries)
+        self._cumulative = np.cumsum(weights)
+        # That a file cannot be decoded shows late, in some loader process: all of them share these flags.
+        self._broken, self._no_text = (torch.zeros(len(self.entries), dtype=torch.bool).share_memory_() for _ in "ab")
+        for k, entry in enumerate(self.entries):
+            self._broken[k] = entry.gt in self._unusable
 
     @property
     def skipped(self) -> dict[Path, str]:
         """Files left out so far, with the reason."""
-        broken = zip(self.paths, self._broken.tolist(), strict=True)
-        return self._unusable | {path: "cannot be decoded" for path, flag in broken if flag}
+        broken, no_text = (flags.nonzero().flatten().tolist() for flags in (self._broken, self._no_text))
+        found = {self.entries[k].gt: "cannot be decoded" for k in broken}
+        found |= {str(self.entries[k].prompt): "cannot be read as text" for k in no_text}
+        return {Path(path): reason for path, reason in (found | self._unusable).items()}
 
-    def _header_fits(self, path: Path) -> bool:
-        try:
-            with Image.open(path) as image:
-                size = image.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self._unusable[path] = f"cannot be read as an image ({error})"
-        else:
-            if min(size) >= self.size:
-                return True
-            self._unusable[path] = f"is {size[0]}x{size[1]} pixels, the crop needs {self.size}"
-        logger.warning("skipped %s: %s (%d skipped so far)", path, self._unusable[path], len(self._unusable))
-        return False
+    def _skip(self, flags: torch.Tensor, k: int, path: str, reason: str) -> None:
+        if not flags[k]:
+            flags[k] = True
+            logger.warning("skipped %s: %s (%d skipped so far)", path, reason, len(self.skipped))
 
-    def _prompt(self, path: Path) -> str:
-        try:
-            return _read_text(path)
-        except FileNotFoundError:
-            return ""
-        except (OSError, ValueError) as error:
-            self._unusable[path] = f"cannot be read as text ({error})"
-        logger.warning("skipped %s: %s (%d skipped so far)", path, self._unusable[path], len(self._unusable))
-        return ""
+    def _draw(self, rng: np.random.Generator) -> Iterator[int]:
+        """Numbers of images in the order in which they are tried: at random by weight, in the end every one."""
+        for _ in range(100):
+            last = int(np.searchsorted(self._cumulative, rng.random() * self._cumulative[-1], side="right"))
+            yield last
+        yield from ((last + step) % len(self.entries) for step in range(len(self.entries)))
 
-    def _load(self, index: int) -> tuple[str, np.ndarray]:
-        """Prompt and picture."""
-        for step in range(len(self.paths)):
-            k = (index + step) % len(self.paths)
+    def _read(self, k: int, place: np.ndarray) -> list[np.ndarray]:
+        """The crop of a sharp image at a place in [0, 1)², and that of its LR image if it has one."""
+        entry, scale, sizes = self.entries[k], self.degradation.scale, []
+
+        def box(height: int, width: int, side: int, unit: int) -> tuple[int, int, int, int]:
+            sizes.append((height, width))
+            if fault := size_fault(sizes, self.size, scale):
+                raise OSError(fault)
+            top, left = (
+                int(at * ((n - side) // unit + 1)) * unit for at, n in zip(place, (height, width), strict=True)
+            )
+            return top, left, side, side
+
+        gt = read_image(entry.gt, lambda height, width: box(height, width, self.size, scale if entry.lr else 1))
+        if entry.lr is None:
+            return [gt]
+        return [gt, read_image(entry.lr, lambda height, width: box(height, width, self.size // scale, 1))]
+
+    def _load(self, rng: np.random.Generator, place: np.ndarray) -> tuple[int, list[np.ndarray]]:
+        """The first image of those drawn that can be read: its number and crops."""
+        for k in self._draw(rng):
             if self._broken[k]:
                 continue
             try:
-                return self.prompts[k], read_image(self.paths[k])
+                return k, self._read(k, place)
             except OSError as error:
-                self._broken[k] = True
-                reason = f"cannot be decoded ({error})"
-                logger.warning("skipped %s: %s (%d skipped so far)", self.paths[k], reason, len(self.skipped))
-        raise FileNotFoundError(f"data folder {str(self.root)!r} has no image left that can be decoded")
+                self._skip(self._broken, k, self.entries[k].gt, f"cannot be decoded ({error})")
+        raise FileNotFoundError(
+            f"data folder {' and '.join(repr(str(root)) for root in self.roots)} has no image left that can be decoded"
+        )
+
+    def _prompt(self, k: int) -> str:
+        path = self.entries[k].prompt
+        try:
+            return read_prompt(path) if path is not None else ""
+        except (OSError, ValueError) as error:
+            self._skip(self._no_text, k, str(path), f"cannot be read as text ({error})")
+        return ""
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.entries) - int(self._broken.sum())
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, index))
-        prompt, image = self._load(int(rng.integers(len(self.paths))))
-        gt = _dihedral(_random_crop(image, self.size, rng), rng, rotate=False)
-        lr, gt = self.degradation.degrade(np.ascontiguousarray(gt), rng)
-        return Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=prompt)
+        place, flip = rng.random(2), rng.random() < 0.5
+        k, images = self._load(rng, place)
+        gt, *lr = (to_tensor(image[:, ::-1] if flip else image) for image in images)
+        if not lr:
+            lr, (gt,) = self.degradation(gt[None], [(self.seed, index)])
+        return Sample(gt=gt, lr=lr[0], prompt=self._prompt(k))
+
+
+def _log(report: Report) -> None:
+    """What was found in a root: a line for each of the first faults, then one line for all."""
+    faults, found = report.faults, len(report.listing.entries)
+    for path, reason in list(faults.items())[:_NAMED]:
+        logger.warning("skipped %s: %s", path, reason)
+    if len(faults) > _NAMED:
+        logger.warning("skipped %d more in %s; rfsr data check names them", len(faults) - _NAMED, report.root)
+    passed_over = ", ".join(f"{count} {kind}" for kind, count in sorted(report.listing.passed_over.items()))
+    if passed_over:
+        logger.warning("not looked into in %s: %s", report.root, passed_over)
+    sample = f" (looked at {len(report.looked_at)})" if len(report.looked_at) < found else ""
+    logger.info("data %s: %d images%s, %d skipped, %d crops", report.root, found, sample, len(faults), report.crops)
 
 
 def evaluation_crops(

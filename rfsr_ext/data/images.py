@@ -1,18 +1,25 @@
 """Pictures as float32 sRGB arrays ``[H, W, 3]`` in [0, 1]: reading files, 8 bits and back, resizing, JPEG."""
 
+import contextlib
+import functools
 import io
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile
 from scipy.ndimage import distance_transform_edt
 
 __all__ = [
     "SUFFIXES",
+    "Box",
+    "Header",
     "from_uint8",
     "jpeg",
+    "read_header",
     "read_image",
     "read_image_and_alpha",
     "resize",
@@ -24,6 +31,19 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}  # of files in a folder that count as pictures
+
+Box = Callable[[int, int], tuple[int, int, int, int]]
+"""From a picture's height and width to the part ``(top, left, height, width)`` of it."""
+
+
+class Header(NamedTuple):
+    """Size of the upright picture, mode and format as Pillow names them, and whether further frames or pages follow."""
+
+    height: int
+    width: int
+    mode: str
+    format: str
+    more_frames: bool
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -46,48 +66,146 @@ def to_image(tensor: torch.Tensor) -> np.ndarray:
     return to_uint8(np.moveaxis(tensor.detach().float().cpu().numpy(), 0, -1))
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, box: Box | None = None) -> np.ndarray:
     """Decode a file of any kind Pillow reads; what is transparent lies on white.
 
     The picture is upright as its EXIF orientation asks, and converted to sRGB if it has an ICC profile of other colors
-    (Display P3, Adobe RGB, CMYK …); gray images repeat their channel.
+    (Display P3, Adobe RGB, CMYK …); gray images repeat their channel; of several frames or pages the first counts.
+    Gray of 16 bits keeps its depth, other colors of 16 bits keep their upper eight, as Pillow reads them.
+
+    Args:
+        path: the file.
+        box: called with the upright picture's height and width, gives the part ``(top, left, height, width)`` to read.
+            The pixels are those of the whole picture; it is decoded as far as its format demands, which for PNG, JPEG
+            and WebP is whole, but only the part is turned, converted and made floating point, which takes most of the
+            time.  (JPEG's draft mode would decode less, but other pixels: it scales.)
 
     Raises:
         OSError: if the file cannot be read or decoded as an image, or holds numbers without a known white.
     """
-    image, alpha = read_image_and_alpha(path, bleed=False)
+    image, alpha = _read(path, box, bleed=False)
     return image if alpha is None else (image * alpha + (1 - alpha)).astype(np.float32)
 
 
-def read_image_and_alpha(path: str | Path, bleed: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+def read_image_and_alpha(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     """The same with opacity ``[H, W, 1]`` in [0, 1] by itself, None if the picture is opaque everywhere.
 
-    Args:
-        path: the file.
-        bleed: give pixels of opacity 0, whose color means nothing, that of the nearest pixel which shows.
+    Pixels of opacity 0, whose color means nothing, get that of the nearest pixel which shows.
     """
+    return _read(path, None, bleed=True)
+
+
+def read_header(path: str | Path) -> Header:
+    """What the beginning of a file says of its picture; nothing is decoded.
+
+    Raises:
+        OSError: if the file cannot be read or does not begin as an image.
+    """
+    with _decoding(), Image.open(path) as file:
+        width, height = file.size
+        # PNG may hold its orientation behind the pixels, where Pillow would decode them to reach it
+        turned = (file.format not in ("PNG", "TIFF") or "exif" in file.info) and _orientation(file) >= 5
+        height, width = (width, height) if turned else (height, width)
+        return Header(height, width, file.mode, file.format or "", getattr(file, "is_animated", False))
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a decoder makes of a damaged file is an `OSError`: Pillow's raise a dozen other kinds as well."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip at 255
-                gray = np.asarray(image).astype(np.float32) / 65535
-                return np.repeat(gray.clip(0, 1)[..., None], 3, axis=-1), None
-            if image.mode == "F":
-                raise OSError("it holds floating-point numbers, whose white is not known; save it with 8 or 16 bits")
-            colors = from_uint8(np.asarray(_to_srgb(image, file.info.get("icc_profile"), path)))
-            if not image.has_transparency_data:
-                return colors, None
-            alpha = from_uint8(np.asarray(image.convert("RGBA").getchannel("A")))
+        yield
     except OSError:
         raise
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's decoders also raise
-        raise OSError(str(error)) from error
+    except MemoryError as error:
+        raise OSError("it needs more memory than there is") from error
+    except Exception as error:
+        raise OSError(str(error) or type(error).__name__) from error
+
+
+def _orientation(file: Image.Image) -> int:
+    """As EXIF counts, 1 (upright) to 8; what is no such number counts as upright."""
+    value = file.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in _TURNS else 1
+
+
+# By EXIF orientation: what brings the stored picture upright.
+_TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(file: Image.Image, box: Box | None) -> Image.Image:
+    """The picture, or a part of it, turned as its orientation asks; only that part is turned."""
+    if isinstance(file, ImageFile.ImageFile) and file.format == "TIFF":
+        file.filename = ""  # else Pillow maps an uncompressed one into memory and confuses the sides of a turned one
+    file.load()  # some formats turn themselves, others have their orientation at the end
+    turn = _TURNS[_orientation(file)]
+    image: Image.Image = file
+    if box is not None:
+        width, height = file.size if turn is None or turn.name in _KEEP_SIDES else file.size[::-1]
+        top, left, high, wide = box(height, width)
+        image = file.crop(_stored((left, top, left + wide, top + high), (width, height), turn))
+    return image if turn is None else image.transpose(turn)
+
+
+_KEEP_SIDES = {"FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"}
+
+
+def _stored(box: tuple[int, int, int, int], size: tuple[int, int], turn: Image.Transpose | None):
+    """Where a box ``(left, top, right, bottom)`` of the upright picture of this size lies in the stored one."""
+    (left, top, right, bottom), (width, height) = box, size
+    rows, columns = (top, bottom), (left, right)
+    up, across = (height - bottom, height - top), (width - right, width - left)  # counted from the other side
+    x, y = {
+        None: (columns, rows),
+        "FLIP_LEFT_RIGHT": (across, rows),
+        "ROTATE_180": (across, up),
+        "FLIP_TOP_BOTTOM": (columns, up),
+        "TRANSPOSE": (rows, columns),
+        "ROTATE_270": (rows, across),
+        "TRANSVERSE": (up, across),
+        "ROTATE_90": (up, columns),
+    }[None if turn is None else turn.name]
+    return x[0], y[0], x[1], y[1]
+
+
+def _read(path: str | Path, box: Box | None, bleed: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    with _decoding(), Image.open(path) as file:
+        is_png = file.format == "PNG"
+        if is_png:  # Pillow compares the checksums of the pixels on request alone, of a file opened for that
+            with Image.open(path) as same:
+                same.verify()
+        image = _upright(file, box)
+        if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
+            # 16-bit gray, which Pillow's own conversion would clip at 255
+            gray = np.asarray(image).astype(np.float32) / 65535
+            return np.repeat(gray.clip(0, 1)[..., None], 3, axis=-1), None
+        if image.mode in ("I", "F"):
+            kind = {"I": "32-bit", "F": "floating-point"}[image.mode]
+            raise OSError(f"it holds {kind} numbers, whose white is not known; save it with 8 or 16 bits")
+        colors = from_uint8(np.asarray(_to_srgb(image, file.info.get("icc_profile"), path)))
+        if not image.has_transparency_data:
+            return colors, None
+        alpha = from_uint8(np.asarray(image.convert("RGBA").getchannel("A")))
     if alpha.min() == 1:
         return colors, None
     if bleed and alpha.max() > 0:
         rows, columns = np.asarray(distance_transform_edt(alpha == 0, return_distances=False, return_indices=True))
         colors = colors[rows, columns]
     return colors, alpha[..., None]
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    """Once, however often a file is read."""
+    logger.warning("%s", sentence)
 
 
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of Pillow, by the color space of an ICC profile
@@ -112,7 +230,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Ima
             assert converted is not None  # it is not done in place
             return converted
         except (ImageCms.PyCMSError, OSError) as error:
-            logger.warning("%s: its color profile cannot be used and is passed over (%s)", path, error)
+            _warn(f"{path}: its color profile cannot be used and is passed over ({error})")
     return image.convert("RGB")
 
 

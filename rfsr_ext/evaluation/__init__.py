@@ -10,9 +10,11 @@ from rfsr_ext.evaluation.measure import (
     measure_trajectory,
     summarize,
 )
+from rfsr_ext.evaluation.pairs import PairResult, evaluate_pairs
 
 __all__ = [
     "FolderResult",
+    "PairResult",
     "Scorer",
     "best_and_worst",
     "cases_figure",
@@ -22,6 +24,7 @@ __all__ = [
     "evaluate",
     "evaluate_bicubic",
     "evaluate_folder",
+    "evaluate_pairs",
     "measure_trajectory",
     "summarize",
     "trajectory_figure",

@@ -1,6 +1,7 @@
 """Measuring pictures that are already there: a folder of results, with or without a folder of ground truths."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from rfsr_ext.data.images import SUFFIXES, read_image, to_tensor
 from rfsr_ext.metrics.suite import METRICS, Suite
 
-__all__ = ["FolderResult", "best_and_worst", "evaluate_folder", "list_pictures", "read_picture"]
+__all__ = ["FolderResult", "best_and_worst", "evaluate_folder", "list_pictures", "measure_pictures", "read_picture"]
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,36 @@ def evaluate_folder(
         ValueError: if two files have the same name, or not one picture could be measured.
     """
     pictures = list_pictures(folder)
-    truths = list_pictures(references) if references is not None else {}
+    truths = None if references is None else list_pictures(references)
+    return measure_pictures(pictures, suite, truths, name or str(folder), str(references))
+
+
+def measure_pictures(
+    pictures: Mapping[str, Path],
+    suite: Suite,
+    truths: Mapping[str, Path] | None = None,
+    name: str = "",
+    references: str = "",
+) -> FolderResult:
+    """Measure pictures, given by name as their ground truths are; what cannot be measured is named.
+
+    Args:
+        pictures: results.
+        suite: metrics.
+        truths: ground truths; None for none.
+        name: what the column ``model`` says.
+        references: where the ground truths lie, for what is said of a missing one.
+
+    Raises:
+        ValueError: if not one picture could be measured.
+    """
     rows, broken, used = [], {}, {}
-    for image, path in tqdm(pictures.items(), desc=f"evaluate {name or folder}", unit="image", leave=False):
+    for image, path in tqdm(pictures.items(), desc=f"evaluate {name}", unit="image", leave=False):
         try:
             sr, gt = read_picture(path), None
-            if references is not None:
+            if truths is not None:
                 if image not in truths:
-                    raise ValueError(f"{str(references)!r} has no picture called {image!r}")
+                    raise ValueError(f"{references!r} has no picture called {image!r}")
                 gt = read_picture(truths[image])
                 if gt.shape != sr.shape:
                     height, width, high, wide = *sr.shape[1:], *gt.shape[1:]
@@ -96,13 +119,12 @@ def evaluate_folder(
             broken[path] = str(error)
             continue
         used[image] = path
-        rows.append({"model": name or str(folder), "image": image, "preset": suite.preset.label}
+        rows.append({"model": name, "image": image, "preset": suite.preset.label}
                     | {metric: column.item() for metric, column in values.items()})  # fmt: skip
     if not rows:
         path, reason = next(iter(broken.items()))
-        raise ValueError(
-            f"not one of {len(pictures)} pictures in {str(folder)!r} could be measured; {path.name}: {reason}"
-        )
+        raise ValueError(f"not one of {len(pictures)} pictures in {name!r} could be measured; {path.name}: {reason}")
+    truths = truths or {}
     return FolderResult(pd.DataFrame(rows), broken, used, {image: truths[image] for image in used if image in truths})
 
 

@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from rfsr_ext.data import Degradation, Root
+from rfsr_ext.data.degradation import DEGRADATIONS
 from rfsr_ext.rewards import WeightedReward
 
 __all__ = ["PRESETS", "RFSRConfig", "RunConfig"]
@@ -40,7 +42,7 @@ _OLD_VALUES = {"dwt-ll": "haar-ll", "gram-kl": "gram"}
 
 Text = Annotated[str, Field(pattern=r"\S")]
 Count = Annotated[int, Field(ge=1, le=10**9)]
-Pixels = Annotated[int, Field(ge=8, le=2**14, multiple_of=4)]  # Degradation makes the LR images 4 times smaller
+Pixels = Annotated[int, Field(ge=8, le=2**14, multiple_of=4)]  # LR images are 4 times smaller
 Weight = Annotated[float, Field(ge=0, le=1e12)]  # far below the largest number of single precision
 Edge = Annotated[float, AfterValidator(lambda value: int(value) if value.is_integer() else value)]
 Window = tuple[Edge, Edge]
@@ -74,6 +76,16 @@ class RewardTerm(_Settings):
     offload: bool = False
 
 
+class DataRoot(_Settings):
+    """One folder of the training data, or two of pairs; see `rfsr_ext.data.Root`, whose fields these are."""
+
+    path: Text | None = None
+    lr: Text | None = None
+    gt: Text | None = None
+    weight: Annotated[float, Field(gt=0, le=1e12)] = 1.0
+    limit: Count | None = None
+
+
 class RunConfig(_Settings):
     """The settings that every method of training shares; a method subclasses it with keys of its own.
 
@@ -85,7 +97,7 @@ class RunConfig(_Settings):
     # What may differ between the runs before and after an interruption.
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
         {"iterations", "learning_rate", "max_skipped", "output_dir", "checkpoint_every", "keep_checkpoints",
-         "validate_every", "num_workers"}
+         "validate_every", "num_workers", "prefetch_factor"}
     )  # fmt: skip
 
     model: Text = Field(
@@ -98,10 +110,18 @@ class RunConfig(_Settings):
         description="what a diffusers folder does not say: {scale: 2, start: noise, num_inference_steps: 20, "
         "guidance_scale: 4, controlnet: its_folder/, trained: {unet: attentions}}",
     )
-    data: Text = Field(
+    data: str | list[Any] = Field(
         "photographs",
-        description='"photographs" (those of scikit-image and scikit-learn), a folder of sharp images, or '
-        "package.module:Name of a function that takes this configuration and returns a dataset of Sample",
+        description='"photographs" (those of scikit-image and scikit-learn), a folder of sharp images, a list of '
+        "folders, each a path or a mapping such as {path: FFHQ/, weight: 0.5, limit: 10000} or, of ready-made pairs, "
+        "{lr: LR/, gt: HR/}, or package.module:Name of a function that takes this configuration and returns a dataset "
+        "of Sample",
+    )
+    degradation: str | dict[str, Any] = Field(
+        "realesrgan-a",
+        description="how LR images are made from sharp ones: realesrgan-a (PASD, SeeSR, RFSR), realesrgan-b (harsher, "
+        "sharpened ground truth), realesrgan-c (milder blur), mini (one round, for small crops), or changes to one of "
+        "them such as {preset: realesrgan-a, scale: 2, first: {jpeg_range: [30, 95]}}; pairs need its scale alone",
     )
     crop_size: Pixels = Field(512, description="side of the training crops in pixels")
     batch_size: Annotated[int, Field(ge=1, le=2**16)] = Field(
@@ -130,6 +150,7 @@ class RunConfig(_Settings):
     keep_checkpoints: Count = Field(2, description="number of checkpoints kept, the newest")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of data, noise and drawn steps")
     num_workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="data-loading processes")
+    prefetch_factor: Annotated[int, Field(ge=1, le=256)] = Field(2, description="batches that each of them holds ready")
     output_dir: Text = Field("runs/rfsr", description="folder for everything the run writes")
     lora_rank: Annotated[int, Field(ge=0, le=4096)] = Field(
         0, description="0 trains all weights; otherwise adapters of this rank, whose base model is the reference"
@@ -143,6 +164,31 @@ class RunConfig(_Settings):
             super().__init__(**values)
         except ValidationError as error:
             raise ValueError(_sentence(type(self), error, values)) from None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _check_data(cls, data: Any) -> str | list[str | dict[str, Any]]:
+        roots = [data] if isinstance(data, Mapping) else data
+        if isinstance(roots, (list, tuple)) and roots:
+            return [_check_root(f"data[{i}]", root) for i, root in enumerate(roots)]
+        if isinstance(data, str) and data.strip():
+            return data
+        raise ValueError(
+            "data must be a folder, a list of folders, each a path or a mapping such as {path: FFHQ/, limit: 10000} or "
+            f"{{lr: LR/, gt: HR/}}, photographs, or package.module:Name, got {_shown(data)}"
+        )
+
+    @field_validator("degradation", mode="before")
+    @classmethod
+    def _check_degradation(cls, degradation: Any) -> str | dict[str, Any]:
+        preset = degradation.get("preset") if isinstance(degradation, Mapping) else degradation
+        if preset not in DEGRADATIONS:
+            raise ValueError(
+                f"degradation must be {', '.join(DEGRADATIONS)}, or a mapping of one of them and changes, such as "
+                f"{{preset: realesrgan-a, scale: 2}}, got {_shown(degradation)}"
+            )
+        create_degradation(degradation)  # for its checks alone
+        return dict(degradation) if isinstance(degradation, Mapping) else degradation
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -301,13 +347,24 @@ class RFSRConfig(RunConfig):
         return self
 
 
+def create_degradation(degradation: str | Mapping[str, Any]) -> Degradation:
+    """What a configuration's ``degradation`` says: a preset by name, or a mapping of its name and changes."""
+    if isinstance(degradation, str):
+        return Degradation.preset(degradation)
+    changes = {str(key): value for key, value in degradation.items() if key != "preset"}
+    try:
+        return Degradation.preset(degradation["preset"], **changes)
+    except ValueError as error:
+        raise ValueError(f"degradation: {error}") from None
+
+
 def _check_reward(key: str, term: Any) -> float | dict[str, Any]:
     """A weight, or those of `RewardTerm`'s keys that are given."""
     if not isinstance(term, Mapping):
-        return _valid_reward({"weight": term}, lambda _: key)["weight"]
+        return _valid(RewardTerm, {"weight": term}, lambda _: key)["weight"]
     if "weight" not in term and RewardTerm.model_fields.keys() >= term.keys():
         raise ValueError(f"{key} must have a weight, got {_shown(dict(term))}")
-    options = _valid_reward({str(name): value for name, value in term.items()}, lambda name: f"{key}.{name}")
+    options = _valid(RewardTerm, {str(name): value for name, value in term.items()}, lambda name: f"{key}.{name}")
     try:
         WeightedReward(None, **options)  # for its checks alone; the reward is loaded later
     except ValueError as error:
@@ -315,11 +372,25 @@ def _check_reward(key: str, term: Any) -> float | dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
-def _valid_reward(options: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+def _check_root(key: str, root: Any) -> str | dict[str, Any]:
+    """A path, or those of `DataRoot`'s keys that are given."""
+    if isinstance(root, str) and root.strip():
+        return root
+    if not isinstance(root, Mapping):
+        raise ValueError(f"{key} must be a path or a mapping with path, or with lr and gt, got {_shown(root)}")
+    options = _valid(DataRoot, {str(name): value for name, value in root.items()}, lambda name: f"{key}.{name}")
     try:
-        return RewardTerm.model_validate(options).model_dump(exclude_unset=True)
+        Root(**options)  # for its checks alone; the folders are looked into later
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return options
+
+
+def _valid(model: type[_Settings], options: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    try:
+        return model.model_validate(options).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise ValueError(_sentence(RewardTerm, error, options, rename)) from None
+        raise ValueError(_sentence(model, error, options, rename)) from None
 
 
 # -- reading values ---------------------------------------------------------------------------------------------------

@@ -137,7 +137,15 @@ class Loop:
         share = n // self.accelerator.num_processes
         offset = self.accelerator.process_index * share
         indices = [k * n + offset + i for k in range(first, self.config.iterations) for i in range(share)]
-        return DataLoader(self.dataset, share // parts, sampler=indices, num_workers=self.config.num_workers)
+        workers = self.config.num_workers
+        return DataLoader(
+            self.dataset,
+            share // parts,
+            sampler=indices,
+            num_workers=workers,
+            prefetch_factor=self.config.prefetch_factor if workers else None,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
 
     def _samples(self, iteration: int, part: int) -> range:
         n, parts = self.config.batch_size, self.config.gradient_accumulation_steps
@@ -158,7 +166,7 @@ class Loop:
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def _autocast(self) -> torch.autocast:
         """Not accelerate's, which follows the precision that the process' last `Accelerator` was made with."""

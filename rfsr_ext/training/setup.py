@@ -8,33 +8,49 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from rfsr_ext.data import ImageFolder, PhotographCrops, photographs
+from rfsr_ext.data import ImageFolder, PhotographCrops, Root, photographs
 from rfsr_ext.files import replace_folder
 from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.losses import HaarLLLoss
 from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards import Reward, WeightedReward, create_reward
 from rfsr_ext.sampling import TimestepWindows
-from rfsr_ext.training.config import RFSRConfig
+from rfsr_ext.training.config import RFSRConfig, RunConfig, create_degradation
 
 __all__ = [
     "add_adapters",
     "build_dataset",
     "build_rewards",
     "build_windows",
+    "data_roots",
     "merge_adapters",
     "save_adapters",
     "structure_loss",
 ]
 
 
-def build_dataset(config: RFSRConfig) -> Dataset:
-    """The training crops."""
+def build_dataset(config: RunConfig) -> Dataset:
+    """The training crops.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or holds nothing of use.
+        ValueError: if the crops do not fit the degradation's scale, or the user's own object is no dataset.
+    """
+    degradation = create_degradation(config.degradation)
     if config.data == "photographs":
-        return PhotographCrops(photographs("train"), config.crop_size, seed=config.seed, recolor=False)
-    if is_import_name(config.data):
+        return PhotographCrops(
+            photographs("train"), config.crop_size, seed=config.seed, degradation=degradation, recolor=False
+        )
+    if isinstance(config.data, str) and is_import_name(config.data):
         return create_object(config.data, "data", Dataset, config)
-    return ImageFolder(config.data, config.crop_size, seed=config.seed)
+    return ImageFolder(data_roots(config), config.crop_size, seed=config.seed, degradation=degradation)
+
+
+def data_roots(config: RunConfig) -> list[Root]:
+    """The folders of the training data; none if it is something else."""
+    if isinstance(config.data, str):
+        return [] if config.data == "photographs" or is_import_name(config.data) else [Root(config.data)]
+    return [Root(root) if isinstance(root, str) else Root(**root) for root in config.data]
 
 
 def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:

@@ -174,27 +174,27 @@ def test_a_prompt_that_is_no_text_is_skipped_counted_and_named(tmp_path, content
     assert "cat.txt: cannot be read as text" in caplog.text
 
 
-def test_a_folder_in_the_place_of_a_prompt(tmp_path):
+def test_a_folder_in_the_place_of_a_prompt_is_none(tmp_path):
     picture().save(tmp_path / "cat.png")
     (tmp_path / "cat.txt").mkdir()
     dataset = ImageFolder(tmp_path, 32)
-    assert dataset[0]["prompt"] == "" and len(dataset.skipped) == 1
+    assert dataset[0]["prompt"] == "" and not dataset.skipped
 
 
 def test_what_is_not_looked_into_is_said(tmp_path, caplog):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "more").mkdir()
-    picture().save(tmp_path / "more" / "a.png")
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "more")
-    for name in ("a.heic", "b.HEIC", "c.gif", "notes.md"):
-        (tmp_path / "data" / name).touch()
-    with pytest.raises(FileNotFoundError, match="0 image files found, 0 skipped, 1 .gif, 2 .heic, 1 links to folders"):
-        ImageFolder(tmp_path / "data", 32)
-    picture().save(tmp_path / "data" / "good.png")
+    for name in ("a.heic", "b.HEIC", "c.gif", "notes.md", "._d.png", ".DS_Store"):
+        (tmp_path / name).touch()
+    (tmp_path / "e.png").symlink_to(tmp_path / "nowhere")
+    said = "1 .gif, 2 .heic, 2 hidden files and folders, 1 links to nothing, or no files"
+    with pytest.raises(FileNotFoundError, match=f"0 image files found, 0 skipped, {said}"):
+        ImageFolder(tmp_path, 32)
+    picture().save(tmp_path / "good.png")
     caplog.clear()
-    dataset = ImageFolder(tmp_path / "data", 32)
-    assert dataset.passed_over == {".heic": 2, ".gif": 1, "links to folders": 1}
-    assert "1 .gif, 2 .heic, 1 links to folders" in caplog.text
+    dataset = ImageFolder(tmp_path, 32)
+    assert dataset.passed_over == {
+        ".heic": 2, ".gif": 1, "hidden files and folders": 2, "links to nothing, or no files": 1,
+    }  # fmt: skip
+    assert said in caplog.text
 
 
 def test_bad_files_are_skipped_counted_and_named(folder, caplog):

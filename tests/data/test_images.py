@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 from rfsr_ext.data import load_photograph
-from rfsr_ext.data.images import from_uint8, read_image, read_image_and_alpha, to_image, to_tensor, to_uint8
+from rfsr_ext.data.images import (
+    from_uint8,
+    read_header,
+    read_image,
+    read_image_and_alpha,
+    to_image,
+    to_tensor,
+    to_uint8,
+)
 
 D50 = np.array([0.9642, 1.0, 0.8249])  # ICC's own white
 
@@ -174,3 +182,32 @@ def test_every_way_to_say_transparent(tmp_path, mode):
 def test_to_image_is_the_inverse_of_to_tensor(photograph):
     np.testing.assert_array_equal(to_image(to_tensor(photograph)), to_uint8(photograph))
     assert to_image(torch.tensor([-1.0, 0.5, 2.0]).reshape(3, 1, 1).half()).tolist() == [[[0, 128, 255]]]
+
+
+def upright(pixels, orientation):
+    """By the words of EXIF 2.32: which visual sides the 0th row and the 0th column are."""
+    pixels = pixels if orientation < 5 else pixels.swapaxes(0, 1)
+    row, column = {1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}[
+        orientation
+    ]
+    return np.ascontiguousarray(pixels[::row, ::column])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_a_part_is_that_of_the_whole_picture(tmp_path, orientation, suffix):
+    """However the file is turned, and with a color profile and transparency."""
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = orientation
+    pixels = rng.integers(0, 256, (30, 44, 3 if suffix == "jpg" else 4), np.uint8)
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(pixels).save(path, exif=exif, icc_profile=profile(*SPACES["Display P3"][1::-1]))
+    whole = read_image(path)
+    assert whole.shape == ((30, 44, 3) if orientation < 5 else (44, 30, 3))
+    Image.fromarray(upright(pixels, orientation)).save(path, icc_profile=profile(*SPACES["Display P3"][1::-1]))
+    if suffix in ("png", "tif"):
+        np.testing.assert_array_equal(read_image(path), whole)
+    Image.fromarray(pixels).save(path, exif=exif, icc_profile=profile(*SPACES["Display P3"][1::-1]))
+    assert read_header(path)[:2] == whole.shape[:2]
+    part = read_image(path, lambda height, width: (height - 23, width - 21, 20, 17))
+    np.testing.assert_array_equal(part, whole[-23:-3, -21:-4])

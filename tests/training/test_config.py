@@ -1,12 +1,16 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from pydantic import Field
 
+from rfsr_ext.data import Degradation
 from rfsr_ext.importing import import_object
 from rfsr_ext.models import load_model
 from rfsr_ext.rewards import WeightedReward
@@ -100,6 +104,23 @@ def test_presets_say_only_what_differs_from_the_defaults(name):
         ({"rewards": {"x": {"weight": 1, "views": [2]}}}, "rewards.x.views must be factors up to 1, such as 0.5, or"),
         ({"rewards": {"x": {"weight": 1, "views": [True]}}}, "rewards.x.views must be a list of text, got [True]"),
         ({"allow_overlap": "yes"}, "allow_overlap must be true or false, got 'yes'"),
+        (
+            {"data": 5},
+            "data must be a folder, a list of folders, each a path or a mapping such as {path: FFHQ/, limit: ",
+        ),
+        ({"data": []}, "or {lr: LR/, gt: HR/}, photographs, or package.module:Name, got []"),
+        ({"data": ["a", 5]}, "data[1] must be a path or a mapping with path, or with lr and gt, got 5"),
+        ({"data": [{"path": "a", "limt": 5}]}, "unknown key 'data[0].limt'; did you mean 'limit'?"),
+        ({"data": {"path": "a", "limit": 0.5}}, "data[0].limit must be a whole number (at least 1, at most 1000000000"),
+        ({"data": {"path": "a", "weight": -1}}, "data[0].weight must be a finite number (above 0, at most 1e+12), got"),
+        ({"data": ["a", {"lr": "b"}]}, "data[1]: it must have a path, or lr and gt, got {'lr': 'b'}"),
+        ({"data": {"path": "a", "lr": "b", "gt": "c"}}, "data[0]: it must have a path, or lr and gt, got {'path': 'a'"),
+        ({"degradation": "realesrgan"}, "degradation must be mini, realesrgan-a, realesrgan-b, realesrgan-c, or a"),
+        ({"degradation": {"scale": 2}}, "such as {preset: realesrgan-a, scale: 2}, got {'scale': 2}"),
+        (
+            {"degradation": {"preset": "realesrgan-a", "first": {"jpeg_range": [95, 30]}}},
+            "degradation: preset realesrgan-a: first.jpeg_range must be",
+        ),
         ({"model": 5}, "model must be text that is not empty, got 5"),
         ({"lora_targets": "to_q"}, "lora_targets must be a list of text that is not empty, got 'to_q'"),
         # names of version 0.1
@@ -141,7 +162,11 @@ def test_odd_values_are_of_use_or_refused_in_one_sentence(key):
         try:
             config = RFSRConfig.from_dict({key: value})
         except ValueError as error:
-            assert str(error).startswith(f"config: {key}{'.a' if '.a must' in str(error) else ''} must be ")
+            inside = next((part for part in (".a", "[0]") if f"{part} must" in str(error)), "")
+            if (key, name) == ("data", "mapping"):
+                assert str(error) == "config: unknown key 'data[0].a'; valid are path, lr, gt, weight, limit"
+                continue
+            assert str(error).startswith(f"config: {key}{inside} must be ")
             assert ", got " in str(error) and "\n" not in str(error) and len(str(error)) < 320
         else:
             accepted.add(name)
@@ -341,6 +366,41 @@ def test_one_sentence_for_objects_that_cannot_be_had(own_module, name, sentence)
     with pytest.raises(ValueError) as error:
         import_object(name, "reward")
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folders_of_a_configuration(tmp_path):
+    text = """
+    data:
+      - DIV2K
+      - {path: FFHQ, weight: 0.5, limit: 2}
+      - {lr: RealSR/LR, gt: RealSR/HR}
+    crop_size: 32
+    """
+    for folder, side in {"DIV2K": 40, "FFHQ": 40, "RealSR/LR": 10, "RealSR/HR": 40}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "run.yaml").write_text(re.sub(r"(DIV2K|FFHQ|RealSR/.R)", rf"{tmp_path}/\1", text))
+    config = RFSRConfig.load(tmp_path / "run.yaml")
+    assert config.data == [
+        f"{tmp_path}/DIV2K",
+        {"path": f"{tmp_path}/FFHQ", "weight": 0.5, "limit": 2},
+        {"lr": f"{tmp_path}/RealSR/LR", "gt": f"{tmp_path}/RealSR/HR"},
+    ]
+    dataset = setup.build_dataset(config)
+    assert dataset.degradation == Degradation.preset("realesrgan-a")
+    assert [root.weight for root in dataset.roots] == [1, 0.5, 1] and len(dataset) == 3 + 2 + 3
+    assert not config.differs(json.loads(json.dumps(config.to_dict())))
+
+
+def test_degradation_of_a_configuration():
+    changes = {"preset": "mini", "scale": 2, "first": {"noise_range": [0, 1]}}
+    config = RFSRConfig(degradation=changes, crop_size=64)
+    crops = setup.build_dataset(config)
+    assert crops.degradation == Degradation.preset("mini", scale=2, first={"noise_range": (0, 1)})
+    assert crops[0]["lr"].shape == (3, 32, 32) and not config.differs(json.loads(json.dumps(config.to_dict())))
+    assert setup.build_dataset(RFSRConfig.load("mini")).degradation == Degradation.preset("mini")
 
 
 def test_objects_of_another_kind_are_refused(own_module):

@@ -1,0 +1,123 @@
+"""Models run on pairs of LR images and ground truths: RealSR, DRealSR, or what `rfsr data degrade` made."""
+
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from tqdm import tqdm
+
+from rfsr_ext.data import Root
+from rfsr_ext.data.check import check_root
+from rfsr_ext.data.folders import Entry
+from rfsr_ext.data.images import to_image
+from rfsr_ext.data.manifest import Manifest, sha256, versions
+from rfsr_ext.data.prompts import read_prompt
+from rfsr_ext.evaluation.folders import measure_pictures, read_picture
+from rfsr_ext.metrics.suite import Suite
+from rfsr_ext.models import ISRModel
+from rfsr_ext.sampling import upscale
+
+__all__ = ["PairResult", "evaluate_pairs"]
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """What `evaluate_pairs` found.
+
+    Attributes:
+        frame: one row per picture and seed: ``model``, ``image`` (the ground truth's path within its folder, without
+            ending), ``preset``, one column per metric, and ``seed``.
+        left_out: why a picture was left out, by its path.
+        folders: where the pictures are, one folder per seed.
+    """
+
+    frame: pd.DataFrame
+    left_out: dict[str, str]
+    folders: list[Path]
+
+
+def evaluate_pairs(
+    model: ISRModel, root: Root, suite: Suite, pictures: str | Path, seeds: Sequence[int] = (0,), name: str = "model"
+) -> PairResult:
+    """Upscale the LR image of every pair by `rfsr_ext.sampling.upscale`, keep the pictures and measure them.
+
+    Pictures are written as 8-bit PNG to ``pictures/NAME-seedS/`` and measured as they were written.  Those that are
+    there already are not made again, provided that the model, the seed, the LR image and its prompt (``name.txt``
+    beside it or beside the ground truth) are the same; no file that did not come this way is overwritten.
+
+    Args:
+        model: makes the pictures; every ground truth must be ``model.scale`` times its LR image.
+        root: the two folders.
+        suite: metrics.
+        pictures: folder for the pictures.
+        seeds: of the noise.
+        name: what the column ``model`` says.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist.
+        ValueError: if no pair fits the model, or not one picture could be measured; see also `Manifest`.
+    """
+    report = check_root(root, 0, model.scale, decode=False)
+    if not report.headers:
+        path, reason = next(iter(report.faults.items()), (str(root), "holds no picture"))
+        raise ValueError(
+            f"ground truths must be {model.scale} times as large as their LR images, which is the scale of {name}, and "
+            f"none of {len(report.listing.entries)} pairs in {root} is so; {path} {reason}"
+        )
+    left_out = dict(report.faults)
+    entries = {
+        os.path.splitext(os.path.relpath(entry.gt, root.gt))[0]: entry
+        for k, entry in enumerate(report.listing.entries) if k not in report.skipped
+    }  # fmt: skip
+    frames, folders = [], []
+    label = re.sub(r"[^\w.-]+", "_", name).strip("_.")
+    for seed in seeds:
+        folder = Path(pictures) / f"{label}-seed{seed}"
+        made, failed = _upscale(model, entries, folder, seed, name)
+        truths = {image: Path(entries[image].gt) for image in made}
+        if not made:
+            path, reason = next(iter(failed.items()))
+            raise ValueError(f"not one of {len(entries)} LR images could be upscaled; {path}: {reason}")
+        result = measure_pictures(made, suite, truths, name, str(root.gt))
+        frames.append(result.frame.assign(seed=seed))
+        folders.append(folder)
+        left_out |= failed | {str(path): reason for path, reason in result.broken.items()}
+    return PairResult(pd.concat(frames, ignore_index=True), left_out, folders)
+
+
+def _upscale(
+    model: ISRModel, entries: Mapping[str, Entry], folder: Path, seed: int, name: str
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Pictures by image, and why an LR image could not be upscaled."""
+    settings = {
+        "model": name,
+        "fingerprint": model.fingerprint(),
+        "recipe": repr(model.recipe),
+        "seed": seed,
+        "versions": versions(),
+    }
+    made: dict[str, Path] = {}
+    failed: dict[str, str] = {}
+    with Manifest(folder, settings, [f"{image}.png" for image in entries]) as manifest:
+        for image, entry in tqdm(entries.items(), desc=f"upscale {name}", unit="image"):
+            assert entry.lr is not None
+            target = f"{image}.png"
+            try:
+                prompt = read_prompt(entry.prompt) if entry.prompt else ""
+                facts = {"lr_sha256": sha256(entry.lr), "prompt": prompt}
+                lr = read_picture(Path(entry.lr))
+                sr = None if manifest.has(target, facts) else upscale(model, lr, prompt, seed=seed, progress=False)
+            except FileExistsError:
+                raise
+            except (ValueError, RuntimeError, MemoryError, OSError) as error:
+                failed[entry.lr] = str(error) or type(error).__name__
+                continue
+            if sr is not None:
+                manifest.add(target, facts, functools.partial(Image.fromarray(to_image(sr)).save, format="PNG"))
+            made[image] = folder / target
+    return made, failed
