@@ -36,12 +36,12 @@ from rfsr_ext.models.folders import open_part, quiet
 from rfsr_ext.models.process import Process
 from rfsr_ext.weights.reading import read_tensors
 
-__all__ = ["PASDControlNetModel", "PASDModel", "PASDUNet2DConditionModel"]
+__all__ = ["PASD_RECIPE", "PASDControlNetModel", "PASDModel", "PASDUNet2DConditionModel"]
 
 _WHERE = "PASD's and PASD-light's weights are linked at github.com/yangxy/PASD"
 _PIXELS = "pixel_hidden_states"  # the name of the residual among the arguments of an attention
 
-_RECIPE = Recipe(
+PASD_RECIPE = Recipe(
     num_inference_steps=20,
     start="lr",
     start_timestep=900,
@@ -55,6 +55,7 @@ _RECIPE = Recipe(
     structure_window=(1, 8),
     reward_window=(18, 20),
 )
+"""How the authors of PASD sample, and RFSR's windows for it."""
 
 
 def _with_options(kind: type, **options) -> Callable:
@@ -436,7 +437,7 @@ class PASDModel(ControlNetISRModel):
         **more,
     ):
         trained = {"unet": "", "controlnet": "^(?!.*to_rgbs)"} if trained is None else trained
-        super().__init__(*parts, recipe=recipe or _RECIPE, trained=trained, **more)
+        super().__init__(*parts, recipe=recipe or PASD_RECIPE, trained=trained, **more)
         self.captioner = captioner
 
     @property
@@ -503,8 +504,8 @@ class PASDModel(ControlNetISRModel):
         Args:
             weights: a folder that holds ``unet/`` and ``controlnet/`` (``runs/pasd/checkpoint-100000``), or one above
                 it that holds no other such folder.
-            base: folder of Stable Diffusion 1.5; ``checkpoints/stable-diffusion-v1-5`` beside ``runs`` by default, as
-                in the authors' repository.
+            base: folder of Stable Diffusion 1.5; by default ``stable-diffusion-v1-5`` in ``weights``, or
+                ``checkpoints/stable-diffusion-v1-5`` beside ``runs``, as in the authors' repository.
             torch_dtype, scale, trained, captioner: as in the class.
             recipe: fields of `Recipe` that replace the authors'.
 
@@ -513,9 +514,9 @@ class PASDModel(ControlNetISRModel):
             ValueError: if there are several models to choose from, or files are damaged or of another model.
             TypeError: for a recipe field that does not exist.
         """
-        merged = dataclasses.replace(_RECIPE, **check_recipe(recipe))
+        merged = dataclasses.replace(PASD_RECIPE, **check_recipe(recipe))
         checkpoint = _checkpoint(Path(weights))
-        folder = _base(checkpoint) if base is None else Path(base)
+        folder = _base(Path(weights), checkpoint) if base is None else Path(base)
         if not folder.is_dir():
             raise FileNotFoundError(f"base {str(folder)!r} does not exist; give a diffusers folder of SD 1.5")
         other, parts = open_tokenizer_and_scheduler(folder), {}
@@ -556,14 +557,15 @@ def _checkpoint(weights: Path) -> Path:
     return found[0]
 
 
-def _base(checkpoint: Path) -> Path:
-    """Where the authors' repository has Stable Diffusion 1.5."""
-    for folder in checkpoint.resolve().parents[:3]:
-        if (found := folder / "checkpoints/stable-diffusion-v1-5").is_dir():
-            return found
+def _base(weights: Path, checkpoint: Path) -> Path:
+    """Stable Diffusion 1.5 beside the weights, or where the authors' repository has it."""
+    places = [weights / "stable-diffusion-v1-5"]
+    places += [folder / "checkpoints/stable-diffusion-v1-5" for folder in checkpoint.resolve().parents[:3]]
+    if found := [place for place in places if place.is_dir()]:
+        return found[0]
     raise FileNotFoundError(
-        f"base must be given, a diffusers folder of SD 1.5 (vae/, text_encoder/, tokenizer/, scheduler/), for there is "
-        f"no checkpoints/stable-diffusion-v1-5 above {str(checkpoint)!r}"
+        f"base must be given, a diffusers folder of SD 1.5 (vae/, text_encoder/, tokenizer/, scheduler/), for neither "
+        f"{str(places[0])!r} nor checkpoints/stable-diffusion-v1-5 beside runs/ exists"
     )
 
 

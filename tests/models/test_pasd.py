@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 
-from rfsr_ext.models import Recipe
+from rfsr_ext.models import Recipe, load_model
 from rfsr_ext.models import pasd as module
 from rfsr_ext.models.pasd import PASDControlNetModel, PASDModel, PASDUNet2DConditionModel
 from rfsr_ext.sampling import generators, inference_condition, sample, upscale
@@ -164,21 +164,25 @@ def test_start_can_be_changed(full, monkeypatch):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["runs/pasd/checkpoint-100000", "runs/pasd", "runs", "."])
-def test_opens_the_checkpoint_and_what_is_above_it(tmp_path, place):
+def test_opens_the_checkpoint_and_what_is_above_it(full, tmp_path):
     layout.write(tmp_path)
-    assert not PASDModel.from_released(tmp_path / place).unet.config.light
+    for place in (layout.VARIANTS["pasd"][0], "runs/pasd", "runs"):  # pasd() opens the repository itself
+        assert PASDModel.from_released(tmp_path / place).fingerprint() == full.fingerprint()
 
 
 def test_opens_the_layout_of_the_hub(tmp_path):
     layout.write(tmp_path, "pasd_light_rrdb")
     (tmp_path / "runs").rename(tmp_path / "PASD")
     base = (tmp_path / "checkpoints/stable-diffusion-v1-5").rename(tmp_path / "sd15")
-    with pytest.raises(FileNotFoundError, match="base must be given, .* no checkpoints/stable-diffusion-v1-5 above"):
+    with pytest.raises(
+        FileNotFoundError, match="base must be given, .* neither .*PASD/stable-diffusion-v1-5' nor checkp"
+    ):
         PASDModel.from_released(tmp_path / "PASD")
     model = PASDModel.from_released(tmp_path / "PASD", base=base, scale=2, guidance_scale=5.0)
     assert model.unet.config.light and model.controlnet.config.use_rrdb
     assert (model.scale, model.recipe.guidance_scale, model.recipe.start_timestep) == (2, 5.0, 900)
+    base.rename(tmp_path / "PASD/stable-diffusion-v1-5")
+    assert load_model("pasd", weights=tmp_path / "PASD").fingerprint() == model.fingerprint()
 
 
 def test_several_models_are_not_guessed_from(tmp_path):
@@ -201,14 +205,14 @@ def test_missing_folders(tmp_path):
         PASDModel.from_released(checkpoint, guidance=3)
 
 
-def test_old_files_of_pytorch(tmp_path):
-    checkpoint = layout.write(tmp_path, "pasd_light_rrdb")
-    for name in ("unet_light", "controlnet_rrdb"):
+def test_old_files_of_pytorch(model, variant, tmp_path):
+    checkpoint = layout.write(tmp_path, variant)
+    for name in layout.VARIANTS[variant][1:]:
         folder = checkpoint / name.partition("_")[0]
         (folder / layout.FILE).unlink()
         layout.write_part(folder, name, file="diffusion_pytorch_model.bin")
     with torch.no_grad():
-        torch.testing.assert_close(run(PASDModel.from_released(checkpoint)), run(pasd("pasd_light_rrdb")))
+        torch.testing.assert_close(run(PASDModel.from_released(checkpoint)), run(model))
 
 
 def test_half_precision_files_open_in_any(full, tmp_path):
@@ -234,9 +238,11 @@ def change(path, edit):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("part", ["unet", "controlnet"])
+DAMAGES = ("missing", "truncated", "lacking", "extra", "shape", "pickle", "other", "no config")
+
+
 @pytest.mark.parametrize(
-    "damage", ["missing", "truncated", "lacking", "extra", "shape", "pickle", "other", "no config"]
+    ("part", "damage"), [*(("unet", damage) for damage in DAMAGES), ("controlnet", "lacking"), ("controlnet", "extra")]
 )
 def test_damaged_files_are_refused_with_one_sentence(tmp_path, part, damage, capsys):
     checkpoint = layout.write(tmp_path)
@@ -280,7 +286,8 @@ def test_saves_its_folder_under_the_authors_names(model, variant, tmp_path):
         config = json.loads((tmp_path / "model" / part / "config.json").read_text())
         theirs = {k: v for k, v in layout.keys()[stored]["config"].items() if not k.startswith("_")}
         assert {k: config[k] for k in theirs} == theirs  # their code can open it
-    again = PASDModel.from_pretrained(tmp_path / "model")
+    again = load_model(tmp_path / "model")
+    assert type(again) is PASDModel
     assert again.fingerprint() == model.fingerprint() and again.recipe == model.recipe
     assert again.trained == model.trained and type(again.scheduler) is UniPCMultistepScheduler
     assert again.unet.config.light == model.unet.config.light == (variant != "pasd")
