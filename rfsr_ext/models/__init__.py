@@ -7,12 +7,14 @@ from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
 from rfsr_ext.models.check import check_model
 from rfsr_ext.models.controlnet import ISR_CONFIG, ControlNetISRModel
+from rfsr_ext.models.diffbir import DiffBIRModel
 from rfsr_ext.models.process import NonUniformProcess, Process, check_scheduler
 from rfsr_ext.weights import WEIGHTS
 
 __all__ = [
     "Condition",
     "ControlNetISRModel",
+    "DiffBIRModel",
     "ISRModel",
     "NonUniformProcess",
     "Process",
@@ -23,7 +25,7 @@ __all__ = [
     "load_model",
 ]
 
-_CLASSES: dict[str, type[ISRModel]] = {"controlnet": ControlNetISRModel}
+_CLASSES: dict[str, type[ISRModel]] = {kind.kind: kind for kind in (ControlNetISRModel, DiffBIRModel)}
 _SHIPPED: dict[str, Path] = {"mini": WEIGHTS / "model"}
 
 

@@ -7,6 +7,7 @@ import torch
 
 from rfsr_ext.models import check_model, list_models, load_model
 from rfsr_ext.sampling import generators, sample, upscale
+from tests.models.released.diffbir.fixture import diffbir
 from tests.tiny import PixelModel, tiny_model
 
 MODELS = {
@@ -14,6 +15,7 @@ MODELS = {
     "tiny, attention only": lambda: tiny_model(trained={"unet": "attentions", "controlnet": ""}),
     "tiny, decoder": lambda: tiny_model(trained={"unet": "", "vae": r"^decoder\."}),
     "pixels": PixelModel,
+    **{f"diffbir {v}": (lambda v=v: diffbir(v, min_side=0, num_inference_steps=10)) for v in ("v1", "v2")},
     **{name: (lambda name=name: load_model(name)) for name in list_models()},
 }
 

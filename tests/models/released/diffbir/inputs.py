@@ -18,9 +18,10 @@ def tokenizer():
 
 
 def text_ids(texts: list[str]) -> Tensor:
-    """Token numbers ``[N, L]`` of the small tokenizer, which stands for OpenCLIP's here and there."""
-    length = tokenizer().model_max_length
-    return tokenizer()(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    """Token numbers ``[N, L]`` of the small tokenizer, which stands for OpenCLIP's; filled up with zeros as by that."""
+    found = tokenizer()
+    rows = [found(text, max_length=found.model_max_length, truncation=True).input_ids for text in texts]
+    return torch.tensor([row + [0] * (found.model_max_length - len(row)) for row in rows])
 
 
 def lr_image() -> Tensor:

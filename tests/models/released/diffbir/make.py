@@ -81,6 +81,18 @@ SMALL = {
     "vae": {"ch": 32, "ch_mult": [1, 1, 2, 2]},
     "text": {"width": 64, "heads": 1, "layers": 3},
 }
+# for whole models: no more than a sampling run needs
+TINY = {
+    "unet": {
+        "model_channels": 64,
+        "channel_mult": [1, 1],
+        "context_dim": 64,
+        "num_res_blocks": 1,
+        "attention_resolutions": [2, 1],
+    },
+    "vae": {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    "text": {"width": 64, "heads": 1, "layers": 2},
+}
 # other depths, widths and heads, attention at other resolutions, and two transformer blocks less
 OTHER = {
     "unet": {"model_channels": 32, "channel_mult": [1, 2, 3], "context_dim": 128, "num_res_blocks": 1,
@@ -147,20 +159,18 @@ def networks(ldm, prefix: str, size: int, ids: torch.Tensor, out: dict) -> None:
     }
 
 
-def full_v1(v1: Path, small: bool):
-    """The class of general_full_v1.ckpt."""
+def full_v1(v1: Path):
+    """The class of general_full_v1.ckpt, as tiny."""
     from omegaconf import OmegaConf
     from open_clip import CLIP
     from utils.common import instantiate_from_config
 
     cfg = OmegaConf.load(v1 / "configs/model/cldm.yaml")
-    text = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}
-    if small:
-        for part in (cfg.params.unet_config, cfg.params.control_stage_config):
-            part.params.update(SMALL["unet"] | {"use_checkpoint": False})
-        cfg.params.first_stage_config.params.ddconfig.update(SMALL["vae"])
-        cfg.params.preprocess_config.params.update(SWINIR)
-        text |= SMALL["text"] | {"vocab_size": len(tokenizer()), "context_length": text_ids([""]).shape[1]}
+    for part in (cfg.params.unet_config, cfg.params.control_stage_config):
+        part.params.update(TINY["unet"] | {"use_checkpoint": False})
+    cfg.params.first_stage_config.params.ddconfig.update(TINY["vae"])
+    cfg.params.preprocess_config.params.update(SWINIR)
+    text = TINY["text"] | {"vocab_size": len(tokenizer()), "context_length": text_ids([""]).shape[1]}
     vision = {"image_size": 28, "layers": 1, "width": 64, "head_width": 64, "patch_size": 14}  # deleted by DiffBIR
 
     def create(*args, **kwargs):
@@ -191,7 +201,7 @@ def sample_v1(model, out: dict) -> None:
 
 
 def sample_v2(v2: Path, ldm, cleaner, kind: str, out: dict) -> None:
-    """The newer code's pipeline with its spaced sampler: v2 (BSRNet, guidance) and v2.1's base (velocity, zero SNR)."""
+    """The newer code's pipeline: v2 (BSRNet, guidance) and v2.1 (velocity, zero SNR, diffusers' sampler)."""
     from omegaconf import OmegaConf
 
     from diffbir.model import Diffusion
@@ -209,17 +219,18 @@ def sample_v2(v2: Path, ldm, cleaner, kind: str, out: dict) -> None:
     draws = iter(noise(STEPS + 1))
     x_T = next(draws)
     ldm.clip.encode = lambda texts: ldm.clip(text_ids(list(texts)))
-    guidance = {"v2": 4.0, "v2.1": 6.0}[kind]
+    guidance, sampler, steps = {"v2": (4.0, "spaced", STEPS), "v2.1": (8.0, "edm_dpm++_2m_sde", 10)}[kind]
     with (
         mock.patch("torch.randn_like", lambda x: next(draws)),
         mock.patch("torch.randn", lambda *args, **kwargs: x_T),
         mock.patch("diffbir.pipeline.VRAMPeakMonitor", contextlib.nullcontext),  # asks for a GPU
+        mock.patch("diffbir.sampler.k_diffusion.BrownianTreeNoiseSampler", lambda *args: lambda *sigmas: next(draws)),
     ):
         result = pipeline.apply_cldm(
-            control, steps=STEPS, strength=1.0, vae_encoder_tiled=False, vae_encoder_tile_size=256,
+            control, steps=steps, strength=1.0, vae_encoder_tiled=False, vae_encoder_tile_size=256,
             vae_decoder_tiled=False, vae_decoder_tile_size=256, cldm_tiled=False, cldm_tile_size=512,
             cldm_tile_stride=256, pos_prompt="a photo of a dog", neg_prompt="blurry", cfg_scale=guidance,
-            start_point_type="noise", sampler_type="spaced", noise_aug=0, rescale_cfg=False, s_churn=0.0, s_tmin=0.0,
+            start_point_type="noise", sampler_type=sampler, noise_aug=0, rescale_cfg=False, s_churn=0.0, s_tmin=0.0,
             s_tmax=300.0, s_noise=1.0, eta=1.0, order=1,
         )  # fmt: skip
     out[f"{kind}.result"] = wavelet_reconstruction((result + 1) / 2, control)
@@ -242,16 +253,16 @@ def main(v1: Path, v2: Path) -> None:
         keys["full"][name] = tell(shapes(module), sum(p.numel() for p in module.parameters()))
 
     ids = text_ids(["a photo of a dog", ""])
-    for prefix, width, size in (("small", SMALL, 8), ("other", OTHER, 12)):
-        if prefix == "small":
+    for prefix, width, size in (("small", SMALL, 8), ("other", OTHER, 12), ("tiny", TINY, 0)):
+        if prefix != "other":
             width = width | {"text": width["text"] | {"vocab_size": len(tokenizer()), "context_length": ids.shape[1]}}
         ldm = ControlLDM(**config(v2, width))
-        fill(ldm.unet), fill(ldm.controlnet), fill(ldm.vae), fill(ldm.clip.model)
-        keys[prefix] = {"unet": shapes(ldm.unet), "controlnet": shapes(ldm.controlnet), "vae": shapes(ldm.vae),
-                        "text": shapes(ldm.clip.model)}  # fmt: skip
-        networks(ldm, prefix, size, ids if prefix == "small" else torch.arange(24).view(2, 12) * 4, out)
-        if prefix == "small":
-            small = ldm
+        parts = {"unet": ldm.unet, "controlnet": ldm.controlnet, "vae": ldm.vae, "text": ldm.clip.model}
+        for module in parts.values():
+            fill(module)
+        keys[prefix] = {name: shapes(module) for name, module in parts.items()}
+        if size:
+            networks(ldm, prefix, size, ids if prefix == "small" else torch.arange(24).view(2, 12) * 4, out)
 
     cleaner, enlarger = swinir(v2, **SWINIR), rrdbnet(v2, **RRDBNET)
     fill(cleaner), fill(enlarger, scale=1.5)
@@ -260,11 +271,11 @@ def main(v1: Path, v2: Path) -> None:
     out["swinir.image"], out["swinir.output"] = image, cleaner(pad_to_multiples_of(image, 64))[..., :40, :72]
     out["rrdbnet.image"], out["rrdbnet.output"] = image[..., :10, :13].clone(), enlarger(image[..., :10, :13])
 
-    model = full_v1(v1, small=True)
+    model = full_v1(v1)
     own = model.state_dict()
-    for prefix, module in (("model.diffusion_model", small.unet), ("control_model", small.controlnet),
-                           ("first_stage_model", small.vae), ("cond_encoder", small.vae),
-                           ("cond_stage_model.model", small.clip.model), ("preprocess_model", cleaner)):  # fmt: skip
+    for prefix, module in (("model.diffusion_model", ldm.unet), ("control_model", ldm.controlnet),
+                           ("first_stage_model", ldm.vae), ("cond_encoder", ldm.vae),
+                           ("cond_stage_model.model", ldm.clip.model), ("preprocess_model", cleaner)):  # fmt: skip
         for name, tensor in module.state_dict().items():
             if prefix != "cond_encoder" or name.startswith(("encoder.", "quant_conv.")):
                 assert own[f"{prefix}.{name}"].shape == tensor.shape
@@ -274,8 +285,8 @@ def main(v1: Path, v2: Path) -> None:
     keys["general_full_v1"] = tell(shapes(model), sum(p.numel() for p in model.parameters()))
     keys["schedule"] = {name: list(tensor.shape) for name, tensor in own.items() if "." not in name}
     sample_v1(model, out)
-    sample_v2(v2, small, enlarger, "v2", out)
-    sample_v2(v2, small, cleaner, "v2.1", out)
+    sample_v2(v2, ldm, enlarger, "v2", out)
+    sample_v2(v2, ldm, cleaner, "v2.1", out)
 
     (HERE / "keys.json").write_text(json.dumps(keys, separators=(",", ":")) + "\n")
     save_file({name: tensor.contiguous().clone() for name, tensor in out.items()}, HERE / "expected.safetensors")
