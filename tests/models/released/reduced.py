@@ -1,0 +1,17 @@
+"""Every published model at reduced width, with random weights: the published architecture, and nothing it has learned."""
+
+from collections.abc import Callable
+
+from rfsr_ext.models import ISRModel
+from tests.models.released.diffbir.fixture import diffbir
+from tests.models.released.dp2o import tiny_csd2, tiny_flux
+from tests.models.released.pasd.model import pasd
+
+REDUCED: dict[str, Callable[[], ISRModel]] = {
+    "PASD": pasd,
+    "PASD-light": lambda: pasd("pasd_light_rrdb"),
+    "DiffBIR v1": lambda: diffbir("v1", min_side=0, num_inference_steps=10),
+    "DiffBIR v2": lambda: diffbir("v2", min_side=0, num_inference_steps=10),
+    "C-SD2": tiny_csd2,
+    "C-FLUX": tiny_flux,
+}
