@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from rfsr_ext.models import DiffBIRModel, ISRModel, Process, check_model, load_model
-from rfsr_ext.models.diffbir import diffbir_scheduler
+from rfsr_ext.models import ISRModel, Process, check_model, load_model
+from rfsr_ext.models.diffbir import DiffBIRModel, diffbir_scheduler
 from rfsr_ext.sampling import inference_condition, upscale
 from tests.models.released.diffbir.fixture import EXPECTED, KEYS, RELEASES, diffbir, full_v1, release, weights
 from tests.models.released.diffbir.inputs import STEPS, lr_image, noise, tell, text_ids, tokenizer

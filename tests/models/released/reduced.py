@@ -1,4 +1,4 @@
-"""Every published model at reduced width, with random weights: the published architecture, and nothing it has learned."""
+"""Every published model at reduced width with random weights: its architecture, and nothing of what it has learned."""
 
 from collections.abc import Callable
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rfsr_ext.models import DiffBIRModel
+from rfsr_ext.models.diffbir import DiffBIRModel
 from rfsr_ext.networks.swinir import SwinIR
 from tests.models.released.diffbir.inputs import tokenizer
 from tests.models.released.seeded import seeded
