@@ -30,11 +30,11 @@ from rfsr_ext.data.images import to_tensor
 
 PRESETS = ("realesrgan-a", "realesrgan-b")
 ABOUT = """\
-Written by `python -m benchmarks.degradation`; do not edit. All contestants took turns in one run, each round with other
-seeds; both implementations are given the same choices, so that they blur, resize and add noise equally often. Public is
-BasicSR's code in the order of SeeSR's: every sample by itself, or the batch at once, for which the public code draws
-one resize factor, one mode and one kind of noise; there they are those of the batch's first sample. Times are medians
-over rounds; processor time does not count what else the machine does."""
+Written by `python -m benchmarks.degradation`; do not edit. All contestants of a preset took turns in one run, each
+round with other seeds; both implementations are given the same choices, so that they blur, resize and add noise equally
+often. Public is BasicSR's code in the order of SeeSR's: every sample by itself, or the batch at once, for which the
+public code draws one resize factor, one mode and one kind of noise; there they are those of the batch's first sample.
+Times are medians over rounds; processor time does not count what else the machine does."""
 
 
 def public_code(folder: Path) -> SimpleNamespace:
@@ -138,7 +138,7 @@ def run_case(public: SimpleNamespace, name: str, gt: Tensor, rounds: int) -> dic
         {"name": key, **measure.quantiles(walls[key]), "processor_seconds": float(np.median(processors[key]))}
         for key in found
     ]
-    return {"title": f"{name}, {'x'.join(map(str, gt.shape))}, {rounds} rounds", "rows": rows}
+    return {"title": f"{name}, {'x'.join(map(str, gt.shape))}, {rounds} round{'s' * (rounds > 1)}", "rows": rows}
 
 
 def lines(case: dict) -> list[str]:
@@ -155,7 +155,8 @@ def lines(case: dict) -> list[str]:
             f"{row['processor_seconds'] / ours['processor_seconds']:.1f}",
         ]
         body.append(f"| {' | '.join(cells)} |")
-    return [*body, ""]
+    said = f"From {case['started']}, to {case['ended']}; {case['versions']}."
+    return [*body, "", said, ""]
 
 
 def main() -> None:
@@ -172,23 +173,21 @@ def main() -> None:
     public, photograph = public_code(args.basicsr), to_tensor(load_photograph("astronaut"))
     gt = photograph[:, : args.side, : args.side].repeat(args.batch, 1, 1, 1)
     packages = ("torch", "numpy", "scipy", "pillow")
-    machine = {
-        "device": f"Degradation, {cpu_name()}",
-        "versions": ", ".join(f"{package} {version(package)}" for package in packages),
-        "started": f"{measure.now()}, load {measure.load()}",
-    }
-    result = {"machine": machine, "cases": []}
+    device = f"Degradation, {cpu_name()}"
+    path = args.output / f"{report.slug(device)}.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    cases = json.loads(path.read_text()) if path.exists() else {}  # of other presets, measured before
     for name in args.presets:
-        case = run_case(public, name, gt, args.rounds)
-        result["cases"].append(case)
-        machine["ended"] = f"{measure.now()}, load {measure.load()}"
-        print("\n".join(lines(case)), flush=True)
-        args.output.mkdir(parents=True, exist_ok=True)
-        path = args.output / f"{report.slug(machine['device'])}.md"
-        about = [f"- {key}: {value}" for key, value in machine.items()]
-        text = [f"# {machine['device']}", "", ABOUT, "", *about, ""]
-        path.write_text("\n".join([*text, *(line for one in result["cases"] for line in lines(one))]).rstrip() + "\n")
-        path.with_suffix(".json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        started = f"{measure.now()}, load {measure.load()}"
+        cases[name] = run_case(public, name, gt, args.rounds) | {
+            "versions": ", ".join(f"{package} {version(package)}" for package in packages),
+            "started": started,
+            "ended": f"{measure.now()}, load {measure.load()}",
+        }
+        print("\n".join(lines(cases[name])), flush=True)
+        tables = [line for key in sorted(cases) for line in lines(cases[key])]
+        path.write_text(json.dumps(cases, indent=1, ensure_ascii=False) + "\n")
+        path.with_suffix(".md").write_text("\n".join([f"# {device}", "", ABOUT, "", *tables]).rstrip() + "\n")
 
 
 if __name__ == "__main__":
