@@ -139,7 +139,7 @@ def test_samples_are_the_same_in_any_batch_and_with_any_threads(name):
 def test_one_image_as_an_array_is_the_same(name):
     degradation, gt = Degradation.preset(name), batch(1)
     lr, sharp = degradation(gt, [(3, 4)])
-    one, one_sharp = degradation.degrade(gt[0].movedim(0, -1).numpy(), np.random.default_rng((3, 4, 2)))
+    one, one_sharp = degradation.degrade(gt[0].movedim(0, -1).numpy(), degradation.generator((3, 4)))
     np.testing.assert_array_equal(one, lr[0].movedim(0, -1))
     np.testing.assert_array_equal(one_sharp, sharp[0].movedim(0, -1))
 

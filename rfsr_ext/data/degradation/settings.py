@@ -202,6 +202,11 @@ class Degradation:
         """What a degradation of two rounds chooses for one image."""
         return draw(self, rng)
 
+    @staticmethod
+    def generator(seed: tuple[int, int]) -> np.random.Generator:
+        """Of a sample's choices and noise, by the seed of the run and the sample's index."""
+        return np.random.default_rng((*seed, _STREAM))
+
     def __call__(self, gt: Tensor, seeds: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Degrade a batch; what happens to a sample depends on it and on its own seed alone.
 
@@ -222,8 +227,7 @@ class Degradation:
             ValueError: for images of another shape or type, or another number of seeds.
         """
         self._check(gt, seeds)
-        generators = [np.random.default_rng((*seed, _STREAM)) for seed in seeds]
-        return pipeline.degrade_batch(self, gt, generators)
+        return pipeline.degrade_batch(self, gt, [self.generator(seed) for seed in seeds])
 
     def degrade(self, gt: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The same for one image as an array, with the numbers this generator gives next.
