@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from rfsr_ext.data.datasets import ImageFolder
+from rfsr_ext.data.datasets import ImageFolder, Sample
 from rfsr_ext.data.degradation import Degradation
 from rfsr_ext.data.folders import Root, list_root
 from rfsr_ext.data.images import read_image, to_image, to_tensor
@@ -98,20 +97,20 @@ def degrade_folder(
                 skipped[entries[k].gt] = error.strerror or str(error)
                 continue
             for kind, write in _KINDS.items():
-                image = to_image(sample[kind])
+                image = to_image(sample["lr" if kind == "lr" else "gt"])
                 pixels = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
                 manifest.add(f"{kind}/{name}", facts | {"pixels_sha256": pixels}, functools.partial(write, image=image))
     return skipped
 
 
-def _whole(path: str, degradation: Degradation, seed: tuple[int, int]) -> dict[str, torch.Tensor]:
+def _whole(path: str, degradation: Degradation, seed: tuple[int, int]) -> Sample:
     """A whole picture, cut to a multiple of the scale, and its LR image."""
     gt = to_tensor(read_image(path))
     height, width = (n // degradation.scale * degradation.scale for n in gt.shape[1:])
     if not height * width:
         raise OSError(f"it is {gt.shape[2]}x{gt.shape[1]} pixels, too small for scale {degradation.scale}")
     lr, gt = degradation(gt[None, :, :height, :width].contiguous(), [seed])
-    return {"lr": lr[0], "gt": gt[0]}
+    return Sample(gt=gt[0], lr=lr[0], prompt="")
 
 
 def write_plain_png(path: Path, image: np.ndarray) -> None:

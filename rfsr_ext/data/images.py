@@ -66,7 +66,7 @@ def to_image(tensor: torch.Tensor) -> np.ndarray:
     return to_uint8(np.moveaxis(tensor.detach().float().cpu().numpy(), 0, -1))
 
 
-def read_image(path: str | Path, box: Box | None = None) -> np.ndarray:
+def read_image(path: str | Path | bytes, box: Box | None = None) -> np.ndarray:
     """Decode a file of any kind Pillow reads; what is transparent lies on white.
 
     The picture is upright as its EXIF orientation asks, and converted to sRGB if it has an ICC profile of other colors
@@ -74,7 +74,7 @@ def read_image(path: str | Path, box: Box | None = None) -> np.ndarray:
     Gray of 16 bits keeps its depth, other colors of 16 bits keep their upper eight, as Pillow reads them.
 
     Args:
-        path: the file.
+        path: the file, or its content.
         box: called with the upright picture's height and width, gives the part ``(top, left, height, width)`` to read.
             The pixels are those of the whole picture; it is decoded as far as its format demands, which for PNG, JPEG
             and WebP is whole, but only the part is turned, converted and made floating point, which takes most of the
@@ -176,11 +176,14 @@ def _stored(box: tuple[int, int, int, int], size: tuple[int, int], turn: Image.T
     return x[0], y[0], x[1], y[1]
 
 
-def _read(path: str | Path, box: Box | None, bleed: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    with _decoding(), Image.open(path) as file:
+def _read(path: str | Path | bytes, box: Box | None, bleed: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def opened() -> ImageFile.ImageFile:
+        return Image.open(io.BytesIO(path) if isinstance(path, bytes) else path)
+
+    with _decoding(), opened() as file:
         is_png = file.format == "PNG"
         if is_png:  # Pillow compares the checksums of the pixels on request alone, of a file opened for that
-            with Image.open(path) as same:
+            with opened() as same:
                 same.verify()
         image = _upright(file, box)
         if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
@@ -190,7 +193,8 @@ def _read(path: str | Path, box: Box | None, bleed: bool) -> tuple[np.ndarray, n
         if image.mode in ("I", "F"):
             kind = {"I": "32-bit", "F": "floating-point"}[image.mode]
             raise OSError(f"it holds {kind} numbers, whose white is not known; save it with 8 or 16 bits")
-        colors = from_uint8(np.asarray(_to_srgb(image, file.info.get("icc_profile"), path)))
+        name = "a streamed picture" if isinstance(path, bytes) else path
+        colors = from_uint8(np.asarray(_to_srgb(image, file.info.get("icc_profile"), name)))
         if not image.has_transparency_data:
             return colors, None
         alpha = from_uint8(np.asarray(image.convert("RGBA").getchannel("A")))

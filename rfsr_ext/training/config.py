@@ -86,6 +86,13 @@ class DataRoot(_Settings):
     limit: Count | None = None
 
 
+class StreamRoot(_Settings):
+    """Shards instead of folders; see `rfsr_ext.data.stream`."""
+
+    stream: Text
+    lanes: Count = 1
+
+
 class RunConfig(_Settings):
     """The settings that every method of training shares; a method subclasses it with keys of its own.
 
@@ -111,12 +118,12 @@ class RunConfig(_Settings):
         "does not say: {scale: 2, start: noise, num_inference_steps: 20, guidance_scale: 4, controlnet: its_folder/, "
         "torch_dtype: bfloat16, trained: {unet: attentions}}",
     )
-    data: str | list[Any] = Field(
+    data: str | list[Any] | dict[str, Any] = Field(
         "photographs",
         description='"photographs" (those of scikit-image and scikit-learn), a folder of sharp images, a list of '
         "folders, each a path or a mapping such as {path: FFHQ/, weight: 0.5, limit: 10000} or, of ready-made pairs, "
-        "{lr: LR/, gt: HR/}, or package.module:Name of a function that takes this configuration and returns a dataset "
-        "of Sample",
+        "{lr: LR/, gt: HR/}, {stream: hf://datasets/NAME/*.tar, lanes: 32} of shards that no disk here holds, or "
+        "package.module:Name of a function that takes this configuration and returns a dataset of Sample",
     )
     degradation: str | dict[str, Any] = Field(
         "realesrgan-a",
@@ -181,7 +188,9 @@ class RunConfig(_Settings):
 
     @field_validator("data", mode="before")
     @classmethod
-    def _check_data(cls, data: Any) -> str | list[str | dict[str, Any]]:
+    def _check_data(cls, data: Any) -> str | list[str | dict[str, Any]] | dict[str, Any]:
+        if isinstance(data, Mapping) and "stream" in data:
+            return _valid(StreamRoot, {str(k): value for k, value in data.items()}, lambda name: f"data.{name}")
         roots = [data] if isinstance(data, Mapping) else data
         if isinstance(roots, (list, tuple)) and roots:
             return [_check_root(f"data[{i}]", root) for i, root in enumerate(roots)]

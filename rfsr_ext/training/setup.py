@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rfsr_ext.data import ImageFolder, PhotographCrops, Root, photographs
+from rfsr_ext.data.stream import StreamedImages
 from rfsr_ext.files import replace_folder
 from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.losses import HaarLLLoss
@@ -43,11 +44,17 @@ def build_dataset(config: RunConfig) -> Dataset:
         )
     if isinstance(config.data, str) and is_import_name(config.data):
         return create_object(config.data, "data", Dataset, config)
+    if isinstance(config.data, dict):
+        return StreamedImages(
+            config.data["stream"], config.crop_size, config.seed, degradation, config.data.get("lanes", 1)
+        )
     return ImageFolder(data_roots(config), config.crop_size, seed=config.seed, degradation=degradation)
 
 
 def data_roots(config: RunConfig) -> list[Root]:
     """The folders of the training data; none if it is something else."""
+    if isinstance(config.data, dict):
+        return []
     if isinstance(config.data, str):
         return [] if config.data == "photographs" or is_import_name(config.data) else [Root(config.data)]
     return [Root(root) if isinstance(root, str) else Root(**root) for root in config.data]

@@ -118,6 +118,10 @@ def test_presets_say_only_what_differs_from_the_defaults(name):
         ({"data": {"path": "a", "weight": -1}}, "data[0].weight must be a finite number (above 0, at most 1e+12), got"),
         ({"data": ["a", {"lr": "b"}]}, "data[1]: it must have a path, or lr and gt, got {'lr': 'b'}"),
         ({"data": {"path": "a", "lr": "b", "gt": "c"}}, "data[0]: it must have a path, or lr and gt, got {'path': 'a'"),
+        ({"data": {"stream": ""}}, "data.stream must be text that is not empty, got ''"),
+        ({"data": {"stream": "x.tar", "lane": 4}}, "unknown key 'data.lane'; did you mean 'lanes'?"),
+        ({"data": {"stream": "x.tar", "lanes": 0}}, "data.lanes must be a whole number (at least 1"),
+        ({"data": [{"stream": "x.tar"}]}, "unknown key 'data[0].stream'"),
         ({"degradation": "realesrgan"}, "degradation must be mini, realesrgan-a, realesrgan-b, realesrgan-c, or a"),
         ({"degradation": {"scale": 2}}, "such as {preset: realesrgan-a, scale: 2}, got {'scale': 2}"),
         (
@@ -396,6 +400,15 @@ def test_folders_of_a_configuration(tmp_path):
     assert dataset.degradation == Degradation.preset("realesrgan-a")
     assert [root.weight for root in dataset.roots] == [1, 0.5, 1] and len(dataset) == 3 + 2 + 3
     assert not config.differs(json.loads(json.dumps(config.to_dict())))
+
+
+def test_shards_of_a_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr(setup, "StreamedImages", lambda *arguments: asked.append(arguments))
+    config = RFSRConfig(data={"stream": "hf://datasets/x/*.tar", "lanes": 32}, crop_size=64, seed=3)
+    setup.build_dataset(config)
+    assert asked == [("hf://datasets/x/*.tar", 64, 3, Degradation.preset("realesrgan-a"), 32)]
+    assert not config.differs(json.loads(json.dumps(config.to_dict()))) and setup.data_roots(config) == []
 
 
 def test_degradation_of_a_configuration():
