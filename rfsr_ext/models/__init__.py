@@ -31,6 +31,7 @@ _KINDS = {
     "controlnet": "rfsr_ext.models.controlnet:ControlNetISRModel",
     "c-sd2": "rfsr_ext.models.csd2:CSD2ISRModel",
     "flux": "rfsr_ext.models.flux:FluxISRModel",
+    "seesr": "rfsr_ext.models.seesr:SeeSRModel",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHIPPED: dict[str, Path] = {"mini": WEIGHTS / "model"}

@@ -172,10 +172,10 @@ class RAM(ModelMixin, ConfigMixin):
     @classmethod
     def from_released(
         cls,
-        folder: str | Path | None = None,
+        folder: str | Path | Sequence[str | Path] = (),
         *,
         dape: bool | None = None,
-        image_size: int = 384,
+        image_size: int | None = None,
         torch_dtype: torch.dtype = torch.float32,
     ) -> Self:
         """RAM from the files its authors publish; nothing is downloaded.
@@ -184,27 +184,29 @@ class RAM(ModelMixin, ConfigMixin):
         may also lie in ``../../ram/data``, where SeeSR's repository has them, and may be missing: tokens need none.
 
         Args:
-            folder: holds ``ram_swin_large_14m.pth``, ``DAPE.pth``, ``ram_tag_list.txt`` and
+            folder: one or more that hold ``ram_swin_large_14m.pth``, ``DAPE.pth``, ``ram_tag_list.txt`` and
                 ``ram_tag_list_threshold.txt``.
             dape: merge DAPE's LoRA; by default if its file is found.
-            image_size: that the weights were trained for.
+            image_size: that the weights were trained for; by default the one that leaves the last stage one window,
+                384 for the published weights.
             torch_dtype: of the weights.
 
         Raises:
             FileNotFoundError: if a file that is needed is nowhere.
             ValueError: if one is damaged or of another model.
         """
-        path = _find(folder, RAM_FILE) or registry.locate("ram")
-        adapter = None if dape is False else _find(folder, DAPE_FILE)
+        folders = [Path(folder)] if isinstance(folder, str | Path) else [Path(one) for one in folder]
+        path = _find(folders, RAM_FILE) or registry.locate("ram")
+        adapter = None if dape is False else _find(folders, DAPE_FILE)
         if dape and adapter is None:
             raise FileNotFoundError(
-                f"{DAPE_FILE} (RAM for degraded photographs) is not in {' or '.join(map(str, _places(folder)))}; "
+                f"{DAPE_FILE} (RAM for degraded photographs) is not in {' or '.join(map(str, _places(folders)))}; "
                 f"https://github.com/cswry/SeeSR says where to find it"
             )
         tensors = {name.replace("vision_multi", "tagging_head"): x for name, x in read_tensors(path, _RAM).items()}
         tensors = {name: x for name, x in tensors.items() if not _UNUSED.fullmatch(name)}
         sizes = _sizes(tensors, path, image_size)
-        names, thresholds = read_tags(folder, sizes["num_tags"])
+        names, thresholds = read_tags(folders, sizes["num_tags"])
         with torch.device("meta"):
             model = cls(**sizes, tag_names=names, thresholds=thresholds)
         load_strictly(model, tensors, path, _RAM, assign=True)
@@ -213,12 +215,12 @@ class RAM(ModelMixin, ConfigMixin):
         return nn.Module.to(model, torch_dtype).requires_grad_(False).eval()
 
 
-def _places(folder: str | Path | None) -> list[Path]:
-    return [Path(place) for place in (folder, os.environ.get("RFSR_WEIGHTS")) if place]
+def _places(folders: list[Path]) -> list[Path]:
+    return [*folders, *(Path(place) for place in [os.environ.get("RFSR_WEIGHTS")] if place)]
 
 
-def _find(folder: str | Path | None, file: str) -> Path | None:
-    return next((place / file for place in _places(folder) if (place / file).is_file()), None)
+def _find(folders: list[Path], file: str) -> Path | None:
+    return next((place / file for place in _places(folders) if (place / file).is_file()), None)
 
 
 def merge_lora(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -271,13 +273,13 @@ def _product(down: Tensor, up: Tensor, name: str, weight: Tensor, path: Path) ->
     return change.view_as(weight)
 
 
-def read_tags(folder: str | Path | None, count: int) -> tuple[list[str] | None, list[float] | None]:
+def read_tags(folders: list[Path], count: int) -> tuple[list[str] | None, list[float] | None]:
     """RAM's tags and their thresholds, None for a list that is nowhere; see `RAM.from_released`.
 
     Raises:
         ValueError: if a list has not ``count`` lines, or a threshold is no number.
     """
-    places = [] if folder is None else [Path(folder), Path(folder) / "../../ram/data"]
+    places = [place for folder in folders for place in (folder, folder / "../../ram/data")]
 
     def lines(file: str, name: str) -> tuple[Path | None, list[str] | None]:
         path = next((place / file for place in places if (place / file).is_file()), None) or registry.find(name)
@@ -296,7 +298,7 @@ def read_tags(folder: str | Path | None, count: int) -> tuple[list[str] | None, 
         raise ValueError(f"{str(path)!r} must hold a number in every line: {error}") from error
 
 
-def _sizes(tensors: dict[str, Tensor], path: Path, image_size: int) -> dict:
+def _sizes(tensors: dict[str, Tensor], path: Path, image_size: int | None) -> dict:
     """The arguments of `RAM` that follow from its tensors.
 
     Raises:
@@ -315,14 +317,15 @@ def _sizes(tensors: dict[str, Tensor], path: Path, image_size: int) -> dict:
     stages = count(r"visual_encoder\.layers\.(\d+)\.")
     first = "visual_encoder.layers.{}.blocks.0."
     tables = [shape(f"{first.format(i)}attn.relative_position_bias_table") for i in range(stages)]
+    window_size = max((round((offsets**0.5 + 1) / 2) for offsets, _ in tables), default=0)
     layer = "tagging_head.encoder.layer.0."
     return {
-        "image_size": image_size,
+        "image_size": patch_size * 2 ** (stages - 1) * window_size if image_size is None else image_size,
         "patch_size": patch_size,
         "embed_dim": embed_dim,
         "depths": [count(rf"visual_encoder\.layers\.{i}\.blocks\.(\d+)\.") for i in range(stages)],
         "num_heads": [heads for _, heads in tables],
-        "window_size": max(round((offsets**0.5 + 1) / 2) for offsets, _ in tables),
+        "window_size": window_size,
         "mlp_ratio": shape(f"{first.format(0)}mlp.fc1.weight")[0] / embed_dim,
         "hidden_size": shape(f"{layer}crossattention.self.query.weight")[0],
         "intermediate_size": shape(f"{layer}intermediate.dense.weight")[0],

@@ -8,6 +8,7 @@ import torch
 from rfsr_ext.models import check_model, load_model
 from rfsr_ext.sampling import generators, sample, upscale
 from tests.models.released.dp2o import tiny_csd2, tiny_flux
+from tests.models.released.seesr.model import seesr_model
 from tests.tiny import PixelModel, tiny_model
 
 MODELS = {
@@ -16,6 +17,7 @@ MODELS = {
     "tiny, decoder": lambda: tiny_model(trained={"unet": "", "vae": r"^decoder\."}),
     "C-SD2": tiny_csd2,
     "C-FLUX": tiny_flux,
+    "SeeSR": seesr_model,
     "pixels": PixelModel,
     "mini": load_model,
 }

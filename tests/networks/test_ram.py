@@ -29,10 +29,6 @@ def folder(tmp_path):
     return tmp_path / "preset/models"
 
 
-def open_ram(folder, **options):
-    return RAM.from_released(folder, image_size=224, **options)
-
-
 def relative(x, y):
     return ((x - y).abs().max() / y.abs().max()).item()
 
@@ -40,7 +36,7 @@ def relative(x, y):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "dape"), [("ram", False), ("dape", True), ("dape", None)])
 def test_agrees_with_the_authors_code(folder, name, dape):
-    ram = open_ram(folder, dape=dape)
+    ram = RAM.from_released(folder, dape=dape)
     lr = layout.uniform("lr", [2, 3, 12, 10])
     assert relative(ram.tokens(lr)[..., ::16], EXPECTED[f"{name}.tokens"]) < 1e-5
     assert relative(ram.logits(lr), EXPECTED[f"{name}.logits"]) < 1e-5
@@ -98,7 +94,7 @@ def test_swin_refuses_sizes_it_cannot_cut():
 
 
 def test_preprocess(folder):
-    ram = open_ram(folder)
+    ram = RAM.from_released(folder)
     lr = layout.uniform("lr", [2, 3, 12, 10])
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     enlarged = F.interpolate(lr, (224, 224), mode="bicubic").clamp(0, 1)
@@ -111,7 +107,7 @@ def test_preprocess(folder):
 
 
 def test_a_saved_folder_opens_again(folder, tmp_path):
-    ram = open_ram(folder)
+    ram = RAM.from_released(folder)
     ram.save_pretrained(tmp_path / "ram")
     again = RAM.from_pretrained(tmp_path / "ram")
     lr = layout.uniform("lr", [2, 3, 12, 10])
@@ -123,7 +119,7 @@ def test_a_saved_folder_opens_again(folder, tmp_path):
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
 def test_half_precision_files_open_in_any_type(tmp_path, stored, wanted):
     layout.write_ram(tmp_path, dtype=stored)
-    ram = open_ram(tmp_path, torch_dtype=wanted)
+    ram = RAM.from_released(tmp_path, torch_dtype=wanted)
     assert {x.dtype for x in ram.parameters()} == {wanted} and not any(x.requires_grad for x in ram.parameters())
     logits = ram.logits(layout.uniform("lr", [2, 3, 12, 10])).detach()
     assert logits.dtype == wanted and relative(logits.float(), EXPECTED["dape.logits"]) < 0.1
@@ -140,21 +136,21 @@ def move_lists(folder, target):
 
 def test_lists_lie_in_the_authors_repository(folder):
     move_lists(folder, folder / "../../ram/data")
-    assert open_ram(folder).config.tag_names == layout.TAGS
+    assert RAM.from_released(folder).config.tag_names == layout.TAGS
 
 
 def test_what_is_missing_is_found_in_rfsr_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("RFSR_WEIGHTS", str(folder))
     (tmp_path / "empty").mkdir()
-    for given in (None, tmp_path / "empty"):
-        ram = open_ram(given)
+    for given in ((), tmp_path / "empty"):
+        ram = RAM.from_released(given)
         assert ram.has_tags
         assert relative(ram.logits(layout.uniform("lr", [2, 3, 12, 10])).detach(), EXPECTED["dape.logits"]) < 1e-5
 
 
 def test_without_lists_there_are_tokens(folder, tmp_path):
     move_lists(folder, tmp_path / "elsewhere")
-    ram, lr = open_ram(folder), layout.uniform("lr", [2, 3, 12, 10])
+    ram, lr = RAM.from_released(folder), layout.uniform("lr", [2, 3, 12, 10])
     assert relative(ram.tokens(lr)[..., ::16].detach(), EXPECTED["dape.tokens"]) < 1e-5
     with pytest.raises(
         ValueError, match=r"RAM needs ram_tag_list.txt and .*`rfsr weights fetch ram-tags ram-thresholds`"
@@ -173,17 +169,17 @@ def test_without_lists_there_are_tokens(folder, tmp_path):
 def test_wrong_lists(folder, file, text, message):
     (folder / file).write_text(text)
     with pytest.raises(ValueError, match=message):
-        open_ram(folder)
+        RAM.from_released(folder)
 
 
 def test_missing_files(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ram_swin_large_14m.pth \(RAM.*`rfsr weights fetch ram` gets it from"):
-        open_ram(tmp_path)
+        RAM.from_released(tmp_path)
     (folder / "DAPE.pth").unlink()
     with pytest.raises(FileNotFoundError, match=r"DAPE.pth \(.*\) is not in .*; https://github.com/cswry/SeeSR says"):
-        open_ram(folder, dape=True)
+        RAM.from_released(folder, dape=True)
     lr = layout.uniform("lr", [2, 3, 12, 10])
-    assert relative(open_ram(folder).logits(lr).detach(), EXPECTED["ram.logits"]) < 1e-5  # plain RAM
+    assert relative(RAM.from_released(folder).logits(lr).detach(), EXPECTED["ram.logits"]) < 1e-5  # plain RAM
 
 
 def change(path, function):
@@ -202,13 +198,13 @@ def test_damaged_and_foreign_files(folder, file):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=rf"{what}.* cannot be read \(.*\); the file is damaged or something else"):
-        open_ram(folder)
+        RAM.from_released(folder)
     torch.save({"model": RAM}, path)
     with pytest.raises(ValueError, match=f"{what}.* cannot be read"):
-        open_ram(folder)
+        RAM.from_released(folder)
     torch.save({"conv.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=rf"{file}' is not {what}.*: it lacks "):
-        open_ram(folder)
+        RAM.from_released(folder)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +225,7 @@ def test_damaged_and_foreign_files(folder, file):
 def test_every_key_is_accounted_for(folder, file, edit, message):
     change(folder / file, edit)
     with pytest.raises(ValueError, match=f"{file}' is not .*{message}"):
-        open_ram(folder)
+        RAM.from_released(folder)
 
 
 def test_buffers_of_the_published_file_are_not_needed(folder):
@@ -243,7 +239,10 @@ def test_buffers_of_the_published_file_are_not_needed(folder):
         ),
     )
     assert (
-        relative(open_ram(folder).logits(layout.uniform("lr", [2, 3, 12, 10])).detach(), EXPECTED["dape.logits"]) < 1e-5
+        relative(
+            RAM.from_released(folder).logits(layout.uniform("lr", [2, 3, 12, 10])).detach(), EXPECTED["dape.logits"]
+        )
+        < 1e-5
     )
 
 
@@ -254,5 +253,8 @@ def test_old_names_of_the_tagging_head(folder):
 
     change(folder / "ram_swin_large_14m.pth", edit)
     assert (
-        relative(open_ram(folder).logits(layout.uniform("lr", [2, 3, 12, 10])).detach(), EXPECTED["dape.logits"]) < 1e-5
+        relative(
+            RAM.from_released(folder).logits(layout.uniform("lr", [2, 3, 12, 10])).detach(), EXPECTED["dape.logits"]
+        )
+        < 1e-5
     )

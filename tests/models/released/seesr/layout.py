@@ -4,11 +4,12 @@ Used by make.py, whose public code opens these very files, and by the tests.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
@@ -40,6 +41,7 @@ SCHEDULER = {  # of Stable Diffusion 2 base, which samples with PNDM where nobod
     "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon",
     "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
 }  # fmt: skip
+TURBO = SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
 SWIN = {
     "image_res": 224, "vision_width": 64, "embed_dim": 8, "depths": [2, 2, 3, 1], "num_heads": [2, 4, 4, 8],
     "window_size": 7,
@@ -94,13 +96,21 @@ def write_ram(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -
     (folder / "ram_tag_list_threshold.txt").write_text("".join(f"{x}\n" for x in THRESHOLDS))
 
 
-def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-    """Stable Diffusion 2 base as a diffusers folder."""
+def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, turbo: bool = False) -> None:
+    """Stable Diffusion 2 base as a diffusers folder, or SD-Turbo, whose schedule is another."""
     known = keys()
     file = "diffusion_pytorch_model.safetensors"
     write_part(folder / "unet", "base_unet", file, seed, dtype, known)
     write_part(folder / "vae", "vae", file, seed, dtype, known)
     write_part(folder / "text_encoder", "text_encoder", "model.safetensors", seed, dtype, known)
+    # as in the published files, which are older than the libraries that read them
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    pattern = re.compile(rf"\.({'|'.join(map(re.escape, old))})\.(?=weight|bias)")
+    vae = load_file(folder / "vae" / file)
+    save_file({pattern.sub(lambda m: f".{old[m[1]]}.", name): x for name, x in vae.items()}, folder / "vae" / file)
+    text = load_file(folder / "text_encoder/model.safetensors")
+    text["text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
+    save_file(text, folder / "text_encoder/model.safetensors", metadata={"format": "pt"})
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.8.0",
         "feature_extractor": ["transformers", "CLIPImageProcessor"], "safety_checker": [None, None],
@@ -112,7 +122,7 @@ def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) 
     tokenizer, scheduler = folder / "tokenizer", folder / "scheduler"
     tokenizer.mkdir()
     scheduler.mkdir()
-    (scheduler / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (scheduler / "scheduler_config.json").write_text(json.dumps(TURBO if turbo else SCHEDULER))
     (tokenizer / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(VOCABULARY)}))
     (tokenizer / "merges.txt").write_text("#version: 0.2\n")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",

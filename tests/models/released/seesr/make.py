@@ -60,6 +60,7 @@ def summary(found: dict[str, list[int]], parameters: int) -> dict:
 
 def part(module: torch.nn.Module) -> dict:
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    config = {name: value for name, value in config.items() if name != "_use_default_values"}  # not in files
     return {"shapes": shapes(module.state_dict()), "config": config | {"_class_name": type(module).__name__}}
 
 
@@ -116,7 +117,8 @@ def make_keys(folder: Path) -> None:
         named = module.named_parameters(remove_duplicate=False)  # the tagging head shares some with what is not used
         wanted = {k: x for k, x in named if name != "ram" or (used(k) and "lora_" not in k)}
         counted[name] = summary({k: list(x.shape) for k, x in wanted.items()}, sum(x.numel() for x in wanted.values()))
-    counted["controlnet"]["config"] = {k: v for k, v in full_controlnet.config.items() if not k.startswith("_")}
+    for name, module in (("unet", full_unet), ("controlnet", full_controlnet)):
+        counted[name]["config"] = {k: v for k, v in module.config.items() if not k.startswith("_")}
     found = {
         "unet": part(unet),
         "base_unet": part(UNet2DConditionModel(**layout.UNET)),
@@ -164,42 +166,51 @@ def make_expected(folder: Path) -> None:
         expected[f"{name}.tags"] = torch.tensor(list("\n".join(tags).encode()), dtype=torch.uint8)
 
     # the whole pipeline
-    base = str(models / "stable-diffusion-2-base")
+    pipeline = make_pipeline(models / "stable-diffusion-2-base", unet, controlnet)
+    image = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
+    options = {"num_inference_steps": 5, "guidance_scale": 5.5, "negative_prompt": ["blur"]}
+    expected["sample"] = torch.cat([run(pipeline, image[k : k + 1], tokens[k : k + 1], options) for k in range(2)])
+    expected["adain"] = adaptive_instance_normalization(expected["sample"], image)
+
+    # the same over another base
+    turbo = models / "sd-turbo"
+    layout.write_base(turbo, seed=1, turbo=True)
+    unet = UNet2DConditionModel.from_pretrained_orig(
+        str(turbo), str(models / "seesr"), subfolder="unet", use_image_cross_attention=True
+    )
+    pipeline = make_pipeline(turbo, unet.eval(), controlnet)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    expected["turbo.sample"] = run(pipeline, image[:1], tokens[:1], options)
+    save_file({k: x.contiguous() for k, x in expected.items()}, layout.HERE / "expected.safetensors")
+
+
+def make_pipeline(base: Path, unet, controlnet) -> StableDiffusionControlNetPipeline:
     pipeline = StableDiffusionControlNetPipeline(
-        vae=AutoencoderKL.from_pretrained(base, subfolder="vae").eval(),
-        text_encoder=CLIPTextModel.from_pretrained(base, subfolder="text_encoder").eval(),
-        tokenizer=CLIPTokenizer.from_pretrained(base, subfolder="tokenizer"),
+        vae=AutoencoderKL.from_pretrained(str(base), subfolder="vae").eval(),
+        text_encoder=CLIPTextModel.from_pretrained(str(base), subfolder="text_encoder").eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(str(base), subfolder="tokenizer"),
         unet=unet,
         controlnet=controlnet,
-        scheduler=DDPMScheduler.from_pretrained(base, subfolder="scheduler"),
+        scheduler=DDPMScheduler.from_pretrained(str(base), subfolder="scheduler"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    image = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
-    results = []
-    for k in range(2):
-        drawn = iter(layout.noise(6, (1, 4, 24, 20)))
+    return pipeline
 
-        def randn_tensor(*args, drawn=drawn, **options):
-            return next(drawn)
 
-        with (
-            mock.patch("pipelines.pipeline_seesr.randn_tensor", randn_tensor),
-            mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", randn_tensor),
-            mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self: self.mode()),
-        ):
-            results.append(
-                pipeline(
-                    prompt=["cat, 8k"], negative_prompt=["blur"], image=image[k : k + 1], height=48, width=40,
-                    num_inference_steps=5, guidance_scale=5.5, start_point="lr", output_type="pt",
-                    ram_encoder_hidden_states=tokens[k : k + 1],
-                ).images
-            )  # fmt: skip
-    expected["sample"] = torch.cat(results)
-    expected["adain"] = adaptive_instance_normalization(expected["sample"], image)
-    save_file({k: x.contiguous() for k, x in expected.items()}, layout.HERE / "expected.safetensors")
+def run(pipeline, image: Tensor, tokens: Tensor, options: dict) -> Tensor:
+    drawn = iter(layout.noise(1 + options["num_inference_steps"], (1, 4, 24, 20)))
+    with (
+        mock.patch("pipelines.pipeline_seesr.randn_tensor", lambda *args, **options: next(drawn)),
+        mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **options: next(drawn)),
+        mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self: self.mode()),
+    ):
+        return pipeline(
+            prompt=["cat, 8k"], image=image, height=48, width=40, start_point="lr", output_type="pt",
+            ram_encoder_hidden_states=tokens, **options,
+        ).images  # fmt: skip
 
 
 if __name__ == "__main__":
