@@ -33,6 +33,7 @@ _KINDS = {
     "flux": "rfsr_ext.models.flux:FluxISRModel",
     "diffbir": "rfsr_ext.models.diffbir:DiffBIRModel",
     "pasd": "rfsr_ext.models.pasd:PASDModel",
+    "seesr": "rfsr_ext.models.seesr:SeeSRModel",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHIPPED: dict[str, Path] = {"mini": WEIGHTS / "model"}

@@ -121,18 +121,17 @@ class ControlNetISRModel(ISRModel):
 
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         timestep = torch.as_tensor(timestep, device=latents.device).expand(latents.shape[0])
-        text = condition.shared["encoder_hidden_states"]
         down_residuals, mid_residual = self.controlnet(
             latents,
             timestep,
-            encoder_hidden_states=text,
-            controlnet_cond=condition.spatial["controlnet_cond"],
+            **condition.shared,
+            **condition.spatial,
             return_dict=False,
         )
         return self.unet(
             latents,
             timestep,
-            encoder_hidden_states=text,
+            **condition.shared,
             down_block_additional_residuals=down_residuals,
             mid_block_additional_residual=mid_residual,
             return_dict=False,

@@ -6,8 +6,10 @@ from rfsr_ext.models import ISRModel
 from tests.models.released.diffbir.fixture import diffbir
 from tests.models.released.dp2o import tiny_csd2, tiny_flux
 from tests.models.released.pasd.model import pasd
+from tests.models.released.seesr.model import seesr_model
 
 REDUCED: dict[str, Callable[[], ISRModel]] = {
+    "SeeSR": seesr_model,
     "PASD": pasd,
     "PASD-light": lambda: pasd("pasd_light_rrdb"),
     "DiffBIR v1": lambda: diffbir("v1", min_side=0, num_inference_steps=10),
