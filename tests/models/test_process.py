@@ -334,7 +334,7 @@ def test_leap_of_ccsr_v1(n):
 def test_non_uniform_sampling_of_any_model(lr, version, first, then):
     """Through model.process: sample, tiles, rollout and the step with gradient all follow it."""
     model = tiny_model(scheduler=SCHEDULERS["DDPM"](), negative_prompt="blurry")
-    model.process = lambda n=None: NonUniformProcess(
+    model.process = lambda n=None, size=None: NonUniformProcess(
         model.scheduler, n or 6, 0.6667, 0.3333, version, start_timestep=999
     )
     seen, predict = [], model.predict
