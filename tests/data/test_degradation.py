@@ -499,3 +499,16 @@ def test_where_settings_come_from(tmp_path):
 def test_bad_batches(shape, dtype, seeds, sentence):
     with pytest.raises(ValueError, match=sentence):
         Degradation.preset("realesrgan-a")(torch.zeros(shape, dtype=dtype), [(0, i) for i in range(seeds)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "sentence"),
+    [
+        ((3, 64, 64), np.float32, r"gt must be float32 \[H, W, 3\], got float32 \[3, 64, 64\]"),
+        ((64, 64, 3), np.float64, r"gt must be float32 \[H, W, 3\], got float64 \[64, 64, 3\]"),
+        ((62, 64, 3), np.float32, r"sides that are multiples of scale 4, got \[62, 64\]"),
+    ],
+)
+def test_bad_arrays(shape, dtype, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Degradation().degrade(np.zeros(shape, dtype), np.random.default_rng(0))

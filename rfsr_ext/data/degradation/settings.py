@@ -52,7 +52,7 @@ class Round:
         noise_range: standard deviation of Gaussian noise, in gray levels of 255.
         poisson_scale_range: factor of Poisson noise.
         gray_noise_prob: probability of one noise for all channels.
-        jpeg_range: libjpeg quality, whole numbers, both ends included.
+        jpeg_range: libjpeg quality, whole numbers, both ends included; the public code draws real numbers.
     """
 
     blur_prob: float = 1.0
@@ -238,14 +238,23 @@ class Degradation:
 
         Returns:
             ``[H/scale, W/scale, 3]``, 8 bits deep, and the ground truth ``[H, W, 3]``.
+
+        Raises:
+            ValueError: for an array of another shape or type.
         """
+        if gt.ndim != 3 or gt.shape[2] != 3 or gt.dtype != np.float32:
+            raise ValueError(f"gt must be float32 [H, W, 3], got {gt.dtype} {list(gt.shape)}")
+        self._check_sides(gt.shape[:2])
         return pipeline.degrade_image(self, gt, rng)
+
+    def _check_sides(self, sides: Sequence[int]) -> None:
+        if 0 in sides or any(side % self.scale for side in sides):
+            raise ValueError(f"gt must have sides that are multiples of scale {self.scale}, got {list(sides)}")
 
     def _check(self, gt: Tensor, seeds: Sequence[tuple[int, int]]) -> None:
         if gt.ndim != 4 or gt.shape[1] != 3 or gt.dtype != torch.float32:
             raise ValueError(f"gt must be float32 [N, 3, H, W], got {gt.dtype} {list(gt.shape)}")
-        if gt.shape[2] % self.scale or gt.shape[3] % self.scale or 0 in gt.shape[2:]:
-            raise ValueError(f"gt must have sides that are multiples of scale {self.scale}, got {list(gt.shape[2:])}")
+        self._check_sides(gt.shape[2:])
         if len(seeds) != len(gt):
             raise ValueError(f"seeds must hold a (seed, index) for each of the {len(gt)} samples, got {len(seeds)}")
 
