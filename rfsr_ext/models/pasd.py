@@ -34,6 +34,7 @@ from rfsr_ext.models.base import Condition, Recipe
 from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part, quiet
 from rfsr_ext.models.process import Process
+from rfsr_ext.networks.rrdbnet import DenseBlock
 from rfsr_ext.weights.reading import read_tensors
 
 __all__ = ["PASD_RECIPE", "PASDControlNetModel", "PASDModel", "PASDUNet2DConditionModel"]
@@ -306,25 +307,12 @@ class PASDUNet2DConditionModel(UNet2DConditionModel):
 # -- ControlNet -------------------------------------------------------------------------------------------------------
 
 
-class _DenseBlock(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        for i in range(1, 6):
-            self.add_module(f"conv{i}", nn.Conv2d(i * channels, channels, kernel_size=3, padding=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = [x]
-        for i in range(1, 5):
-            found.append(F.leaky_relu(self.get_submodule(f"conv{i}")(torch.cat(found, dim=1)), 0.2))
-        return x + 0.2 * self.conv5(torch.cat(found, dim=1))
-
-
 class _RRDB(nn.Module):
-    """The residual-in-residual dense block of ESRGAN (Wang et al., 2018) whose convolutions all have one width."""
+    """The residual-in-residual dense block of ESRGAN (Wang et al., 2018), under the names of BasicSR."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.rdb1, self.rdb2, self.rdb3 = (_DenseBlock(channels) for _ in range(3))
+        self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(channels, channels) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
