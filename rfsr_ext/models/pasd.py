@@ -28,12 +28,13 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPTextModel
 
 from rfsr_ext.models.base import Condition, Recipe
 from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part, quiet
 from rfsr_ext.models.process import Process
+from rfsr_ext.networks.rrdbnet import DenseBlock
 from rfsr_ext.weights.reading import read_tensors
 
 __all__ = ["PASD_RECIPE", "PASDControlNetModel", "PASDModel", "PASDUNet2DConditionModel"]
@@ -306,25 +307,12 @@ class PASDUNet2DConditionModel(UNet2DConditionModel):
 # -- ControlNet -------------------------------------------------------------------------------------------------------
 
 
-class _DenseBlock(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        for i in range(1, 6):
-            self.add_module(f"conv{i}", nn.Conv2d(i * channels, channels, kernel_size=3, padding=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = [x]
-        for i in range(1, 5):
-            found.append(F.leaky_relu(self.get_submodule(f"conv{i}")(torch.cat(found, dim=1)), 0.2))
-        return x + 0.2 * self.conv5(torch.cat(found, dim=1))
-
-
 class _RRDB(nn.Module):
-    """The residual-in-residual dense block of ESRGAN (Wang et al., 2018) whose convolutions all have one width."""
+    """The residual-in-residual dense block of ESRGAN (Wang et al., 2018), under the names of BasicSR."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.rdb1, self.rdb2, self.rdb3 = (_DenseBlock(channels) for _ in range(3))
+        self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(channels, channels) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
@@ -438,16 +426,7 @@ class PASDModel(ControlNetISRModel):
     ):
         trained = {"unet": "", "controlnet": "^(?!.*to_rgbs)"} if trained is None else trained
         super().__init__(*parts, recipe=recipe or PASD_RECIPE, trained=trained, **more)
-        self.captioner = captioner
-
-    @property
-    def captioner(self) -> Callable[[Tensor], list[str]] | None:
-        return self._captioner
-
-    @captioner.setter
-    def captioner(self, captioner: Callable[[Tensor], list[str]] | str | None) -> None:
-        self._captioner_name = captioner if isinstance(captioner, str) else None
-        self._captioner = open_captioner(captioner) if isinstance(captioner, str) else captioner
+        self.captioner = open_captioner(captioner)
 
     def describe(self, lr: Tensor) -> list[str]:
         if self.captioner is None:
@@ -461,8 +440,8 @@ class PASDModel(ControlNetISRModel):
     def initial_latents(self, condition: Condition, process: Process, generator=None) -> Tensor:
         # Even the last timestep leaves a trace of the LR image, α_T z_lr, which makes results stable but too smooth.
         # The authors (section 4.2, "adjustable noise schedule") therefore noise the start once more, as at timestep
-        # 900, and keep α_900 = 0.119 of the trace.  In diffusers since 0.22, which their code now asks for, a timestep
-        # between those of the trajectory is taken for the last of them (50 of 20 steps): start_timestep=50 does that.
+        # 900, and keep α_900 = 0.119 of the trace.  With diffusers 0.29.2, which their code now asks for, UniPC takes a
+        # timestep that is not in the trajectory for the last that is, 50 of 20 steps; start_timestep=50 does the same.
         if self.recipe.start == "noise":
             return super().initial_latents(condition, process, generator)
         latents = self.encode(condition.image)
@@ -474,17 +453,14 @@ class PASDModel(ControlNetISRModel):
 
     # -- storage --------------------------------------------------------------------------------------------------
 
-    def settings(self) -> dict[str, Any]:
-        return {"captioner": self._captioner_name} if self._captioner_name else {}
-
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, captioner: Callable[[Tensor], list[str]] | str | None = None, **options
     ) -> Self:
-        """As `ControlNetISRModel.from_pretrained`; ``captioner`` as in the class."""
+        """As `ControlNetISRModel.from_pretrained`, with a captioner as in the class, which no folder holds."""
+        captioner = open_captioner(captioner)
         model = super().from_pretrained(path, **options)
-        if captioner is not None:
-            model.captioner = captioner
+        model.captioner = captioner
         return model
 
     @classmethod
@@ -519,6 +495,7 @@ class PASDModel(ControlNetISRModel):
         folder = _base(Path(weights), checkpoint) if base is None else Path(base)
         if not folder.is_dir():
             raise FileNotFoundError(f"base {str(folder)!r} does not exist; give a diffusers folder of SD 1.5")
+        captioner = open_captioner(captioner)
         other, parts = open_tokenizer_and_scheduler(folder), {}
         for name in ("unet", "controlnet"):
             try:
@@ -569,17 +546,17 @@ def _base(weights: Path, checkpoint: Path) -> Path:
     )
 
 
-def open_captioner(name: str) -> Callable[[Tensor], list[str]]:
-    """A captioner from ``"hf:NAME_OR_FOLDER"``, an image-to-text model of transformers that is on disk.
+def open_captioner(captioner: Callable[[Tensor], list[str]] | str | None) -> Callable[[Tensor], list[str]] | None:
+    """A captioner from ``"hf:NAME_OR_FOLDER"``, an image-to-text model of transformers; others stay.
 
     Raises:
         ValueError: if the name has another form, or it cannot be opened.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    kind, _, source = name.partition(":")
+    if not isinstance(captioner, str):
+        return captioner
+    kind, _, source = captioner.partition(":")
     if kind != "hf" or not source:
-        raise ValueError(f"captioner must be a function or 'hf:NAME_OR_FOLDER', got {name!r}")
+        raise ValueError(f"captioner must be a function or 'hf:NAME_OR_FOLDER', got {captioner!r}")
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(source, local_files_only=True)
@@ -587,7 +564,7 @@ def open_captioner(name: str) -> Callable[[Tensor], list[str]]:
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise ValueError(
-            f"captioner {name!r} cannot be opened ({reason}); download the model first and give its folder"
+            f"captioner {captioner!r} cannot be opened ({reason}); download the model first and give its folder"
         ) from error
 
     @torch.no_grad()

@@ -8,10 +8,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-__all__ = ["RRDBNet"]
+__all__ = ["DenseBlock", "RRDBNet"]
 
 
-class _DenseBlock(nn.Module):
+class DenseBlock(nn.Module):
     """Five convolutions that each see all features before them; a fifth of the last one's is added."""
 
     def __init__(self, channels: int, growth: int):
@@ -30,7 +30,7 @@ class _DenseBlock(nn.Module):
 class _RRDB(nn.Module):
     def __init__(self, channels: int, growth: int):
         super().__init__()
-        self.RDB1, self.RDB2, self.RDB3 = (_DenseBlock(channels, growth) for _ in range(3))
+        self.RDB1, self.RDB2, self.RDB3 = (DenseBlock(channels, growth) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 0.2 * self.RDB3(self.RDB2(self.RDB1(x)))

@@ -483,5 +483,6 @@ def test_captioner_of_transformers_by_folder(full, tmp_path):
     captioned = PASDModel(**parts(full), captioner=f"hf:{tmp_path / 'blip'}")
     captions = captioned.describe(layout.uniform("lr", [2, 3, 8, 16]))
     assert len(captions) == 2 and all(set(caption.split()) == {"cat"} for caption in captions)
-    captioned.save_pretrained(tmp_path / "model")
-    assert PASDModel.from_pretrained(tmp_path / "model").describe(layout.uniform("lr", [2, 3, 8, 16])) == captions
+    full.save_pretrained(tmp_path / "model")
+    again = PASDModel.from_pretrained(tmp_path / "model", captioner=f"hf:{tmp_path / 'blip'}")
+    assert again.describe(layout.uniform("lr", [2, 3, 8, 16])) == captions
