@@ -71,7 +71,7 @@ def photograph(name):
 def miniature(name, top, left):
     """A photograph at a quarter of its size, cut to [1, 3, 64, 64], and its low resolution, [1, 3, 16, 16]."""
     gt = F.avg_pool2d(photograph(name), 4)[..., top : top + 64, left : left + 64]
-    lr = Degradation()(gt[0].movedim(0, -1).numpy(), np.random.default_rng(1))
+    lr, _ = Degradation().degrade(gt[0].movedim(0, -1).numpy(), np.random.default_rng(1))
     return gt, torch.from_numpy(lr).movedim(-1, 0)[None]
 
 

@@ -44,7 +44,7 @@ class PublishedModel:
         paper: arXiv number.
         license: of the authors' code and weights as they state it; a base has one of its own.
         files: what it is made of.
-        parameters: of all its networks.
+        parameters: of all its networks together.
         options: arguments of ``from_released`` that choose this one among several.
         tagged: whether prompts are tags that DAPE sees in the LR image; without its files they are what the user gives.
         within: the folder inside ``weights`` that ``from_released`` gets, where it exists.
@@ -118,6 +118,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("seesr/controlnet", "ControlNet with image attentions", _SEESR), *_RAM, _SD2,
         ),
         preset="paper-seesr",
+        parameters=2_251_950_512,
     ),
     "seesr-turbo": PublishedModel(
         "rfsr_ext.models.seesr:SeeSRModel", "SeeSR over SD-Turbo, two steps", "2311.16518", _APACHE,
@@ -127,6 +128,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("sd-turbo", "SD-Turbo, a diffusers folder", "stabilityai/sd-turbo", base=True),
         ),
         options={"base_unet": True},
+        parameters=2_251_950_512,
     ),
     "pasd": PublishedModel(
         "rfsr_ext.models.pasd:PASDModel", "PASD and PASD-light", "2308.14469", _APACHE,
@@ -135,6 +137,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("controlnet", "ControlNet with to_rgbs", _PASD), _SD15,
         ),
         preset="paper-pasd",
+        parameters=1_675_759_364,
     ),
     "diffbir": PublishedModel(
         "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v1", "2308.15070", _APACHE,
@@ -143,6 +146,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), _SD21,
         ),
         options={"version": "v1"}, preset="paper-diffbir",
+        parameters=1_668_898_294,
     ),
     "diffbir-tag": PublishedModel(
         "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v1 with DAPE tags as prompts", "2412.03268", _APACHE,
@@ -151,6 +155,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), *_RAM, _SD21,
         ),
         options={"version": "v1"}, tagged=True, preset="paper-diffbir-tag",
+        parameters=1_881_015_339,
     ),
     "diffbir-v2": PublishedModel(
         "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v2", "2308.15070", _APACHE,
@@ -159,6 +164,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("BSRNet.pth", "first stage, BSRNet", "github.com/cszn/KAIR, releases"), _SD21,
         ),
         options={"version": "v2"},
+        parameters=1_669_803_694,
     ),
     "diffbir-v2.1": PublishedModel(
         "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v2.1", "2308.15070", _APACHE,
@@ -168,10 +174,12 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("realesrgan_s4_swinir_100k.pth", "first stage, SwinIR", _DIFFBIR), _SD21,
         ),
         options={"version": "v2.1"},
+        parameters=1_668_898_294,
     ),
     "ccsr": PublishedModel(
         "rfsr_ext.models.ccsr:CCSRv1Model", "CCSR v1", "2401.00877v1", _APACHE,
         (WantedFile("real-world_ccsr.ckpt", "everything", _CCSR), _SD21),
+        parameters=1_653_105_707,
     ),
     "ccsr-v2": PublishedModel(
         "rfsr_ext.models.ccsr:CCSRv2Model", "CCSR v2", "2401.00877", _APACHE,
@@ -179,26 +187,31 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("controlnet", "ControlNet over latents", _CCSR),
             WantedFile("vae", "VAE with the fine-tuned decoder", _CCSR), _SD21,
         ),
+        parameters=1_653_106_027,
     ),
     "c-sd2": PublishedModel(
         "rfsr_ext.models.csd2:CSD2ISRModel", "C-SD2", "2510.18851", _UNKNOWN,
         (WantedFile("c-sd2/model.safetensors", "ControlNet", _DP2O), *_TAGS, _SD2),
         tagged=True, within="c-sd2",
+        parameters=1_654_180_667,
     ),
     "dp2o-sd2": PublishedModel(
         "rfsr_ext.models.csd2:CSD2ISRModel", "DP2O-SD2", "2510.18851", _UNKNOWN,
         (WantedFile("dp2o-sd2/model.safetensors", "ControlNet", _DP2O), *_TAGS, _SD2),
         tagged=True, within="dp2o-sd2",
+        parameters=1_654_180_667,
     ),
     "c-flux": PublishedModel(
         "rfsr_ext.models.flux:FluxISRModel", "C-FLUX", "2510.18851", _UNKNOWN,
         (WantedFile("c-flux/model.safetensors", "ControlNet", _DP2O), *_TAGS, _FLUX),
         tagged=True, within="c-flux",
+        parameters=18_312_932_835,
     ),
     "dp2o-flux": PublishedModel(
         "rfsr_ext.models.flux:FluxISRModel", "DP2O-FLUX", "2510.18851", _UNKNOWN,
         (WantedFile("dp2o-flux/model.safetensors", "ControlNet", _DP2O), *_TAGS, _FLUX),
         tagged=True, within="dp2o-flux",
+        parameters=18_312_932_835,
     ),
 }  # fmt: skip
 
