@@ -31,7 +31,7 @@ def _time(seconds: float) -> str:
     )
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -61,7 +61,7 @@ def case_lines(case: dict) -> list[str]:
         spread = f"{_time(row['q20'])} – {_time(row['q80'])}"
         body.append([row["name"], _time(row["median"]), spread, ratio, floor, memory, f"{row['error']:.0e}"])
     header = ["", "median", "20 % – 80 %", "time / ours", "of the floor", "peak MiB", "error"]
-    return [f"### {case['title']}", "", *_table(header, body), ""]
+    return [f"### {case['title']}", "", *table(header, body), ""]
 
 
 def summary_lines(cases: list[dict]) -> list[str]:
@@ -81,7 +81,7 @@ def summary_lines(cases: list[dict]) -> list[str]:
             [case["title"], _time(base["median"]), peer["name"], _time(peer["median"]), f"{ratio:.2f}×", memory, winner]
         )
     header = ["case", "ours", "best peer", "its time", "we are faster by", "peak MiB, ours / its (the gradient)", ""]
-    return _table(header, body)
+    return table(header, body)
 
 
 def markdown(result: dict) -> str:
@@ -90,7 +90,7 @@ def markdown(result: dict) -> str:
         "",
         *ABOUT.splitlines(),
         "",
-        *_table(["", ""], [[key.replace("_", " "), str(value)] for key, value in result["machine"].items()]),
+        *table(["", ""], [[key.replace("_", " "), str(value)] for key, value in result["machine"].items()]),
         "",
         "## Summary",
         "",

@@ -61,8 +61,9 @@ def model(released):
     return CSD2ISRModel.from_released(released / "dp2o-sd2", tagger=tags)
 
 
-def test_the_authors_recipe(model):
+def test_the_authors_recipe(model, released):
     assert model.recipe == CSD2_RECIPE
+    assert load_model("dp2o-sd2", weights=released).fingerprint() == model.fingerprint()
     process = model.process()
     assert process.timesteps.tolist() == list(range(981, 0, -20)) and type(model.scheduler) is DDPMScheduler
     assert model.trained == {"unet": "", "controlnet": ""}

@@ -294,6 +294,7 @@ def released(tmp_path_factory):
 def test_the_released_layout_opens(released, lr):
     model = FluxISRModel.from_released(released / "c-flux")
     assert model.recipe == FLUX_RECIPE and model.guidance == 2.5
+    assert load_model("c-flux", weights=released).fingerprint() == model.fingerprint()
     own = FluxISRModel(**tiny_flux_parts(7, layers=4, heads=3, controlnet_layers=3))
     assert model.fingerprint() == own.fingerprint()
     a, b = (sample(m, lr, PROMPTS, generators(0, [0, 1]), 2) for m in (model, own))

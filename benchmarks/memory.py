@@ -1,0 +1,353 @@
+"""What one RFSR iteration and a 4K result take of a GPU's memory, for systems at full size, without a GPU.
+
+``python -m benchmarks.memory`` builds every system on the meta device, which has shapes and no numbers, runs the code
+that trains and upscales it, and writes ``benchmarks/results/memory.md``. A new system is one line in SYSTEMS.
+
+Counted is what tensors hold, the storage of each once, from its first operation to its end. Not counted are the
+libraries' workspaces, the allocator's gaps and the CUDA context. Attention counts as the fused kernels have it, which
+keep no matrix of all pairs. Rewards are not in it: they see one image at a time, and differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from benchmarks.report import table
+from rfsr_ext.losses import VGGGramLoss
+from rfsr_ext.models import ISRModel
+from rfsr_ext.models.csd2 import CSD2ISRModel
+from rfsr_ext.models.flux import FluxISRModel
+from rfsr_ext.rewards import Reward, WeightedReward
+from rfsr_ext.sampling import denoise
+from rfsr_ext.sampling.tiles import Tiled, Tiles
+from rfsr_ext.training import RFSRConfig, setup
+from rfsr_ext.training.rfsr import build_objective
+
+RANK = 8  # of LoRA
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RESULT = Path(__file__).parent / "results" / "memory.md"
+UHD = 2160, 3840
+
+
+# ------------------------------------------------------------------------------------------ systems
+
+
+class Tokenizer:
+    """Stands for any tokenizer: as many tokens as the text encoder takes."""
+
+    model_max_length = 77
+
+    def __call__(self, texts: list[str], max_length: int, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=torch.zeros(len(texts), max_length, dtype=torch.long))
+
+
+def on_cpu(kind: type, **options: Any) -> Any:
+    """A scheduler, whose numbers are needed."""
+    with torch.device("cpu"):
+        return kind(**options)
+
+
+def autoencoder(**options: Any) -> AutoencoderKL:
+    """That of Stable Diffusion; FLUX's differs by its channels."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, **options,
+    )  # fmt: skip
+
+
+def stable_diffusion_2(unet: type = UNet2DConditionModel, controlnet: type = ControlNetModel) -> dict[str, Any]:
+    """The parts of Stable Diffusion 2-base with a ControlNet; their classes may be a system's own."""
+    network = unet(
+        cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, sample_size=64
+    )
+    clip = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
+    return {
+        "vae": autoencoder(), "text_encoder": CLIPTextModel(clip), "tokenizer": Tokenizer(), "unet": network,
+        "controlnet": controlnet.from_unet(network, load_weights_from_unet=False),
+        "scheduler": on_cpu(DDPMScheduler, clip_sample=False),
+    }  # fmt: skip
+
+
+def flux_1_dev() -> dict[str, Any]:
+    """The parts of FLUX.1-dev with the ControlNet of C-FLUX."""
+    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    t5 = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    return {
+        "vae": autoencoder(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),
+        "text_encoder": CLIPTextModel(clip), "tokenizer": Tokenizer(),
+        "text_encoder_2": T5EncoderModel(t5), "tokenizer_2": Tokenizer(),
+        "transformer": FluxTransformer2DModel(guidance_embeds=True),
+        "controlnet": FluxControlNetModel(num_layers=4, num_single_layers=0, guidance_embeds=True),
+        "scheduler": on_cpu(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True),
+    }  # fmt: skip
+
+
+CONTROLNET = {"controlnet": ""}  # what the authors of C-SD2 and C-FLUX train
+SYSTEMS: dict[str, tuple[type[ISRModel], Callable[[], dict[str, Any]], dict[str, Any]]] = {  # class, parts, options
+    "C-SD2": (CSD2ISRModel, stable_diffusion_2, {}),
+    "C-SD2, ControlNet alone": (CSD2ISRModel, stable_diffusion_2, {"trained": CONTROLNET}),
+    "C-FLUX": (FluxISRModel, flux_1_dev, {}),
+    "C-FLUX, ControlNet alone": (FluxISRModel, flux_1_dev, {"trained": CONTROLNET}),
+}
+
+
+def build(name: str, dtype: torch.dtype, rank: int = 0) -> ISRModel:
+    """A system on the meta device; with ``rank`` its trained networks have adapters."""
+    kind, make, options = SYSTEMS[name]
+    with torch.device("meta"):
+        parts = make()
+    return prepare(kind(**parts, **options).to("meta", dtype), rank)
+
+
+def prepare(model: ISRModel, rank: int = 0) -> ISRModel:
+    """Let what is trained ask for gradients: what the model declares, or adapters."""
+    if rank:
+        setup.add_adapters(model, rank, RFSRConfig().lora_targets)
+        for network in model.trainable_networks().values():
+            network.to(model.device)  # peft leaves new adapters of a meta model on the CPU
+    else:
+        model.unfreeze()
+    model.check_lr = lambda *_: None  # which looks at values
+    return model
+
+
+# ----------------------------------------------------------------------------------------- counting
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that are still there: ``now``, and at most, ``peak``."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._storages = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(x)}
+        outputs = function(*args, **kwargs or {})
+        for output in torch.utils._pytree.tree_leaves(outputs):
+            if _is_tensor(output) and (storage := output.untyped_storage())._cdata not in given:
+                self._add(storage)
+        return outputs
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._storages:
+            self._storages[storage] = None
+            size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.now -= size
+
+    @contextlib.contextmanager
+    def kept_by(self, model: ISRModel, *methods: str) -> Iterator[dict[str, int]]:
+        """Bytes that are there after calls of methods that record gradients, and were not before: for the backward."""
+        kept = dict.fromkeys(methods, 0)
+
+        def counted(name: str, method: Callable, *args: Any) -> Any:
+            before = self.now
+            result = method(*args)
+            kept[name] += self.now - before if torch.is_grad_enabled() else 0
+            return result
+
+        for name in methods:
+            setattr(model, name, functools.partial(counted, name, getattr(model, name)))
+        try:
+            yield kept
+        finally:
+            for name in methods:
+                delattr(model, name)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The memory of a fused kernel: inputs, output and one number per query are kept, and no matrix of all pairs."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """What the meta device lacks: it has the plain attention only, and knows no autocast."""
+    fused = lambda query, key, value, *_, **__: _FusedAttention.apply(query, key, value)  # noqa: E731
+    plain = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    with mock.patch.object(F, "scaled_dot_product_attention", fused), plain:
+        yield
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def weights_of(model: ISRModel, names: Iterable[str] | None = None) -> int:
+    """Bytes of networks, of all by default."""
+    modules = [model.networks[name] for name in (names or model.networks)]
+    return bytes_of(t for module in modules for t in (*module.parameters(), *module.buffers()))
+
+
+def iteration(model: ISRModel, batch: int, side: int, style: nn.Module | None = None) -> dict[str, int]:
+    """Bytes of one iteration in the reward window, by what holds them; ``peak`` is everything at its worst moment.
+
+    The objective is the trainer's own, after a rollout of one step: more steps take no more memory.
+
+    Args:
+        model: prepared, on the meta device.
+        batch, side: of the pictures.
+        style: the Gram loss, for which a frozen reference is kept (with adapters it is the model without them); None
+            for no reference.
+    """
+    trained = [p for m in model.networks.values() for p in m.parameters() if p.requires_grad]
+    adapted = any(hasattr(m, "disable_adapter") for m in model.trainable_networks().values())
+    config = RFSRConfig(
+        crop_size=side, num_inference_steps=2, window_unit="steps", structure_window=None, reward_window=(2, 2),
+        style_loss="none" if style is None else "gram", lora_rank=RANK if adapted else 0,
+    )  # fmt: skip
+    objective = build_objective(config, model, [WeightedReward(_Mean(), 1.0)], style)
+    reference = objective.reference
+    found = {"weights": weights_of(model), "gradients": bytes_of(trained)}
+    found |= {"Adam": 2 * bytes_of(trained), "EMA": bytes_of(trained)}
+    found["reference"] = 0 if reference is None else weights_of(reference, reference.trained)
+    gt, lr = (torch.rand(batch, 3, n, n, device="meta", dtype=model.dtype) for n in (side, side // model.scale))
+    with as_on_gpu(), Live() as live, live.kept_by(model, "predict", "decode") as kept:
+        loss, _ = objective(lr, gt, [""] * batch, 2)
+        found |= {"denoiser": kept["predict"], "decoder": kept["decode"]}
+        found["style loss"] = live.now - sum(kept.values())
+        loss.backward()
+    for parameter in trained:
+        parameter.grad = None
+    # gradients are among what is alive
+    return found | {"peak": sum(found[name] for name in ("weights", "Adam", "EMA", "reference")) + live.peak}
+
+
+class _Mean(Reward):
+    """A reward that takes no memory."""
+
+    name = "mean"
+
+    def score(self, images: Tensor, prompts: list[str] | None = None) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+class _FirstTiles(Tiles):
+    """The first two batches of tiles: whatever comes after them takes the same memory."""
+
+    def corners(self) -> list[tuple[int, int]]:
+        return super().corners()[: 2 * self.batch_size]
+
+
+@torch.no_grad()
+def upscaling(model: ISRModel, batch: int, size: tuple[int, int]) -> int:
+    """Bytes at the peak of an upscaling to that size by tiles, ``batch`` at once, weights included."""
+    unit = math.lcm(model.scale, model.multiple)
+    height, width = (-(-n // unit) * unit for n in size)
+    tiled = Tiled(model, _FirstTiles(height, width, model.recipe.tile, model.recipe.overlap, unit, batch))
+    tiled.check_lr = model.check_lr
+    lr = torch.rand(1, 3, height // model.scale, width // model.scale, device=model.device, dtype=model.dtype)
+    guidance_scale = model.recipe.guidance_scale
+    with as_on_gpu(), Live() as live:
+        condition = tiled.condition(lr, [""], None if guidance_scale == 1 else [""])
+        process = tiled.process()
+        shape = 1, model.latent_channels, height // model.vae_scale_factor, width // model.vae_scale_factor
+        latents = torch.rand(shape, device=model.device, dtype=model.dtype)
+        output = denoise(tiled, process, latents, process.timesteps[0], condition, guidance_scale)
+        del output
+        tiled.decode(latents)
+    return live.peak + weights_of(model)
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def training_rows(name: str, dtype: str, batches: Iterable[int], side: int) -> Iterator[list[str]]:
+    """A system with all its trained weights and with adapters, at every batch size."""
+    style = VGGGramLoss(weights="random").to("meta", DTYPES[dtype])
+    for rank in (0, RANK):
+        model = build(name, DTYPES[dtype], rank)
+        parameters = [p for m in model.networks.values() for p in m.parameters()]
+        total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+        for batch in batches:
+            counts = iteration(model, batch, side, style)
+            what = f"{name}, {f'LoRA of rank {rank}' if rank else 'full'}"
+            yield [what, dtype, str(batch), f"{total / 1e6:,.0f}", f"{trained / 1e6:,.1f}", *map(gib, counts.values())]
+
+
+def upscaling_rows(name: str, dtype: str, batches: Iterable[int]) -> Iterator[list[str]]:
+    model = build(name, DTYPES[dtype])
+    for batch in batches:
+        yield [name, dtype, str(batch), gib(weights_of(model)), gib(upscaling(model, batch, UHD))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="pictures per iteration")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    args = parser.parse_args()
+    pairs = [(name, dtype) for name in args.systems for dtype in args.dtypes]
+    training = ["", "type", "batch", "M parameters", "of them trained", "weights", "gradients", "Adam", "EMA"]
+    training += ["reference", "denoiser", "decoder", "style loss", "peak"]
+    lines = [
+        "# Memory, counted on the meta device",
+        "",
+        *(" ".join(__doc__.split("\n\n")[-1].split()), "", "Written by `python -m benchmarks.memory`; do not edit."),
+        "",
+        "## One RFSR iteration in the reward window at 512², GiB",
+        "",
+        *table(training, [row for pair in pairs for row in training_rows(*pair, args.batches, 512)]),
+        "",
+        f"## Upscaling to {UHD[1]}×{UHD[0]} by the recipe's tiles, with its guidance, GiB",
+        "",
+        *table(
+            ["", "type", "tiles at once", "weights", "peak"],
+            [row for name, dtype in pairs if "," not in name for row in upscaling_rows(name, dtype, (1, 4))],
+        ),
+    ]
+    print("\n".join(lines))
+    args.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The memory count: against what autograd says it saves of real tensors, and against sizes known in closed form."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import memory
+from rfsr_ext.losses import VGGGramLoss
+from tests.models.released.dp2o import tiny_csd2, tiny_flux
+
+TINY = {"C-SD2": tiny_csd2, "C-FLUX": tiny_flux}
+
+
+def test_what_lives_and_its_peak():
+    """Of a chain of 1-MiB tensors two are alive at once, and those that a gradient needs stay."""
+    x = torch.zeros(1 << 18, device="meta")
+    with memory.Live() as live:
+        for _ in range(5):
+            x = x + 1
+        view = x[1:].view(3, -1)[:, ::2]
+    assert (live.now, live.peak) == (1 << 20, 2 << 20)
+    del x
+    assert live.now == 1 << 20  # the view holds it
+    del view
+    assert live.now == 0
+    w = torch.zeros(1 << 18, device="meta", requires_grad=True)
+    with memory.Live() as live:
+        y = w.exp().exp().exp()  # each needs its own result
+        assert live.now == 3 << 20
+        y.sum().backward()
+        del y
+    assert live.now == w.grad.nbytes
+
+
+def saved(call, known):
+    """Bytes of what autograd saves of real tensors and of the result, each storage once, without known tensors."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), memory.as_on_gpu():
+        keep(call())
+    without = {tensor.untyped_storage()._cdata for tensor in known}
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in without)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_activations_are_what_autograd_saves_of_real_tensors(name):
+    real, shapes = (memory.prepare(TINY[name]().to(device)) for device in ("cpu", "meta"))
+    found = memory.iteration(shapes, 2, 32)
+    condition, latents = real.condition(torch.rand(2, 3, 8, 8), ["", ""]), torch.rand(2, real.latent_channels, 16, 16)
+    process = real.process(2, (32, 32))
+    weights = [t for m in real.networks.values() for t in (*m.parameters(), *m.buffers())]
+    inputs = [latents, *condition.spatial.values(), *condition.shared.values()]
+    timestep = process.timesteps[1]
+    kept = saved(lambda: real.predict(latents, timestep, condition), [*weights, *inputs])
+    # FLUX's rotary embeddings, a hundredth here, were made by the rollout before it, and are kept by diffusers
+    assert found["denoiser"] == kept if name == "C-SD2" else 0.99 * kept < found["denoiser"] < kept
+    latents.requires_grad_()
+    estimate = latents * 1
+    assert found["decoder"] == saved(lambda: real.decode(estimate), [*weights, latents, estimate])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_held_beside_them(name):
+    style = VGGGramLoss(weights="random").to("meta")
+    model = memory.prepare(TINY[name]().to("meta"))
+    trained = 4 * sum(p.numel() for p in model.trained_parameters().values())
+    networks = sum(t.nbytes for m in model.networks.values() for t in (*m.parameters(), *m.buffers()))
+    found = memory.iteration(model, 2, 32, style)
+    assert (found["gradients"], found["Adam"], found["EMA"]) == (trained, 2 * trained, trained)
+    whole = sum(t.nbytes for m in model.trainable_networks().values() for t in (*m.parameters(), *m.buffers()))
+    assert (found["weights"], found["reference"]) == (networks, whole)
+    held = sum(found[name] for name in ("weights", "Adam", "EMA", "reference"))
+    assert found["peak"] > held + found["denoiser"] + found["decoder"] + found["style loss"]
+    assert all(p.grad is None for p in model.trained_parameters().values())
+    larger = memory.iteration(model, 4, 32, style)
+    for part in ("denoiser", "decoder"):  # what does not grow with the batch is small
+        assert 1.8 * found[part] < larger[part] <= 2 * found[part]
+
+
+def test_adapters_need_no_reference():
+    style = VGGGramLoss(weights="random").to("meta")
+    model = memory.prepare(tiny_flux().to("meta"), rank=2)
+    found = memory.iteration(model, 1, 32, style)
+    adapters = [p for m in model.trainable_networks().values() for n, p in m.named_parameters() if "lora_" in n]
+    assert found["reference"] == 0 and found["gradients"] == 4 * sum(p.numel() for p in adapters) > 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_upscaling_takes_what_its_tiles_take(name):
+    model = memory.prepare(TINY[name]().to("meta"))
+    model.recipe = dataclasses.replace(model.recipe, tile=64, overlap=16)
+    held = memory.weights_of(model)
+    one, four = (memory.upscaling(model, batch, (256, 384)) - held for batch in (1, 4))
+    image = 256 * 384 * 3 * 4
+    assert image < one < four < 4 * one
+    larger = memory.upscaling(model, 1, (512, 384)) - held
+    assert larger < 2 * one  # the tiles' part does not grow
+
+
+def test_systems_are_of_full_size():
+    counts = {"C-SD2": (1_654_180_667, 1_230_138_964), "C-FLUX": (18_312_932_835, 13_258_788_928)}
+    for name, (total, trained) in counts.items():
+        model = memory.build(name, torch.bfloat16)
+        assert sum(p.numel() for m in model.networks.values() for p in m.parameters()) == total
+        assert sum(p.numel() for p in model.trained_parameters().values()) == trained
+        assert {p.device.type for m in model.networks.values() for p in m.parameters()} == {"meta"}
+
+
+def test_the_command_writes_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setitem(memory.SYSTEMS, "tiny", None)
+    monkeypatch.setattr(
+        memory, "build", lambda name, dtype, rank=0: memory.prepare(tiny_csd2().to("meta", dtype), rank)
+    )
+    monkeypatch.setattr(memory, "UHD", (32, 48))
+    options = ["--systems", "tiny", "--dtypes", "bfloat16", "--batches", "1", "--output", str(tmp_path / "m")]
+    monkeypatch.setattr("sys.argv", ["memory", *options])
+    memory.main()
+    lines = (tmp_path / "m").read_text().splitlines()
+    assert sum(line.startswith("| tiny, full | bfloat16 | 1 |") for line in lines) == 1
+    assert sum(line.startswith("| tiny, LoRA of rank 8 | bfloat16 | 1 |") for line in lines) == 1
+    assert sum(line.startswith("| tiny | bfloat16 |") for line in lines) == 2
