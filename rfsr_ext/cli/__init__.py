@@ -81,7 +81,7 @@ def demo(
 
 @_typer.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: mini, paper.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: mini, paper, paper-seesr …")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
     fresh: Annotated[bool, typer.Option(help="Refuse to resume: the output folder must hold no checkpoint.")] = False,
 ) -> None:
@@ -259,7 +259,7 @@ def doctor() -> None:
 
 @_config.command("show")
 def config_show(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: mini, paper.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a preset: mini, paper, paper-seesr …")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
 ) -> None:
     """Print every setting with its meaning, as YAML that `rfsr train` reads."""

@@ -30,7 +30,12 @@ __all__ = [
 _KINDS = {
     "controlnet": "rfsr_ext.models.controlnet:ControlNetISRModel",
     "c-sd2": "rfsr_ext.models.csd2:CSD2ISRModel",
+    "ccsr": "rfsr_ext.models.ccsr:CCSRv1Model",
+    "ccsr-v2": "rfsr_ext.models.ccsr:CCSRv2Model",
     "flux": "rfsr_ext.models.flux:FluxISRModel",
+    "diffbir": "rfsr_ext.models.diffbir:DiffBIRModel",
+    "pasd": "rfsr_ext.models.pasd:PASDModel",
+    "seesr": "rfsr_ext.models.seesr:SeeSRModel",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHIPPED: dict[str, Path] = {"mini": WEIGHTS / "model"}

@@ -31,8 +31,8 @@ class Condition:
     Tensors are sorted by what tiled sampling does with them.
 
     Attributes:
-        image: what the result is compared with and takes its colors from, ``[N, 3, H, W]`` in [0, 1] at the output's
-            size: the enlarged LR image (paper: I_lr), or what a first stage made of it (DiffBIR).
+        image: what the result is compared with and takes its colors from, ``[N, 3, H, W]`` nominally in [0, 1] at the
+            output's size: the enlarged LR image (paper: I_lr), or what a first stage made of it (DiffBIR).
         prompts: one per image; rewards with text score against them.
         spatial: tensors that tiles cut, by the name the network gives them: a control image ``[N, 3, H, W]`` or
             a control latent ``[N, C, h, w]``.
@@ -169,7 +169,10 @@ class ISRModel(ABC):
     # -- what differs between models ------------------------------------------------------------------------------
 
     def first_stage(self, lr: Tensor) -> Tensor:
-        """The image ``[N, 3, scale·h, scale·w]`` in [0, 1] that the result is a better version of: ``lr`` enlarged."""
+        """The image ``[N, 3, scale·h, scale·w]`` that the result is a better version of: ``lr`` enlarged.
+
+        It is nominally in [0, 1]; a network's need not be clamped.
+        """
         return F.interpolate(lr, scale_factor=self.scale, mode="bicubic").clamp(0, 1)
 
     def control(self, image: Tensor) -> dict[str, Tensor]:

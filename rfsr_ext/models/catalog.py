@@ -5,7 +5,7 @@ that folder as ``weights``, or has it as ``RFSR_WEIGHTS/<name>``.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class PublishedModel:
         files: what it is made of.
         parameters: of all its networks.
         options: arguments of ``from_released`` that choose this one among several.
+        tagged: whether prompts are tags that DAPE sees in the LR image; without its files they are what the user gives.
         within: the folder inside ``weights`` that ``from_released`` gets, where it exists.
         preset: of `rfsr train`, "" for none.
     """
@@ -57,6 +58,7 @@ class PublishedModel:
     files: tuple[WantedFile, ...]
     parameters: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    tagged: bool = False
     within: str = ""
     preset: str = ""
 
@@ -99,12 +101,13 @@ _PASD = "github.com/yangxy/PASD, runs/*/README.md, or yangtao9009/PASD on Huggin
 _DIFFBIR = "lxq007/DiffBIR-v2 on Hugging Face, linked from github.com/XPixelGroup/DiffBIR"
 _DIFFBIR_V1 = "lxq007/DiffBIR on Hugging Face, linked from github.com/XPixelGroup/DiffBIR"
 _CCSR = "github.com/csslc/CCSR, links in its README"
-_RAM = (
+_RAM = (  # of SeeSR and DiffBIR-tag
     WantedFile("ram_swin_large_14m.pth", "RAM, which sees tags and image tokens", _SEESR),
     WantedFile("DAPE.pth", "its fine-tuning for degraded images", _SEESR),
     WantedFile("ram_tag_list.txt", "names of the tags", "rfsr weights fetch ram-tags", optional=True),
     WantedFile("ram_tag_list_threshold.txt", "their thresholds", "rfsr weights fetch ram-thresholds", optional=True),
 )
+_TAGS = tuple(replace(file, optional=True) for file in _RAM)  # of models that can go without
 _APACHE, _UNKNOWN = "Apache 2.0", "none stated"
 
 PUBLISHED: dict[str, PublishedModel] = {
@@ -123,7 +126,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("seesr/controlnet", "ControlNet with image attentions", _SEESR), *_RAM,
             WantedFile("sd-turbo", "SD-Turbo, a diffusers folder", "stabilityai/sd-turbo", base=True),
         ),
-        {"base_unet": True},
+        options={"base_unet": True},
     ),
     "pasd": PublishedModel(
         "rfsr_ext.models.pasd:PASDModel", "PASD and PASD-light", "2308.14469", _APACHE,
@@ -139,7 +142,15 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("general_full_v1.ckpt", "everything but the first stage", _DIFFBIR_V1),
             WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), _SD21,
         ),
-        {"version": "v1"}, preset="paper-diffbir",
+        options={"version": "v1"}, preset="paper-diffbir",
+    ),
+    "diffbir-tag": PublishedModel(
+        "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v1 with DAPE tags as prompts", "2412.03268", _APACHE,
+        (
+            WantedFile("general_full_v1.ckpt", "everything but the first stage", _DIFFBIR_V1),
+            WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), *_RAM, _SD21,
+        ),
+        options={"version": "v1"}, tagged=True, preset="paper-diffbir-tag",
     ),
     "diffbir-v2": PublishedModel(
         "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v2", "2308.15070", _APACHE,
@@ -147,7 +158,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("v2.pth", "ControlNet", _DIFFBIR),
             WantedFile("BSRNet.pth", "first stage, BSRNet", "github.com/cszn/KAIR, releases"), _SD21,
         ),
-        {"version": "v2"},
+        options={"version": "v2"},
     ),
     "diffbir-v2.1": PublishedModel(
         "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v2.1", "2308.15070", _APACHE,
@@ -156,7 +167,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             WantedFile("sd2.1-base-zsnr-laionaes5.ckpt", "base with zero terminal SNR, velocities", _DIFFBIR),
             WantedFile("realesrgan_s4_swinir_100k.pth", "first stage, SwinIR", _DIFFBIR), _SD21,
         ),
-        {"version": "v2.1"},
+        options={"version": "v2.1"},
     ),
     "ccsr": PublishedModel(
         "rfsr_ext.models.ccsr:CCSRv1Model", "CCSR v1", "2401.00877v1", _APACHE,
@@ -171,19 +182,23 @@ PUBLISHED: dict[str, PublishedModel] = {
     ),
     "c-sd2": PublishedModel(
         "rfsr_ext.models.csd2:CSD2ISRModel", "C-SD2", "2510.18851", _UNKNOWN,
-        (WantedFile("c-sd2/model.safetensors", "ControlNet", _DP2O), _SD2), within="c-sd2",
+        (WantedFile("c-sd2/model.safetensors", "ControlNet", _DP2O), *_TAGS, _SD2),
+        tagged=True, within="c-sd2",
     ),
     "dp2o-sd2": PublishedModel(
         "rfsr_ext.models.csd2:CSD2ISRModel", "DP2O-SD2", "2510.18851", _UNKNOWN,
-        (WantedFile("dp2o-sd2/model.safetensors", "ControlNet", _DP2O), _SD2), within="dp2o-sd2",
+        (WantedFile("dp2o-sd2/model.safetensors", "ControlNet", _DP2O), *_TAGS, _SD2),
+        tagged=True, within="dp2o-sd2",
     ),
     "c-flux": PublishedModel(
         "rfsr_ext.models.flux:FluxISRModel", "C-FLUX", "2510.18851", _UNKNOWN,
-        (WantedFile("c-flux/model.safetensors", "ControlNet", _DP2O), _FLUX), within="c-flux",
+        (WantedFile("c-flux/model.safetensors", "ControlNet", _DP2O), *_TAGS, _FLUX),
+        tagged=True, within="c-flux",
     ),
     "dp2o-flux": PublishedModel(
         "rfsr_ext.models.flux:FluxISRModel", "DP2O-FLUX", "2510.18851", _UNKNOWN,
-        (WantedFile("dp2o-flux/model.safetensors", "ControlNet", _DP2O), _FLUX), within="dp2o-flux",
+        (WantedFile("dp2o-flux/model.safetensors", "ControlNet", _DP2O), *_TAGS, _FLUX),
+        tagged=True, within="dp2o-flux",
     ),
 }  # fmt: skip
 
@@ -220,4 +235,10 @@ def open_published(
         raise FileNotFoundError(f"weights {str(folder)!r} is no folder; `rfsr models {name}` lists what it should hold")
     inner = folder / published.within
     kind = import_object(published.model, "model")
+    if published.tagged and options.get("tagger") is None:
+        can_go_without = all(file.optional for file in published.files if file.path == _RAM[0].path)
+        if (folder / _RAM[0].path).is_file() or not can_go_without:
+            from rfsr_ext.networks.ram import RAM  # here, because most models have no use for it
+
+            options["tagger"] = RAM.from_released([folder, folder.parent], dape=True).tags
     return kind.from_released(inner if inner.is_dir() else folder, base=base, **published.options | options)

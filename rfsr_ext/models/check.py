@@ -11,7 +11,7 @@ __all__ = ["check_model"]
 def check_model(model: ISRModel, lr: Tensor | None = None, prompts: list[str] | None = None) -> list[str]:
     """Try a model on a small batch and report what was found, or stop at the first thing that is wrong.
 
-    1. `condition` gives an image of ``scale`` times the size of ``lr``, in [0, 1]; `encode` and `decode` fit it.
+    1. `condition` gives an image of ``scale`` times the size of ``lr``, finite; `encode` and `decode` fit it.
     2. The process gives z_0 back from z_t = α z_0 + σ ε and the output that implies it.
     3. `predict` takes a scalar timestep and one per image, and treats images alike whatever their batch; whether it
        sees the condition is reported.
@@ -67,7 +67,7 @@ def _check(model: ISRModel, lr: Tensor, prompts: list[str], generator: torch.Gen
     condition = model.condition(lr, prompts)
     image = condition.image
     _require(list(image.shape) == size, f"{kind}.condition must give an image {size}, got {list(image.shape)}")
-    _require(image.min() >= 0 and image.max() <= 1, f"{kind}.condition must give an image in [0, 1]")
+    _require(image.isfinite().all(), f"{kind}.condition must give a finite image")
     latents = model.encode(image)
     wanted = [len(lr), model.latent_channels, *(n // model.vae_scale_factor for n in size[2:])]
     _require(list(latents.shape) == wanted, f"{kind}.encode must give {wanted}, got {list(latents.shape)}")

@@ -49,6 +49,7 @@ class ControlNetISRModel(ISRModel):
     }
     optional: ClassVar[frozenset[str]] = frozenset()  # which of them a folder may lack
     opens: ClassVar[str] = "Stable Diffusion 1.x and 2.x with a ControlNet"
+    conditioning_channels: ClassVar[int] = 3  # of what `control` gives to the ControlNet
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class ControlNetISRModel(ISRModel):
         for name, wanted, given in (
             ("vae latent_channels", unet.config.in_channels, vae.config.latent_channels),
             ("controlnet in_channels", unet.config.in_channels, controlnet.config.in_channels),
-            ("controlnet conditioning_channels", 3, controlnet.config.conditioning_channels),
+            ("controlnet conditioning_channels", self.conditioning_channels, controlnet.config.conditioning_channels),
             ("text_encoder hidden_size", unet.config.cross_attention_dim, text_encoder.config.hidden_size),
         ):
             if wanted != given:
@@ -120,18 +121,17 @@ class ControlNetISRModel(ISRModel):
 
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         timestep = torch.as_tensor(timestep, device=latents.device).expand(latents.shape[0])
-        text = condition.shared["encoder_hidden_states"]
         down_residuals, mid_residual = self.controlnet(
             latents,
             timestep,
-            encoder_hidden_states=text,
-            controlnet_cond=condition.spatial["controlnet_cond"],
+            **condition.shared,
+            **condition.spatial,
             return_dict=False,
         )
         return self.unet(
             latents,
             timestep,
-            encoder_hidden_states=text,
+            **condition.shared,
             down_block_additional_residuals=down_residuals,
             mid_block_additional_residual=mid_residual,
             return_dict=False,

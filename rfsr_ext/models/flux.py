@@ -174,7 +174,7 @@ class FluxISRModel(ISRModel):
         return shared | {"guidance": torch.full((len(prompts),), self.guidance, device=self.device, dtype=self.dtype)}
 
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """T5's embeddings ``[N, max_sequence_length, D]`` and CLIP's summary ``[N, E]``, on the CPU."""
+        """T5's embeddings ``[N, max_sequence_length, D]`` and CLIP's summary ``[N, E]``, where those are."""
         outputs = []
         for name, tokenizer, length in (
             ("text_encoder_2", self.tokenizer_2, self.max_sequence_length),
@@ -185,7 +185,7 @@ class FluxISRModel(ISRModel):
             )
             encoder = self.networks[name]
             outputs.append(encoder(tokens.input_ids.to(next(encoder.parameters()).device)))
-        return outputs[0].last_hidden_state.cpu(), outputs[1].pooler_output.cpu()
+        return outputs[0].last_hidden_state, outputs[1].pooler_output
 
     # -- networks -------------------------------------------------------------------------------------------------
 

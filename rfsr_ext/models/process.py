@@ -21,6 +21,7 @@ Schedulers differ in α and σ (their *family*):
 
 import copy
 import inspect
+import itertools
 import math
 
 import torch
@@ -192,6 +193,10 @@ class Process:
         alpha, sigma = self._broadcast(timestep, original_samples)
         return (alpha * noise - sigma * original_samples) / (alpha.square() + sigma.square()).sqrt()
 
+    def is_guided(self, timestep: Tensor | float) -> bool:
+        """Whether classifier-free guidance, where it is asked for, applies at this timestep of the trajectory."""
+        return True
+
     def step(self, model_output: Tensor, timestep: Tensor, latents: Tensor, generator=None) -> Tensor:
         """The scheduler's own step from z_t to the next latents; call it once for every timestep, in order."""
         options = {"generator": generator} if self._accepts_generator else {}
@@ -201,23 +206,57 @@ class Process:
 class NonUniformProcess(Process):
     """CCSR's non-uniform sampling: one leap to an estimate, re-noised to ``t_max``, then steps to ``t_min``.
 
-    Of ``n`` uniform timesteps t_1 > … > t_n the trajectory takes t_1 and those from the last round(n·t_max) to, not
-    included, the last round(n·t_min).  After the first step the z_0 estimate gets fresh noise at the next timestep;
-    after the last one the estimate itself is the result.  The network is evaluated 1 + round(n·t_max) − round(n·t_min)
-    times (CCSR, arXiv 2401.00877, section 3.2; 45, 2/3 and 1/3 give 16).
+    Of ``n`` uniform timesteps u_1 > … > u_n, the trajectory takes ``start_timestep``, then those from the last
+    round(n·t_max) to, not included, the last round(n·t_min). After the first evaluation the z_0 estimate gets fresh
+    noise; after the last one the estimate itself is the result. The network is evaluated
+    1 + round(n·t_max) − round(n·t_min) times (CCSR, arXiv 2401.00877, section 3.2; 45, 2/3 and 1/3 give 16; 6, 2/3 and
+    1/2 give 2). All three numbers are free at inference: they need no other weights.
+
+    The two versions of CCSR differ in three rules:
+
+    ======= ======================== ============================================= ====================================
+    version uniform timesteps        noise of the leap is that of                  classifier-free guidance
+    ======= ======================== ============================================= ====================================
+    "v1"    999 … 0, both ends taken the (1 + round((n − 1)·t_max))-th last u_i    at every evaluation
+    "v2"    the scheduler's own      the next timestep, round(n·t_max)-th last u_i at every evaluation but the first
+    ======= ======================== ============================================= ====================================
+
+    Both leap to the same u_i for most n (45, say, but not 20: there v1's latents hold a little more noise than its
+    network is told, as its authors have it). The authors of v2 take Stable Diffusion 2.1's timesteps, "leading" with
+    ``steps_offset`` 1.
+
+    What the authors' code does not survive is defined here: with ``num_inference_steps`` 1, or where rounding leaves no
+    timestep after the first, the first estimate is the result; where round(n·t_min) is 0 no step is left out; with
+    ``t_max`` 1 there is no leap, and sampling is uniform down to ``t_min``. No timestep comes twice.
 
     Args:
         scheduler, num_inference_steps, options: as for `Process`; for a scheduler whose step needs no history (DDPM,
             DDIM).
-        t_max, t_min: shares of the schedule, 0 ≤ t_min ≤ t_max < 1.
+        t_max, t_min: shares of the schedule, 0 ≤ t_min ≤ t_max < 1, or t_max = 1.
+        version: "v1" or "v2", whose rules to follow.
+        start_timestep: of the first evaluation, u_1 by default; CCSR's is 999.
 
     Raises:
-        ValueError: if the shares are out of range, or the scheduler counts its own steps.
+        ValueError: if the shares or the timestep are out of range, the version is not known, or the scheduler counts
+            its own steps or, for "v1", takes no timesteps but its own.
     """
 
-    def __init__(self, scheduler, num_inference_steps: int, t_max: float = 2 / 3, t_min: float = 1 / 3, **options):
-        if not 0 <= t_min <= t_max < 1:
-            raise ValueError(f"t_max and t_min must satisfy 0 <= t_min <= t_max < 1, got {t_max} and {t_min}")
+    def __init__(
+        self,
+        scheduler,
+        num_inference_steps: int,
+        t_max: float = 2 / 3,
+        t_min: float = 1 / 3,
+        version: str = "v2",
+        start_timestep: int | None = None,
+        **options,
+    ):
+        if not 0 <= t_min <= t_max <= 1:
+            raise ValueError(
+                f"t_max and t_min must satisfy t_max = 1 (no leap) or 0 <= t_min <= t_max < 1, got {t_max} and {t_min}"
+            )
+        if version not in ("v1", "v2"):
+            raise ValueError(f"version must be v1 or v2, got {version!r}")
         super().__init__(scheduler, num_inference_steps, **options)
         if hasattr(self._scheduler, "step_index") or hasattr(self._scheduler, "counter"):
             raise ValueError(
@@ -225,18 +264,38 @@ class NonUniformProcess(Process):
                 f"{type(scheduler).__name__}; take DDPMScheduler or DDIMScheduler"
             )
         n = len(self.timesteps)
-        first, last = n - round(n * t_max), n - round(n * t_min)
-        self.timesteps = torch.cat([self.timesteps[:1], self.timesteps[max(first, 1) : last]])
+        if version == "v1":
+            if "timesteps" not in inspect.signature(self._scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"scheduler must take given timesteps for version v1, got {type(scheduler).__name__}; take "
+                    f"DDPMScheduler"
+                )
+            last = self._scheduler.config.num_train_timesteps - 1
+            # guided diffusion's sum of strides, which can round 499.5 down
+            sums = itertools.accumulate([last / max(n - 1, 1)] * (n - 1), initial=0.0)
+            self._scheduler.set_timesteps(timesteps=[round(t) for t in sums][::-1])
+        uniform = self._scheduler.timesteps
+        first = uniform[:1] if start_timestep is None else torch.full_like(uniform[:1], start_timestep)
+        self.level(first)  # refuses a timestep that the network was not trained with
+        kept = uniform[n - round(n * t_max) : n - round(n * t_min)] if n > 1 else uniform[:0]
+        self._leaps = t_max < 1 or not len(kept)
+        self.timesteps = torch.cat([first, kept[kept < first]]) if self._leaps else kept
+        self._renoised = uniform[n - 1 - round((n - 1) * t_max)] if version == "v1" else self.timesteps[1:2]
+        self._guides_leap = version == "v1"
+
+    def is_guided(self, timestep: Tensor | float) -> bool:
+        return self._guides_leap or not self._leaps or float(timestep) != float(self.timesteps[0])
 
     def step(self, model_output: Tensor, timestep: Tensor, latents: Tensor, generator=None) -> Tensor:
         place = self.timesteps.tolist().index(float(timestep))
-        if 0 < place < len(self) - 1:
+        last = place == len(self) - 1
+        if not last and not (place == 0 and self._leaps):
             return super().step(model_output, timestep, latents, generator)
         estimate = self.pred_original_sample(model_output, timestep, latents)
-        if place == len(self) - 1:
+        if last:
             return estimate
         noise = randn_tensor(estimate.shape, generator=generator, device=estimate.device, dtype=estimate.dtype)
-        return self.add_noise(estimate, noise, self.timesteps[1])
+        return self.add_noise(estimate, noise, self._renoised)
 
 
 _KNOWN = 3.0  # beyond 1, so that a scheduler which clips its estimates is noticed

@@ -56,14 +56,15 @@ def denoise(
     """The network's output at z_t, with classifier-free guidance: the one place where both are applied.
 
     output = n + g (p − n), where p is predicted under ``condition`` and n under ``condition.negative``; a
-    ``guidance_scale`` g of 1 is p alone.  The latents are scaled for the network here.
+    ``guidance_scale`` g of 1 is p alone, and so is the output where the process has no guidance (`Process.is_guided`).
+    The latents are scaled for the network here.
 
     Raises:
         ValueError: if guidance is asked for and the condition has no negative.
     """
     scaled = process.scale_model_input(latents, timestep)
     output = model.predict(scaled, timestep, condition)
-    if guidance_scale == 1:
+    if guidance_scale == 1 or not process.is_guided(timestep):
         return output
     if condition.negative is None:
         raise ValueError(

@@ -30,7 +30,7 @@ from rfsr_ext.rewards import WeightedReward
 
 __all__ = ["PRESETS", "RFSRConfig", "RunConfig"]
 
-PRESETS = ("mini", "paper")
+PRESETS = ("mini", "paper", "paper-seesr", "paper-pasd", "paper-diffbir", "paper-diffbir-tag")
 # What version 0.1 called things, and what to write now.
 _OLD_KEYS = {
     "regularization": "write style_loss: gram, kl or none",
@@ -109,13 +109,14 @@ class RunConfig(_Settings):
 
     model: Text = Field(
         "mini",
-        description='"mini", a folder of a saved model, or package.module:Name of a function without arguments that '
-        "returns an ISRModel",
+        description='"mini", a published model that `rfsr models` lists, a folder of a saved model, or '
+        "package.module:Name of a function that returns an ISRModel; {name: seesr, weights: DIR} gives options, too",
     )
     model_options: dict[str, Any] = Field(
         {},
-        description="what a diffusers folder does not say: {scale: 2, start: noise, num_inference_steps: 20, "
-        "guidance_scale: 4, controlnet: its_folder/, trained: {unet: attentions}}",
+        description="of a published model where its files are, {weights: DIR, base: DIR}, and of any what its folder "
+        "does not say: {scale: 2, start: noise, num_inference_steps: 20, guidance_scale: 4, controlnet: its_folder/, "
+        "torch_dtype: bfloat16, trained: {unet: attentions}}",
     )
     data: str | list[Any] | dict[str, Any] = Field(
         "photographs",
@@ -172,6 +173,19 @@ class RunConfig(_Settings):
         except ValidationError as error:
             raise ValueError(_sentence(type(self), error, values)) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_of_model(cls, values: Any) -> Any:
+        """``model: {name: seesr, weights: DIR}`` is ``model: seesr`` with ``model_options: {weights: DIR}``."""
+        if not isinstance(values, dict) or not isinstance(values.get("model"), Mapping):
+            return values
+        options = dict(values["model"])
+        if not isinstance(name := options.pop("name", None), str):
+            raise ValueError(
+                f"model must be a name or such as {{name: seesr, weights: DIR}}, got {_shown(values['model'])}"
+            )
+        return {**values, "model": name, "model_options": options | dict(values.get("model_options") or {})}
+
     @field_validator("data", mode="before")
     @classmethod
     def _check_data(cls, data: Any) -> str | list[str | dict[str, Any]] | dict[str, Any]:
@@ -222,7 +236,7 @@ class RunConfig(_Settings):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Read a YAML file, or one of the presets ("mini", "paper"); ``overrides`` win over what it says.
+        """Read a YAML file, or one of `PRESETS`; ``overrides`` win over what it says.
 
         Raises:
             FileNotFoundError: if there is neither a file nor a preset of that name.

@@ -6,7 +6,7 @@ in the cache of the package that reads it (its *home*):
 ================ ============================================ =====================================
 home             folder                                       who reads it there
 ================ ============================================ =====================================
-``checkpoints``  ``checkpoints`` in torch hub's folder        torchvision
+``checkpoints``  ``checkpoints`` in torch hub's folder        torchvision; RAM, which no package reads
 ``pyiqa``        ``pyiqa`` in torch hub's folder              pyiqa
 ``pyiqa-clip``   ``clip`` in torch hub's folder               pyiqa's own copy of CLIP
 ``openai-clip``  ``~/.cache/clip``                            openai-clip
@@ -42,6 +42,8 @@ _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 _RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
 _VIT_L = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+_TAGS = "5d96d2f7225527480ad773aaac76b6e5c08a18adf6eae9ca7d2ab923d5e7bd8b"
+_THRESHOLDS = "b6f81d0de1bc7f9c251af512c413eae976c77dbfbadf700d4e3d90510f4c6447"
 _NONCOMMERCIAL = "unknown (pyiqa itself: PolyForm Noncommercial 1.0.0)"
 
 
@@ -101,6 +103,11 @@ def _timm(name: str, purpose: str) -> WeightFile:
     return WeightFile("model.safetensors", purpose, f"timm/{name}", "hub")
 
 
+def _ram_list(file: str, purpose: str, sha256: str) -> WeightFile:
+    source = f"https://raw.githubusercontent.com/cswry/SeeSR/8edecc71c4f3efa01cd26078f2e8dffd1ce80a6a/ram/data/{file}"
+    return WeightFile(file, purpose, source, "checkpoints", "Apache 2.0", sha256)
+
+
 FILES: dict[str, WeightFile] = {
     "vgg19": _torchvision("vgg19-dcbb9e9d.pth", "VGG19 (ImageNet) of the Gram loss", 548.051),
     "vgg16": _torchvision("vgg16-397923af.pth", "trunk of LPIPS-VGG and DISTS", 527.796),
@@ -133,6 +140,10 @@ FILES: dict[str, WeightFile] = {
     "topiq-trunk": _timm("resnet50.a1_in1k", "trunk of TOPIQ"),
     "niqe": _pyiqa("niqe_modelparameters.mat", "NIQE"),
     "brisque": _pyiqa("brisque_svm_weights.pth", "BRISQUE"),
+    "ram": WeightFile("ram_swin_large_14m.pth", "RAM: image tokens and tags", "https://huggingface.co/xinyu1205/"
+                      "recognize_anything_model/resolve/main/ram_swin_large_14m.pth", "checkpoints"),
+    "ram-tags": _ram_list("ram_tag_list.txt", "names of RAM's tags", _TAGS),
+    "ram-thresholds": _ram_list("ram_tag_list_threshold.txt", "thresholds of RAM's tags", _THRESHOLDS),
 }  # fmt: skip
 METRIC_FILES: dict[str, tuple[str, ...]] = {  # what pyiqa reads to build a metric, by the metric's name there
     "lpips": ("alexnet", "lpips"),

@@ -139,7 +139,7 @@ def test_samples_are_the_same_in_any_batch_and_with_any_threads(name):
 def test_one_image_as_an_array_is_the_same(name):
     degradation, gt = Degradation.preset(name), batch(1)
     lr, sharp = degradation(gt, [(3, 4)])
-    one, one_sharp = degradation.degrade(gt[0].movedim(0, -1).numpy(), np.random.default_rng((3, 4, 2)))
+    one, one_sharp = degradation.degrade(gt[0].movedim(0, -1).numpy(), degradation.generator((3, 4)))
     np.testing.assert_array_equal(one, lr[0].movedim(0, -1))
     np.testing.assert_array_equal(one_sharp, sharp[0].movedim(0, -1))
 
@@ -499,3 +499,16 @@ def test_where_settings_come_from(tmp_path):
 def test_bad_batches(shape, dtype, seeds, sentence):
     with pytest.raises(ValueError, match=sentence):
         Degradation.preset("realesrgan-a")(torch.zeros(shape, dtype=dtype), [(0, i) for i in range(seeds)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "sentence"),
+    [
+        ((3, 64, 64), np.float32, r"gt must be float32 \[H, W, 3\], got float32 \[3, 64, 64\]"),
+        ((64, 64, 3), np.float64, r"gt must be float32 \[H, W, 3\], got float64 \[64, 64, 3\]"),
+        ((62, 64, 3), np.float32, r"sides that are multiples of scale 4, got \[62, 64\]"),
+    ],
+)
+def test_bad_arrays(shape, dtype, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Degradation().degrade(np.zeros(shape, dtype), np.random.default_rng(0))

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from scipy import integrate, ndimage, special, stats
 
+from rfsr_ext.data import Degradation
 from rfsr_ext.data.degradation import pipeline, poisson, stages_cpu, stages_gpu
 from rfsr_ext.data.degradation.choices import MODES
 from rfsr_ext.data.degradation.jpeg_transform import jpeg as jpeg_transform
@@ -119,6 +120,21 @@ def test_blur_and_sharpening_are_those_of_the_public_code(stages):
         sharpened = pipeline._sharpened(torch.from_numpy(tensors["image"]), stages_gpu).numpy()
     np.testing.assert_allclose(sharpened, tensors["sharpened"], atol=2e-6)
     assert np.abs(sharpened - tensors["image"]).max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["realesrgan-a", "realesrgan-b", "realesrgan-c"])
+def test_the_order_is_that_of_the_public_code(name, monkeypatch):
+    """All stages but noise and JPEG, from the public functions in the public order; 8 bits may round to either side."""
+    monkeypatch.setattr(stages_cpu, "jpeg", lambda image, quality: stages_cpu.round_to_8_bits(image))
+    silent = {"noise_range": [0, 0], "poisson_scale_range": [0, 0]}
+    degradation = Degradation.preset(name, first=silent, second=silent)
+    tensors, _ = released()
+    gt = np.tile(tensors["image"], (1, 2, 2))
+    for index in range(4):
+        lr, _ = pipeline._two_rounds(degradation, gt, degradation.generator((0, index)), stages_cpu)
+        assert np.abs(lr - tensors[f"{name}.{index}"]).max() * 255 < 2.01
+        assert np.abs(lr - tensors[f"{name}.{index}"]).mean() * 255 < 0.5
+        assert np.abs(lr - stages_cpu.resize(gt, lr.shape[1:], "area")).mean() * 255 > 1
 
 
 def test_unsharp_gaussian_has_the_width_of_opencv():

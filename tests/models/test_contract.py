@@ -7,17 +7,16 @@ import torch
 
 from rfsr_ext.models import check_model, load_model
 from rfsr_ext.sampling import generators, sample, upscale
-from tests.models.released.dp2o import tiny_csd2, tiny_flux
+from tests.models.released.reduced import REDUCED
 from tests.tiny import PixelModel, tiny_model
 
 MODELS = {
     "tiny": tiny_model,
     "tiny, attention only": lambda: tiny_model(trained={"unet": "attentions", "controlnet": ""}),
     "tiny, decoder": lambda: tiny_model(trained={"unet": "", "vae": r"^decoder\."}),
-    "C-SD2": tiny_csd2,
-    "C-FLUX": tiny_flux,
     "pixels": PixelModel,
     "mini": load_model,
+    **REDUCED,
 }
 
 

@@ -279,9 +279,95 @@ def test_non_uniform_timesteps(n, t_max, t_min, evaluations):
     torch.testing.assert_close(latents, clean)
 
 
+@pytest.mark.parametrize(
+    ("n", "t_max", "t_min", "expected"),
+    [
+        (6, 0.6667, 0.5, [999, 499]),  # the authors' two steps
+        (6, 0.6667, 1 / 3, [999, 499, 333]),
+        (6, 0.6667, 0, [999, 499, 333, 167, 1]),
+        (10, 0.6667, 0, [999, 601, 501, 401, 301, 201, 101, 1]),
+        (1, 0.6667, 0, [999]),  # one step, whatever the shares
+        (1, 1, 0, [999]),
+        (1, 0.5, 0.5, [999]),
+        (6, 0.05, 0, [999]),  # round(n t_max) is 0
+        (6, 0.6667, 0.05, [999, 499, 333, 167, 1]),  # round(n t_min) is 0
+        (6, 0.6667, 0.6, [999]),  # both are 4
+        (6, 0.99, 0.5, [999, 831, 665, 499]),
+        (6, 1, 0.5, [831, 665, 499]),  # no leap
+        (6, 1, 1, [999]),
+    ],
+)
+def test_timesteps_of_ccsr_v2(n, t_max, t_min, expected):
+    """On Stable Diffusion 2.1's own timesteps, and defined where the authors' code stops or runs on."""
+    process = NonUniformProcess(SCHEDULERS["DDPM"](), n, t_max, t_min, "v2", start_timestep=999)
+    assert process.timesteps.tolist() == expected
+    guided = [process.is_guided(t) for t in process.timesteps]
+    assert guided == [expected[0] != 999] + [True] * (len(expected) - 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 20, 45, 50])
+def test_timesteps_of_ccsr_v1(n):
+    """Evenly from 999 to 0, both ends taken."""
+    process = NonUniformProcess(SCHEDULERS["DDPM"](), n, 2 / 3, 1 / 3, "v1", start_timestep=999)
+    uniform = [round(999 * i / (n - 1) - 1e-9) for i in range(n)] if n > 1 else []  # 499.5 becomes 499
+    assert process.timesteps.tolist() == [999, *uniform[round(n / 3) : round(2 * n / 3)][::-1]]
+    assert all(process.is_guided(t) for t in process.timesteps)
+
+
+@pytest.mark.parametrize("n", [6, 20, 45, 50])
+def test_leap_of_ccsr_v1(n):
+    """20 and 50 are such that the leap's noise is one place above the next timestep's."""
+    process = NonUniformProcess(SCHEDULERS["DDPM"](), n, 2 / 3, 1 / 3, "v1", start_timestep=999)
+    uniform = [round(999 * i / (n - 1)) for i in range(n)]
+    clean, latents = torch.full((4096,), 3.0, dtype=torch.float64), torch.zeros(4096, dtype=torch.float64)
+    output = process.perfect_output(clean, 999, latents)
+    leapt = process.step(output, 999, latents, torch.Generator().manual_seed(0))
+    alpha, sigma = process.level(uniform[round((n - 1) * 2 / 3)])
+    noise = torch.randn(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(leapt, alpha * clean + sigma * noise)
+    assert (process.timesteps[1] == uniform[round((n - 1) * 2 / 3)]) == (n not in (20, 50))
+
+
+@pytest.mark.parametrize(
+    ("version", "first", "then"), [("v1", ["cat", "blurry"], (599, 400)), ("v2", ["cat"], (499, 333))]
+)
+def test_non_uniform_sampling_of_any_model(lr, version, first, then):
+    """Through model.process: sample, tiles, rollout and the step with gradient all follow it."""
+    model = tiny_model(scheduler=SCHEDULERS["DDPM"](), negative_prompt="blurry")
+    model.process = lambda n=None, size=None: NonUniformProcess(
+        model.scheduler, n or 6, 0.6667, 0.3333, version, start_timestep=999
+    )
+    seen, predict = [], model.predict
+    model.predict = lambda z, t, c: seen.append((float(t), c.prompts[0])) or predict(z, t, c)
+    whole = sample(model, lr[:1], ["cat"], generators(3, [0]), guidance_scale=4.5)[0]
+    assert seen == [(999, p) for p in first] + [(t, p) for t in then for p in ("cat", "blurry")]
+    up = upscale(model, lr[0], "cat", seed=3, guidance_scale=4.5, color_fix=None, progress=False)
+    torch.testing.assert_close(up, whole, atol=1e-5, rtol=0)
+    seen.clear()
+    sample(model, lr[:1], ["cat"], generators(3, [0]), 1, guidance_scale=4.5)
+    assert seen == [(999, p) for p in first]
+    condition = model.condition(lr[:1], ["cat"], ["blurry"])
+    states = list(trajectory(model, condition, generators(3, [0]), None, 4.5))
+    for step, (state, estimate) in enumerate(states[:-1], start=1):
+        reached = rollout(model, condition, step, generators(3, [0]), None, 4.5)
+        assert reached.timestep == state.timestep and torch.equal(reached.latents, state.latents)
+        output = denoise(model, reached.process, reached.latents, reached.timestep, condition, 4.5)
+        again = reached.process.pred_original_sample(output, reached.timestep, reached.latents)
+        torch.testing.assert_close(again, estimate)
+    assert torch.equal(states[-1][1], states[-2][1])  # the last estimate is the result
+
+
 def test_non_uniform_refuses():
+    with pytest.raises(ValueError, match="version must be v1 or v2, got 'v3'"):
+        NonUniformProcess(SCHEDULERS["DDPM"](), 10, version="v3")
+    with pytest.raises(ValueError, match="timestep must be in 0 … 999, got 1000"):
+        NonUniformProcess(SCHEDULERS["DDPM"](), 10, start_timestep=1000)
+    with pytest.raises(ValueError, match=r"t_max = 1 \(no leap\) or 0 <= t_min <= t_max < 1, got 1.5 and 0.5"):
+        NonUniformProcess(SCHEDULERS["DDPM"](), 10, 1.5, 0.5)
     with pytest.raises(ValueError, match="0 <= t_min <= t_max < 1, got 0.3 and 0.5"):
         NonUniformProcess(SCHEDULERS["DDPM"](), 10, 0.3, 0.5)
+    with pytest.raises(ValueError, match="must take given timesteps for version v1, got DDIMScheduler; take DDPM"):
+        NonUniformProcess(SCHEDULERS["DDIM"](), 10, version="v1")
     for name in ("UniPC", "PNDM"):
         with pytest.raises(ValueError, match="must not count its own steps .* take DDPMScheduler"):
             NonUniformProcess(SCHEDULERS[name](), 10)

@@ -3,6 +3,8 @@ import json
 import math
 import re
 import sys
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from pydantic import Field
 from rfsr_ext.data import Degradation
 from rfsr_ext.importing import import_object
 from rfsr_ext.models import load_model
+from rfsr_ext.models.catalog import PUBLISHED
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.training import RFSRConfig, setup
 from rfsr_ext.training.config import PRESETS, RewardTerm, RunConfig
@@ -313,6 +316,7 @@ def test_every_key_has_a_description_of_one_line():
 
 OWN = """
 from rfsr_ext.models import load_model
+from rfsr_ext.models.catalog import PUBLISHED
 from rfsr_ext.rewards import Reward
 from tests.training.conftest import Brightness, TinyData
 
@@ -442,3 +446,26 @@ def test_what_is_shown_is_the_configuration(capsys, tmp_path):
     )
     assert list(yaml.safe_load(printed)) == list(RFSRConfig.model_fields)
     assert "# β1 and β2 of Adam\nadam_betas: [0.9, 0.999]\n" in printed
+
+
+def test_a_model_with_its_options_in_one_mapping():
+    config = RFSRConfig.from_dict({"model": {"name": "seesr", "weights": "files/"}, "model_options": {"scale": 2}})
+    assert config.model == "seesr" and config.model_options == {"weights": "files/", "scale": 2}
+    with pytest.raises(ValueError, match=r"model must be a name or such as {name: seesr, weights: DIR}, got"):
+        RFSRConfig.from_dict({"model": {"weights": "files/"}})
+
+
+def test_presets_of_the_paper():
+    table = Path(str(resources.files("rfsr_ext.presets") / "paper_table1.csv")).read_text().splitlines()
+    columns = table[1].split(",")
+    for preset, model, windows in (
+        ("paper-seesr", "SeeSR", ((1, 20), (41, 50))),
+        ("paper-pasd", "PASD", ((1, 8), (18, 20))),
+        ("paper-diffbir", "DiffBIR", ((1, 20), (41, 50))),
+        ("paper-diffbir-tag", "DiffBIR-tag", ((1, 20), (41, 50))),
+    ):
+        config = RFSRConfig.load(preset)
+        assert (config.structure_window, config.reward_window) == windows and config.degradation == "realesrgan-a"
+        assert config.model in PUBLISHED and {model, f"{model}-RFSR"} <= set(columns)
+        assert (config.lambda_structure, config.lambda_style) == (5e-4, 5e-5)
+    assert len(table) == 2 + 3 * 5 and {len(row.split(",")) for row in table[1:]} == {11}

@@ -3,6 +3,10 @@
 Huffman coding loses nothing, so that it is left out.  Everything else is libjpeg's own integer arithmetic (baseline,
 4:2:0, "islow" transform, "fancy" upsampling), in which every product is exact in float64 or int32: the result does not
 depend on the order of sums, and so not on the device.
+
+The public code's DiffJPEG is not that: it neither rounds to 8 bits nor smooths the halved colors.  On a photograph of
+256 × 256 pixels it is 35.5, 37.2 and 41.7 dB from libjpeg at the qualities 30, 60 and 95, where libjpeg is 31.2, 33.4
+and 39.4 dB from the original.
 """
 
 from __future__ import annotations

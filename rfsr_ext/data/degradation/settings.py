@@ -52,7 +52,7 @@ class Round:
         noise_range: standard deviation of Gaussian noise, in gray levels of 255.
         poisson_scale_range: factor of Poisson noise.
         gray_noise_prob: probability of one noise for all channels.
-        jpeg_range: libjpeg quality, whole numbers, both ends included.
+        jpeg_range: libjpeg quality, whole numbers, both ends included; the public code draws real numbers.
     """
 
     blur_prob: float = 1.0
@@ -202,6 +202,11 @@ class Degradation:
         """What a degradation of two rounds chooses for one image."""
         return draw(self, rng)
 
+    @staticmethod
+    def generator(seed: tuple[int, int]) -> np.random.Generator:
+        """Of a sample's choices and noise, by the seed of the run and the sample's index."""
+        return np.random.default_rng((*seed, _STREAM))
+
     def __call__(self, gt: Tensor, seeds: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Degrade a batch; what happens to a sample depends on it and on its own seed alone.
 
@@ -222,8 +227,7 @@ class Degradation:
             ValueError: for images of another shape or type, or another number of seeds.
         """
         self._check(gt, seeds)
-        generators = [np.random.default_rng((*seed, _STREAM)) for seed in seeds]
-        return pipeline.degrade_batch(self, gt, generators)
+        return pipeline.degrade_batch(self, gt, [self.generator(seed) for seed in seeds])
 
     def degrade(self, gt: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The same for one image as an array, with the numbers this generator gives next.
@@ -234,14 +238,23 @@ class Degradation:
 
         Returns:
             ``[H/scale, W/scale, 3]``, 8 bits deep, and the ground truth ``[H, W, 3]``.
+
+        Raises:
+            ValueError: for an array of another shape or type.
         """
+        if gt.ndim != 3 or gt.shape[2] != 3 or gt.dtype != np.float32:
+            raise ValueError(f"gt must be float32 [H, W, 3], got {gt.dtype} {list(gt.shape)}")
+        self._check_sides(gt.shape[:2])
         return pipeline.degrade_image(self, gt, rng)
+
+    def _check_sides(self, sides: Sequence[int]) -> None:
+        if 0 in sides or any(side % self.scale for side in sides):
+            raise ValueError(f"gt must have sides that are multiples of scale {self.scale}, got {list(sides)}")
 
     def _check(self, gt: Tensor, seeds: Sequence[tuple[int, int]]) -> None:
         if gt.ndim != 4 or gt.shape[1] != 3 or gt.dtype != torch.float32:
             raise ValueError(f"gt must be float32 [N, 3, H, W], got {gt.dtype} {list(gt.shape)}")
-        if gt.shape[2] % self.scale or gt.shape[3] % self.scale or 0 in gt.shape[2:]:
-            raise ValueError(f"gt must have sides that are multiples of scale {self.scale}, got {list(gt.shape[2:])}")
+        self._check_sides(gt.shape[2:])
         if len(seeds) != len(gt):
             raise ValueError(f"seeds must hold a (seed, index) for each of the {len(gt)} samples, got {len(seeds)}")
 

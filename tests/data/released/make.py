@@ -1,6 +1,6 @@
 """Writes expected.safetensors: what the public code behind Real-ESRGAN computes, for the tests beside it.
 
-    python tests/data/released/make.py BASICSR
+    python -m tests.data.released.make BASICSR
 
 BASICSR is a checkout of https://github.com/XPixelGroup/BasicSR (commit 8d56e3a045f9fb3e1d8872f92ee4a4f07f886b0a); made
 with opencv-python-headless 5.0.0, NumPy 2.4.6, SciPy 1.17.1 and PyTorch 2.14.1.  Its modules are read one by one,
@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+
+from benchmarks.degradation import public_code, public_pipeline
+from rfsr_ext.data import Degradation
 
 
 def module(path: Path):
@@ -64,6 +67,16 @@ def main(basicsr: Path) -> None:
     tensors["image"] = image
     tensors["sharpened"] = process.USMSharp()(image[None])[0]
     tensors["blurred"] = process.filter2D(image.double()[None], tensors[f"kernel.{len(kernels) - 1}"][None])[0].float()
+    # the whole of it, but for noise and JPEG, whose random numbers and rounding are others
+    public = public_code(basicsr)
+    public.jpeg = lambda image, quality: image
+    gt = tensors["image"].repeat(1, 2, 2)[None]
+    for name in ("realesrgan-a", "realesrgan-b", "realesrgan-c"):
+        silent = {"noise_range": [0, 0], "poisson_scale_range": [0, 0]}
+        settings = Degradation.preset(name, first=silent, second=silent)
+        for index in range(4):
+            choices = settings.draw(settings.generator((0, index)))
+            tensors[f"{name}.{index}"] = public_pipeline(public, settings, gt, [choices])[0].contiguous()
     save_file(tensors, Path(__file__).with_name("expected.safetensors"), {"kernels": json.dumps(kernels)})
 
 

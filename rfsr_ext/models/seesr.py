@@ -1,0 +1,196 @@
+"""SeeSR (Wu et al., CVPR 2024, arXiv 2311.16518): Stable Diffusion 2 attending to what RAM sees in LR images."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from rfsr_ext.models.base import Recipe
+from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe
+from rfsr_ext.models.folders import open_part, quiet
+from rfsr_ext.networks.ram import RAM
+from rfsr_ext.networks.seesr import SeeSRControlNet, SeeSRUNet
+from rfsr_ext.weights.reading import open_network, read_tensors
+
+__all__ = ["SEESR", "SEESR_TURBO", "SeeSRModel"]
+
+SEESR = Recipe(
+    num_inference_steps=50,
+    start="lr",
+    start_timestep=999,
+    guidance_scale=5.5,
+    added_prompt="clean, high-resolution, 8k",
+    negative_prompt="dotted, noise, blur, lowres, smooth",
+    color_fix="adain",
+    tile=768,
+    overlap=256,
+    min_side=512,
+    structure_window=(1, 20),
+    reward_window=(41, 50),
+)
+"""The authors' values, and the paper's windows for SeeSR.
+
+Tiles are the authors' 96 latents.  They let them overlap by 4, which leaves two neighbors 32 pixels to pass into each
+other, and RFSR's copy of their script by 32; this one does as RFSR's, at one and a half times the cost for a 4K result.
+"""
+
+SEESR_TURBO = Recipe(
+    **SEESR.to_dict()
+    | {"num_inference_steps": 2, "guidance_scale": 1.0, "structure_window": (1, 1), "reward_window": (2, 2)}
+)
+"""The authors' values over SD-Turbo; the windows are no one's."""
+
+_WHERE = "https://github.com/cswry/SeeSR says where its files are"
+
+
+class SeeSRModel(ControlNetISRModel):
+    """SeeSR: U-Net and ControlNet attend to the prompt, which RAM's tags begin, and to RAM's image tokens.
+
+    RAM (SeeSR's *DAPE*, RAM for degraded images) sees the LR image.  Its tokens are the same under the negative prompt.
+    The encoded LR image is noised to t = 999, then sampling begins at the trajectory's first timestep, 981 of 50 steps.
+
+    The authors' code differs in this: every image of a batch starts from the first one's latents; the VAE's encoding is
+    drawn from its posterior, here it is the mode; a prompt is "tags, prompt,added", here it is "tags, prompt, added".
+
+    Args:
+        parts: those of `ControlNetISRModel`, by position or name, U-Net and ControlNet with ``image_attentions``.
+        ram: gives image tokens, and tags if it knows their names.
+        recipe: the authors' values by default.
+        trained: see `ISRModel`; all of U-Net and ControlNet by default, as RFSR's paper says.  SeeSR's authors, and the
+            code of RFSR's, train ``{"unet": "image_attentions", "controlnet": ""}``.
+        more: see `ControlNetISRModel`.
+
+    Raises:
+        ValueError: if the parts do not fit each other, or the scheduler cannot serve.
+    """
+
+    kind = "seesr"
+    classes: ClassVar[dict[str, type]] = {
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "unet": SeeSRUNet,
+        "controlnet": SeeSRControlNet,
+        "ram": RAM,
+    }
+    opens = "SeeSR"
+
+    def __init__(self, *parts, ram: RAM, recipe: Recipe | None = None, **more):
+        super().__init__(*parts, recipe=recipe or SEESR, **more)
+        self.networks["ram"] = ram.eval().requires_grad_(False)
+
+    @property
+    def ram(self) -> nn.Module:
+        return self.networks["ram"]
+
+    def describe(self, lr: Tensor) -> list[str]:
+        """RAM's tags, "cat, fur, stare"; "" for each image if the names of the tags are not known."""
+        return self.ram.tags(lr) if self.ram.has_tags else super().describe(lr)
+
+    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        return super().embed(lr, prompts) | {"image_encoder_hidden_states": self.ram.tokens(lr)}
+
+    @classmethod
+    def from_released(
+        cls,
+        weights: str | Path,
+        *,
+        base: str | Path | None = None,
+        base_unet: bool = False,
+        torch_dtype: torch.dtype = torch.float32,
+        scale: int = 4,
+        trained: dict[str, str] | None = None,
+        **recipe,
+    ) -> Self:
+        """SeeSR from its authors' download, or RFSR's; nothing is downloaded.
+
+        Args:
+            weights: the authors' ``preset/models``, which holds ``seesr/unet``, ``seesr/controlnet``, ``DAPE.pth`` and
+                ``ram_swin_large_14m.pth``; or a folder such as RFSR's ``pretrained_models``, which holds ``unet``,
+                ``controlnet`` and ``DAPE.pth``.  RAM's files are also looked for beside ``weights``, beside ``base``
+                and in ``RFSR_WEIGHTS``, see `RAM.from_released`.
+            base: a diffusers folder of Stable Diffusion 2 base; by default ``stable-diffusion-2-base`` in ``weights``,
+                beside it, or in ``preset/models`` beside it.
+            base_unet: take the U-Net of ``base`` and only ``image_attentions`` from SeeSR's file.  Over SD-Turbo, which
+                is the base then by default (``sd-turbo``), this is SeeSR-turbo: two steps without guidance.
+            torch_dtype: of all networks, whatever the files have.
+            scale, trained: as in the class.
+            recipe: fields of `Recipe` that replace the authors' values.
+
+        Raises:
+            FileNotFoundError: if a folder or a file that is needed is nowhere.
+            ValueError: if one is damaged or of another model.
+            TypeError: for a recipe field that does not exist.
+        """
+        values = (SEESR_TURBO if base_unet else SEESR).to_dict() | check_recipe(recipe)
+        weights = Path(weights)
+        own = weights / "seesr" if (weights / "seesr").is_dir() else weights
+        for part in ("unet", "controlnet"):
+            if not (own / part).is_dir():
+                raise FileNotFoundError(
+                    f"weights must be a folder that holds seesr/unet and seesr/controlnet, or unet and controlnet, got "
+                    f"{str(weights)!r} without {part}; {_WHERE}"
+                )
+        base = _base(weights, "sd-turbo" if base_unet else "stable-diffusion-2-base") if base is None else Path(base)
+        with _says_where():
+            unet = _open_unet(own / "unet", base / "unet", base_unet, torch_dtype)
+            controlnet = open_part(SeeSRControlNet, own / "controlnet", torch_dtype, "controlnet")
+        ram = RAM.from_released([weights, weights.parent, base.parent], dape=True, torch_dtype=torch_dtype)
+        with quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
+            scheduler = DDPMScheduler.from_pretrained(base / "scheduler", local_files_only=True)
+        return cls(
+            open_part(AutoencoderKL, base / "vae", torch_dtype, "vae"),
+            open_part(CLIPTextModel, base / "text_encoder", torch_dtype, "text_encoder"),
+            tokenizer,
+            unet,
+            controlnet,
+            scheduler,
+            ram=ram,
+            scale=scale,
+            recipe=Recipe(**values),
+            trained=trained,
+        )
+
+
+@contextlib.contextmanager
+def _says_where() -> Iterator[None]:
+    """Complaints about SeeSR's own files say where these are."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}; {_WHERE}") from error
+
+
+def _base(weights: Path, name: str) -> Path:
+    places = [weights / name, weights.parent / name, weights.parent / "preset/models" / name]
+    if found := next((place for place in places if place.is_dir()), None):
+        return found
+    raise FileNotFoundError(
+        f"base must be given, a diffusers folder of {name} (vae/, text_encoder/, tokenizer/, scheduler/); none is "
+        f"in {str(weights)!r} or beside it; stable-diffusion-2-base has left its first address, copies of it serve"
+    )
+
+
+def _open_unet(folder: Path, base: Path, base_unet: bool, dtype: torch.dtype) -> nn.Module:
+    """SeeSR's U-Net, whose file may hold all of it or, over that of the base, ``image_attentions`` alone."""
+    path = _weights_file(folder)
+    tensors = read_tensors(path, "SeeSR's U-Net")
+    attentions = {name: x for name, x in tensors.items() if ".image_attentions." in name}
+    if not base_unet and len(attentions) < len(tensors):
+        return open_part(SeeSRUNet, folder, dtype, "unet")
+    stock = open_part(UNet2DConditionModel, base, dtype, "unet of the base")
+    tensors = stock.state_dict() | attentions
+    config = {name: value for name, value in stock.config.items() if not name.startswith("_")}
+    return open_network(lambda: SeeSRUNet(**config), tensors, path, "image_attentions of SeeSR for this base", dtype)
+
+
+def _weights_file(folder: Path) -> Path:
+    names = [f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")]
+    if found := next((folder / name for name in names if (folder / name).is_file()), None):
+        return found
+    raise FileNotFoundError(f"{names[0]} is not in {str(folder)!r}")
