@@ -244,7 +244,8 @@ class ImageFolder(Dataset):
     @property
     def skipped(self) -> dict[Path, str]:
         """Files left out so far, with the reason."""
-        broken, no_text = (flags.nonzero().flatten().tolist() for flags in (self._broken, self._no_text))
+        # of a copy: `nonzero` counts first and collects then, and fails if another process raises a flag between
+        broken, no_text = (flags.clone().nonzero().flatten().tolist() for flags in (self._broken, self._no_text))
         found = {self.entries[k].gt: "cannot be decoded" for k in broken}
         found |= {str(self.entries[k].prompt): "cannot be read as text" for k in no_text}
         return {Path(path): reason for path, reason in (found | self._unusable).items()}

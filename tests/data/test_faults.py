@@ -465,3 +465,27 @@ def test_roots_that_are_refused(folder, kind):
         (path / "text.png").write_bytes(b"text")
     with pytest.raises(FileNotFoundError, match=f"data folder '{path}' (does not exist|has no usable image)"):
         ImageFolder([folder, path], SIZE)
+
+
+def raise_and_lower(flags):
+    while True:
+        flags[::3] = True
+        flags[::3] = False
+
+
+def test_faults_are_listed_while_another_process_finds_some(folder):
+    """Flags are raised by other processes at any moment, also while they are counted."""
+    dataset = ImageFolder(folder, SIZE, degradation=DEGRADATION)
+    dataset.entries *= 300_000  # so many that counting takes a while
+    dataset._broken = torch.zeros(300_000, dtype=torch.bool).share_memory_()
+    fork = torch.multiprocessing.get_context("fork")
+    other = fork.Process(target=raise_and_lower, args=(dataset._broken,), daemon=True)
+    other.start()
+    try:
+        while not dataset._broken.any():  # until it is at work
+            assert other.is_alive()
+        found = {len(dataset.skipped) for _ in range(60)}
+    finally:
+        other.kill()
+        other.join()
+    assert found <= {0, 1}  # they are all one file
