@@ -43,7 +43,8 @@ def tag_folder(
 
     Args:
         folder: searched recursively.
-        tagger: takes one image ``[1, 3, H, W]`` in [0, 1] to a list of one text, such as `rfsr_ext.networks.ram.RAM.tags`.
+        tagger: takes one image ``[1, 3, H, W]`` in [0, 1] to a list of one text, such as `RAM.tags` of
+            `rfsr_ext.networks.ram`.
         overwrite: replace files that exist.
         progress: show a progress bar.
 
