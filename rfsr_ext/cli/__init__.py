@@ -322,6 +322,24 @@ def data_degrade(
     degrade_data(folder, output, preset, seed, parse_pairs("--set", set_), crops, size, limit, like)
 
 
+@_data.command("tag")
+def data_tag(
+    folder: Annotated[Path, typer.Argument(help="Pictures, searched recursively.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of RAM's files; RFSR_WEIGHTS and the cache by default.")
+    ] = None,
+    tagger: Annotated[
+        str, typer.Option(help="ram; dape for degraded pictures; hf:NAME of a captioner; package.module:Name.")
+    ] = "ram",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of tags that exist.")] = False,
+) -> None:
+    """Write what each picture shows into name.txt beside it, the prompts of training; the same command resumes."""
+    from rfsr_ext.cli.data import tag_data
+
+    tag_data(folder, tagger, weights, device, overwrite)
+
+
 @_mini.command("build")
 def mini_build(
     output: Annotated[Path | None, typer.Option(help="Receives the weights; the package itself by default.")] = None,

@@ -10,8 +10,9 @@ import typer
 from rfsr_ext.data import Degradation, Root
 from rfsr_ext.data.check import Report, check_root, modes
 from rfsr_ext.data.degraded import degrade_folder, read_manifest
+from rfsr_ext.data.tags import tag_folder
 
-__all__ = ["check_data", "degrade_data"]
+__all__ = ["check_data", "degrade_data", "tag_data"]
 
 _NAMED = 50  # of each kind of fault
 
@@ -131,3 +132,24 @@ def _compare(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     raise ValueError(
         f"{len(differ)} LR files differ from the manifest: {some} ({'; '.join(reasons) or 'same versions and sources'})"
     )
+
+
+def tag_data(folder: Path, tagger: str, weights: Path | None, device: str, overwrite: bool) -> None:
+    """Write tags beside the pictures of a folder.
+
+    Raises:
+        ValueError: if the tagger cannot be opened; at the end, if a picture could not be read.
+        FileNotFoundError: if there is no picture, or a file of the tagger is missing.
+    """
+    from rfsr_ext.networks.taggers import load_tagger  # diffusers and transformers, which the other commands go without
+
+    if not folder.is_dir():  # before gigabytes are read
+        raise FileNotFoundError(f"data folder {shown(folder)!r} does not exist; give a folder of images")
+    result = tag_folder(folder, load_tagger(tagger, weights, device), overwrite)
+    typer.echo(f"{len(result.written)} files of tags are new, {len(result.kept)} pictures had one")
+    if result.shared:
+        typer.echo(f"{len(result.shared)} pictures share one with a picture of the same name and another ending")
+    for path, reason in result.skipped.items():
+        typer.echo(f"left out {shown(path)}: {reason}", err=True)
+    if result.skipped:
+        raise ValueError(f"{len(result.skipped)} pictures could not be read; the reasons stand above")

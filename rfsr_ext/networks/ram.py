@@ -61,15 +61,15 @@ class _TaggingLayer(nn.ModuleDict):
 
     def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """``[N, K, D]`` and ``[N, L, 512]`` to ``[N, K, D]``."""
-        attention, after = self["crossattention"]["self"], self["crossattention"]["output"]
+        part = self.get_submodule
         query, key, value = (
-            attention[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            part(f"crossattention.self.{name}")(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for name, x in (("query", labels), ("key", tokens), ("value", tokens))
         )
         seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        labels = after["LayerNorm"](after["dense"](seen) + labels)
-        hidden = F.gelu(self["intermediate"]["dense"](labels))
-        return self["output"]["LayerNorm"](self["output"]["dense"](hidden) + labels)
+        labels = part("crossattention.output.LayerNorm")(part("crossattention.output.dense")(seen) + labels)
+        hidden = F.gelu(part("intermediate.dense")(labels))
+        return part("output.LayerNorm")(part("output.dense")(hidden) + labels)
 
 
 class RAM(ModelMixin, ConfigMixin):
@@ -144,7 +144,7 @@ class RAM(ModelMixin, ConfigMixin):
         """Images ``[N, 3, H, W]`` in [0, 1] to ``[N, K]``, one for each tag."""
         tokens = self.tokens(images)
         labels = F.relu(self.wordvec_proj(self.label_embed)).expand(len(tokens), -1, -1)
-        for layer in self.tagging_head["encoder"]["layer"]:
+        for layer in self.tagging_head.get_submodule("encoder.layer").children():
             labels = layer(labels, tokens)
         return self.fc(labels).squeeze(-1)
 
@@ -212,7 +212,9 @@ class RAM(ModelMixin, ConfigMixin):
         load_strictly(model, tensors, path, _RAM, assign=True)
         if adapter is not None:
             load_strictly(model, merge_lora(model.state_dict(), adapter), adapter, _DAPE, assign=True)
-        return nn.Module.to(model, torch_dtype).requires_grad_(False).eval()
+        nn.Module.to(model, torch_dtype)
+        model.requires_grad_(False).eval()
+        return model
 
 
 def _places(folders: list[Path]) -> list[Path]:

@@ -35,7 +35,7 @@ class _TextThenImage(Transformer2DModel):
         return modules[index](hidden_states, tokens, cross_attention_kwargs=rest, return_dict=False)
 
 
-def _add_image_attentions(network: nn.Module) -> None:
+def _add_image_attentions(network: Any) -> None:
     blocks = [*network.down_blocks, network.mid_block, *getattr(network, "up_blocks", ())]
     for block in blocks:
         if not getattr(block, "has_cross_attention", False):
@@ -60,7 +60,7 @@ def _signature(stock: Callable) -> inspect.Signature:
     return known.replace(parameters=[*known.parameters.values(), own])
 
 
-def _extend(network: nn.Module, use_image_cross_attention: bool) -> None:
+def _extend(network: Any, use_image_cross_attention: bool) -> None:
     if not use_image_cross_attention:
         raise ValueError(
             f"use_image_cross_attention must be true for {type(network).__name__}, got false: this is a plain Stable "
@@ -83,7 +83,7 @@ class SeeSRUNet(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         _extend(self, use_image_cross_attention)
 
-    __init__.__signature__ = _signature(UNet2DConditionModel.__init__)
+    __init__.__signature__ = _signature(UNet2DConditionModel.__init__)  # pyrefly: ignore[missing-attribute]
 
     def forward(self, *args, image_encoder_hidden_states: Tensor, cross_attention_kwargs=None, **kwargs):
         passed = {**(cross_attention_kwargs or {}), "image_encoder_hidden_states": image_encoder_hidden_states}
@@ -103,7 +103,7 @@ class SeeSRControlNet(ControlNetModel):
         super().__init__(*args, **kwargs)
         _extend(self, use_image_cross_attention)
 
-    __init__.__signature__ = _signature(ControlNetModel.__init__)
+    __init__.__signature__ = _signature(ControlNetModel.__init__)  # pyrefly: ignore[missing-attribute]
 
     def forward(self, *args, image_encoder_hidden_states: Tensor, cross_attention_kwargs=None, **kwargs):
         passed = {**(cross_attention_kwargs or {}), "image_encoder_hidden_states": image_encoder_hidden_states}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from rfsr_ext.models import load_model
 from rfsr_ext.models.seesr import SEESR, SeeSRModel
 from rfsr_ext.networks.seesr import SeeSRControlNet, SeeSRUNet
-from rfsr_ext.sampling import inference_condition, sample, upscale
+from rfsr_ext.sampling import Tiled, Tiles, inference_condition, sample, upscale
 from rfsr_ext.sampling.color import COLOR_FIXES
 from tests.models.released.seeded import seeded
 from tests.models.released.seesr import layout
@@ -272,6 +272,25 @@ def test_an_image_in_tiles(model):
     result = upscale(model, LR[0], tile=24, overlap=8, num_inference_steps=2, guidance_scale=1, progress=False)
     assert result.shape == (3, 48, 40)
     assert set(shapes) == {((4, 4, 12, 12), (4, 50, 512)), ((2, 4, 12, 12), (2, 50, 512))}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("share", "seam"), [(SEESR.overlap / SEESR.tile, False), (4 / 96, True)], ids=["ours", "authors'"]
+)
+def test_tiles_of_the_recipe_have_no_seam(model, share, seam):
+    """What tiles change of the output must not change abruptly where one ends; with the authors' overlap it does."""
+    overlap = round(96 * share)
+    size = 24, (2 * 96 - overlap) // 4
+    condition = model.condition(layout.uniform("seam", [1, 3, *size]), ["cat"])
+    latents = layout.uniform("latents with a seam", [1, 4, *(2 * n for n in size)], -(3**0.5), 3**0.5)
+    tiled = Tiled(model, Tiles(*(4 * n for n in size), tile=96, overlap=overlap, unit=4, batch_size=2))
+    assert len(tiled.tiles.corners()) == 2
+    change = (
+        tiled.predict(latents, torch.tensor(600), condition) - model.predict(latents, torch.tensor(600), condition)
+    )[0]
+    jumps = change.diff(dim=-1).abs().mean((0, 1))
+    assert (jumps.max() > 5 * jumps.median()) == seam and (jumps.max() < 2.5 * jumps.median()) != seam
 
 
 # -- storage ----------------------------------------------------------------------------------------------------------
