@@ -251,7 +251,7 @@ def open_published(
     if published.tagged and options.get("tagger") is None:
         can_go_without = all(file.optional for file in published.files if file.path == _RAM[0].path)
         if (folder / _RAM[0].path).is_file() or not can_go_without:
-            from rfsr_ext.networks.ram import RAM  # here, because most models have no use for it
+            from rfsr_ext.networks.taggers import load_tagger  # here, because most models have no use for it
 
-            options["tagger"] = RAM.from_released([folder, folder.parent], dape=True).tags
+            options["tagger"] = load_tagger("dape", folder)
     return kind.from_released(inner if inner.is_dir() else folder, base=base, **published.options | options)

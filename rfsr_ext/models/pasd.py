@@ -28,13 +28,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPTextModel
+from transformers import CLIPTextModel
 
 from rfsr_ext.models.base import Condition, Recipe
 from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe, open_tokenizer_and_scheduler
-from rfsr_ext.models.folders import open_part, quiet
+from rfsr_ext.models.folders import open_part
 from rfsr_ext.models.process import Process
 from rfsr_ext.networks.rrdbnet import DenseBlock
+from rfsr_ext.networks.taggers import load_tagger
 from rfsr_ext.weights.reading import read_tensors
 
 __all__ = ["PASD_RECIPE", "PASDControlNetModel", "PASDModel", "PASDUNet2DConditionModel"]
@@ -426,7 +427,7 @@ class PASDModel(ControlNetISRModel):
     ):
         trained = {"unet": "", "controlnet": "^(?!.*to_rgbs)"} if trained is None else trained
         super().__init__(*parts, recipe=recipe or PASD_RECIPE, trained=trained, **more)
-        self.captioner = open_captioner(captioner)
+        self.captioner = _captioner(captioner)
 
     def describe(self, lr: Tensor) -> list[str]:
         if self.captioner is None:
@@ -458,7 +459,7 @@ class PASDModel(ControlNetISRModel):
         cls, path: str | Path, *, captioner: Callable[[Tensor], list[str]] | str | None = None, **options
     ) -> Self:
         """As `ControlNetISRModel.from_pretrained`, with a captioner as in the class, which no folder holds."""
-        captioner = open_captioner(captioner)
+        captioner = _captioner(captioner)
         model = super().from_pretrained(path, **options)
         model.captioner = captioner
         return model
@@ -495,7 +496,7 @@ class PASDModel(ControlNetISRModel):
         folder = _base(Path(weights), checkpoint) if base is None else Path(base)
         if not folder.is_dir():
             raise FileNotFoundError(f"base {str(folder)!r} does not exist; give a diffusers folder of SD 1.5")
-        captioner = open_captioner(captioner)
+        captioner = _captioner(captioner)
         other, parts = open_tokenizer_and_scheduler(folder), {}
         for name in ("unet", "controlnet"):
             try:
@@ -546,32 +547,5 @@ def _base(weights: Path, checkpoint: Path) -> Path:
     )
 
 
-def open_captioner(captioner: Callable[[Tensor], list[str]] | str | None) -> Callable[[Tensor], list[str]] | None:
-    """A captioner from ``"hf:NAME_OR_FOLDER"``, an image-to-text model of transformers; others stay.
-
-    Raises:
-        ValueError: if the name has another form, or it cannot be opened.
-    """
-    if not isinstance(captioner, str):
-        return captioner
-    kind, _, source = captioner.partition(":")
-    if kind != "hf" or not source:
-        raise ValueError(f"captioner must be a function or 'hf:NAME_OR_FOLDER', got {captioner!r}")
-    try:
-        with quiet():
-            processor = AutoProcessor.from_pretrained(source, local_files_only=True)
-            network = AutoModelForImageTextToText.from_pretrained(source, local_files_only=True).eval()
-    except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
-        raise ValueError(
-            f"captioner {captioner!r} cannot be opened ({reason}); download the model first and give its folder"
-        ) from error
-
-    @torch.no_grad()
-    def describe(images: Tensor) -> list[str]:
-        network.to(images.device)
-        pictures = [image.cpu().mul(255).round().byte().permute(1, 2, 0).numpy() for image in images.float()]
-        inputs = processor(images=pictures, return_tensors="pt").to(images.device)
-        return processor.batch_decode(network.generate(**inputs, max_new_tokens=40), skip_special_tokens=True)
-
-    return describe
+def _captioner(captioner: Callable[[Tensor], list[str]] | str | None) -> Callable[[Tensor], list[str]] | None:
+    return load_tagger(captioner) if isinstance(captioner, str) else captioner

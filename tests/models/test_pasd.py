@@ -459,7 +459,7 @@ def test_captions_do_not_ask_for_a_bad_image(full):
 
 @pytest.mark.parametrize("name", ["blip", "hf:", "hf:nobody/nothing"])
 def test_unknown_captioners(full, name):
-    with pytest.raises(ValueError, match="captioner"):
+    with pytest.raises(ValueError, match="tagger must be ram, dape, hf:|captioner"):
         PASDModel(**parts(full), captioner=name)
 
 
