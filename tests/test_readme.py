@@ -136,7 +136,9 @@ def test_diffusers_training_step(names):
         assert not torch.allclose(p.grad, without, rtol=1e-3)  # the new loss reaches the U-Net too
 
 
-def test_the_rewards_shown_are_settings(tmp_path):
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    (tmp_path / "config.yaml").write_text(block)
-    assert list(RFSRConfig.load(tmp_path / "config.yaml").rewards) == ["clipiqa", "image-reward", "pyiqa:musiq"]
+def test_the_settings_shown_are_settings(tmp_path):
+    blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "config.yaml").write_text("".join(blocks))
+    config = RFSRConfig.load(tmp_path / "config.yaml")
+    assert list(config.rewards) == ["clipiqa", "image-reward", "pyiqa:musiq"]
+    assert len(config.data) == 4 and config.degradation == "realesrgan-a"
