@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -31,6 +32,7 @@ from diffusers import (
     FluxControlNetModel,
     FluxTransformer2DModel,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,8 +42,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from benchmarks.report import table
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.models import ISRModel
+from rfsr_ext.models.ccsr import CCSRv1Model, CCSRv2ControlNetModel, CCSRv2Model
 from rfsr_ext.models.csd2 import CSD2ISRModel
+from rfsr_ext.models.diffbir import DiffBIRModel
 from rfsr_ext.models.flux import FluxISRModel
+from rfsr_ext.models.pasd import PASDControlNetModel, PASDModel, PASDUNet2DConditionModel
+from rfsr_ext.models.seesr import SeeSRModel
+from rfsr_ext.networks.controlnet import LatentControlNetModel
+from rfsr_ext.networks.ram import RAM
+from rfsr_ext.networks.seesr import SeeSRControlNet, SeeSRUNet
+from rfsr_ext.networks.swinir import SwinIR
 from rfsr_ext.rewards import Reward, WeightedReward
 from rfsr_ext.sampling import denoise
 from rfsr_ext.sampling.tiles import Tiled, Tiles
@@ -80,16 +90,27 @@ def autoencoder(**options: Any) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def stable_diffusion_2(unet: type = UNet2DConditionModel, controlnet: type = ControlNetModel) -> dict[str, Any]:
-    """The parts of Stable Diffusion 2-base with a ControlNet; their classes may be a system's own."""
-    network = unet(
-        cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, sample_size=64
-    )
+def stable_diffusion_2(
+    unet: Callable = UNet2DConditionModel, controlnet: Callable = ControlNetModel, **more: nn.Module
+) -> dict[str, Any]:
+    """The parts of Stable Diffusion 2-base or 2.1-base with a ControlNet, and what a system has beside them."""
+    config = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
     clip = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
     return {
-        "vae": autoencoder(), "text_encoder": CLIPTextModel(clip), "tokenizer": Tokenizer(), "unet": network,
-        "controlnet": controlnet.from_unet(network, load_weights_from_unet=False),
-        "scheduler": on_cpu(DDPMScheduler, clip_sample=False),
+        "vae": autoencoder(), "text_encoder": CLIPTextModel(clip), "tokenizer": Tokenizer(),
+        "unet": unet(**config), "controlnet": controlnet(**config),
+        "scheduler": on_cpu(DDPMScheduler, clip_sample=False), **more,
+    }  # fmt: skip
+
+
+def pasd() -> dict[str, Any]:
+    """The parts of Stable Diffusion 1.5 with PASD's networks, without the dense blocks that are an option."""
+    config = {"cross_attention_dim": 768, "attention_head_dim": 8}
+    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    return {
+        "vae": autoencoder(), "text_encoder": CLIPTextModel(clip), "tokenizer": Tokenizer(),
+        "unet": PASDUNet2DConditionModel(**config), "controlnet": PASDControlNetModel(**config),
+        "scheduler": on_cpu(UniPCMultistepScheduler),
     }  # fmt: skip
 
 
@@ -107,21 +128,37 @@ def flux_1_dev() -> dict[str, Any]:
     }  # fmt: skip
 
 
-CONTROLNET = {"controlnet": ""}  # what the authors of C-SD2 and C-FLUX train
-SYSTEMS: dict[str, tuple[type[ISRModel], Callable[[], dict[str, Any]], dict[str, Any]]] = {  # class, parts, options
-    "C-SD2": (CSD2ISRModel, stable_diffusion_2, {}),
-    "C-SD2, ControlNet alone": (CSD2ISRModel, stable_diffusion_2, {"trained": CONTROLNET}),
-    "C-FLUX": (FluxISRModel, flux_1_dev, {}),
-    "C-FLUX, ControlNet alone": (FluxISRModel, flux_1_dev, {"trained": CONTROLNET}),
+class System(NamedTuple):
+    """A model's class and what makes its parts; ``options`` of the class; the types in which people hold it."""
+
+    kind: type[ISRModel]
+    parts: Callable[[], dict[str, Any]]
+    options: dict[str, Any] = {}
+    dtypes: tuple[str, ...] = ("float32",)
+
+
+CONTROLNET = {"trained": {"controlnet": ""}}  # what the authors of C-SD2 and C-FLUX train
+OVER_LATENTS = functools.partial(LatentControlNetModel, conditioning_channels=4)
+OVER_LATENTS_V2 = functools.partial(CCSRv2ControlNetModel, use_vae_encode_condition=True)
+SYSTEMS: dict[str, System] = {
+    "SeeSR": System(SeeSRModel, lambda: stable_diffusion_2(SeeSRUNet, SeeSRControlNet, ram=RAM())),
+    "PASD": System(PASDModel, pasd),
+    "DiffBIR v1": System(DiffBIRModel, lambda: stable_diffusion_2(controlnet=OVER_LATENTS, swinir=SwinIR())),
+    "CCSR v1": System(CCSRv1Model, lambda: stable_diffusion_2(controlnet=OVER_LATENTS)),
+    "CCSR v2": System(CCSRv2Model, lambda: stable_diffusion_2(controlnet=OVER_LATENTS_V2)),
+    "C-SD2": System(CSD2ISRModel, stable_diffusion_2),
+    "C-SD2, ControlNet alone": System(CSD2ISRModel, stable_diffusion_2, CONTROLNET),
+    "C-FLUX": System(FluxISRModel, flux_1_dev, dtypes=("bfloat16",)),
+    "C-FLUX, ControlNet alone": System(FluxISRModel, flux_1_dev, CONTROLNET, dtypes=("bfloat16",)),
 }
 
 
 def build(name: str, dtype: torch.dtype, rank: int = 0) -> ISRModel:
     """A system on the meta device; with ``rank`` its trained networks have adapters."""
-    kind, make, options = SYSTEMS[name]
+    system = SYSTEMS[name]
     with torch.device("meta"):
-        parts = make()
-    return prepare(kind(**parts, **options).to("meta", dtype), rank)
+        parts = system.parts()
+    return prepare(system.kind(**parts, **system.options).to("meta", dtype), rank)
 
 
 def prepare(model: ISRModel, rank: int = 0) -> ISRModel:
@@ -132,7 +169,8 @@ def prepare(model: ISRModel, rank: int = 0) -> ISRModel:
             network.to(model.device)  # peft leaves new adapters of a meta model on the CPU
     else:
         model.unfreeze()
-    model.check_lr = lambda *_: None  # which looks at values
+    model.check_lr = lambda *_: None  # these two look at values
+    model.describe = lambda lr: [""] * len(lr)
     return model
 
 
@@ -223,10 +261,15 @@ def weights_of(model: ISRModel, names: Iterable[str] | None = None) -> int:
     return bytes_of(t for module in modules for t in (*module.parameters(), *module.buffers()))
 
 
+def steps_with_a_rollout(model: ISRModel) -> int:
+    """The fewest ``num_inference_steps`` of which something comes before the last; CCSR leaves some out."""
+    return next(n for n in itertools.count(2) if len(model.process(n)) > 1)
+
+
 def iteration(model: ISRModel, batch: int, side: int, style: nn.Module | None = None) -> dict[str, int]:
     """Bytes of one iteration in the reward window, by what holds them; ``peak`` is everything at its worst moment.
 
-    The objective is the trainer's own, after a rollout of one step: more steps take no more memory.
+    The objective is the trainer's own at the last of few steps, after a rollout: more steps take no more memory.
 
     Args:
         model: prepared, on the meta device.
@@ -235,10 +278,12 @@ def iteration(model: ISRModel, batch: int, side: int, style: nn.Module | None = 
             for no reference.
     """
     trained = [p for m in model.networks.values() for p in m.parameters() if p.requires_grad]
+    steps = steps_with_a_rollout(model)
+    last = len(model.process(steps))
     adapted = any(hasattr(m, "disable_adapter") for m in model.trainable_networks().values())
     config = RFSRConfig(
-        crop_size=side, num_inference_steps=2, window_unit="steps", structure_window=None, reward_window=(2, 2),
-        style_loss="none" if style is None else "gram", lora_rank=RANK if adapted else 0,
+        crop_size=side, num_inference_steps=steps, window_unit="steps", structure_window=None,
+        reward_window=(last, last), style_loss="none" if style is None else "gram", lora_rank=RANK if adapted else 0,
     )  # fmt: skip
     objective = build_objective(config, model, [WeightedReward(_Mean(), 1.0)], style)
     reference = objective.reference
@@ -247,7 +292,7 @@ def iteration(model: ISRModel, batch: int, side: int, style: nn.Module | None = 
     found["reference"] = 0 if reference is None else weights_of(reference, reference.trained)
     gt, lr = (torch.rand(batch, 3, n, n, device="meta", dtype=model.dtype) for n in (side, side // model.scale))
     with as_on_gpu(), Live() as live, live.kept_by(model, "predict", "decode") as kept:
-        loss, _ = objective(lr, gt, [""] * batch, 2)
+        loss, _ = objective(lr, gt, [""] * batch, last)
         found |= {"denoiser": kept["predict"], "decoder": kept["decode"]}
         found["style loss"] = live.now - sum(kept.values())
         loss.backward()
@@ -273,12 +318,19 @@ class _FirstTiles(Tiles):
         return super().corners()[: 2 * self.batch_size]
 
 
+def tiles_of(model: ISRModel, batch: int, size: tuple[int, int], kind: type[Tiles] = Tiles) -> Tiles:
+    """The recipe's tiles of a result of that size, ``batch`` at once."""
+    unit = math.lcm(model.scale, model.multiple)
+    height, width = (-(-n // unit) * unit for n in size)
+    return kind(height, width, model.recipe.tile, model.recipe.overlap, unit, batch)
+
+
 @torch.no_grad()
 def upscaling(model: ISRModel, batch: int, size: tuple[int, int]) -> int:
     """Bytes at the peak of an upscaling to that size by tiles, ``batch`` at once, weights included."""
-    unit = math.lcm(model.scale, model.multiple)
-    height, width = (-(-n // unit) * unit for n in size)
-    tiled = Tiled(model, _FirstTiles(height, width, model.recipe.tile, model.recipe.overlap, unit, batch))
+    tiles = tiles_of(model, batch, size, _FirstTiles)
+    height, width = tiles.height, tiles.width
+    tiled = Tiled(model, tiles)
     tiled.check_lr = model.check_lr
     lr = torch.rand(1, 3, height // model.scale, width // model.scale, device=model.device, dtype=model.dtype)
     guidance_scale = model.recipe.guidance_scale
@@ -315,18 +367,20 @@ def training_rows(name: str, dtype: str, batches: Iterable[int], side: int) -> I
 
 def upscaling_rows(name: str, dtype: str, batches: Iterable[int]) -> Iterator[list[str]]:
     model = build(name, DTYPES[dtype])
-    for batch in batches:
-        yield [name, dtype, str(batch), gib(weights_of(model)), gib(upscaling(model, batch, UHD))]
+    count = len(tiles_of(model, 1, UHD).corners())
+    for batch in sorted({min(batch, count) for batch in batches}):
+        tiles = [f"{model.recipe.tile}²", str(count), str(batch)]
+        yield [name, dtype, *tiles, gib(weights_of(model)), gib(upscaling(model, batch, UHD))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="each system's own by default")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="pictures per iteration")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
-    pairs = [(name, dtype) for name in args.systems for dtype in args.dtypes]
+    pairs = [(name, dtype) for name in args.systems for dtype in args.dtypes or SYSTEMS[name].dtypes]
     training = ["", "type", "batch", "M parameters", "of them trained", "weights", "gradients", "Adam", "EMA"]
     training += ["reference", "denoiser", "decoder", "style loss", "peak"]
     lines = [
@@ -341,7 +395,7 @@ def main() -> None:
         f"## Upscaling to {UHD[1]}×{UHD[0]} by the recipe's tiles, with its guidance, GiB",
         "",
         *table(
-            ["", "type", "tiles at once", "weights", "peak"],
+            ["", "type", "tile", "tiles", "at once", "weights", "peak"],
             [row for name, dtype in pairs if "," not in name for row in upscaling_rows(name, dtype, (1, 4))],
         ),
     ]

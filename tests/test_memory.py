@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from benchmarks import memory
+from rfsr_ext.importing import import_object
 from rfsr_ext.losses import VGGGramLoss
-from tests.models.released.dp2o import tiny_csd2, tiny_flux
+from rfsr_ext.models.catalog import PUBLISHED
+from tests.models.released.reduced import REDUCED
 
-TINY = {"C-SD2": tiny_csd2, "C-FLUX": tiny_flux}
+TINY = {name: REDUCED[name] for name in memory.SYSTEMS if "," not in name}
+TWO = ("C-SD2", "C-FLUX")  # where one of each architecture says enough
 
 
 def test_what_lives_and_its_peak():
@@ -51,20 +54,21 @@ def saved(call, known):
 def test_activations_are_what_autograd_saves_of_real_tensors(name):
     real, shapes = (memory.prepare(TINY[name]().to(device)) for device in ("cpu", "meta"))
     found = memory.iteration(shapes, 2, 32)
-    condition, latents = real.condition(torch.rand(2, 3, 8, 8), ["", ""]), torch.rand(2, real.latent_channels, 16, 16)
-    process = real.process(2, (32, 32))
+    condition = real.condition(torch.rand(2, 3, 8, 8), ["", ""])
+    latents = torch.rand(2, real.latent_channels, *[32 // real.vae_scale_factor] * 2)
+    process = real.process(memory.steps_with_a_rollout(real), (32, 32))
     weights = [t for m in real.networks.values() for t in (*m.parameters(), *m.buffers())]
     inputs = [latents, *condition.spatial.values(), *condition.shared.values()]
-    timestep = process.timesteps[1]
+    timestep = process.timesteps[-1]
     kept = saved(lambda: real.predict(latents, timestep, condition), [*weights, *inputs])
     # FLUX's rotary embeddings, a hundredth here, were made by the rollout before it, and are kept by diffusers
-    assert found["denoiser"] == kept if name == "C-SD2" else 0.99 * kept < found["denoiser"] < kept
+    assert found["denoiser"] == kept if name != "C-FLUX" else 0.99 * kept < found["denoiser"] < kept
     latents.requires_grad_()
     estimate = latents * 1
     assert found["decoder"] == saved(lambda: real.decode(estimate), [*weights, latents, estimate])
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TWO)
 def test_what_is_held_beside_them(name):
     style = VGGGramLoss(weights="random").to("meta")
     model = memory.prepare(TINY[name]().to("meta"))
@@ -84,13 +88,13 @@ def test_what_is_held_beside_them(name):
 
 def test_adapters_need_no_reference():
     style = VGGGramLoss(weights="random").to("meta")
-    model = memory.prepare(tiny_flux().to("meta"), rank=2)
+    model = memory.prepare(TINY["C-FLUX"]().to("meta"), rank=2)
     found = memory.iteration(model, 1, 32, style)
     adapters = [p for m in model.trainable_networks().values() for n, p in m.named_parameters() if "lora_" in n]
     assert found["reference"] == 0 and found["gradients"] == 4 * sum(p.numel() for p in adapters) > 0
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TWO)
 def test_upscaling_takes_what_its_tiles_take(name):
     model = memory.prepare(TINY[name]().to("meta"))
     model.recipe = dataclasses.replace(model.recipe, tile=64, overlap=16)
@@ -102,19 +106,28 @@ def test_upscaling_takes_what_its_tiles_take(name):
     assert larger < 2 * one  # the tiles' part does not grow
 
 
-def test_systems_are_of_full_size():
-    counts = {"C-SD2": (1_654_180_667, 1_230_138_964), "C-FLUX": (18_312_932_835, 13_258_788_928)}
-    for name, (total, trained) in counts.items():
+def test_systems_are_of_full_size_and_all_that_are_published():
+    published: dict[type, int] = {}
+    for entry in PUBLISHED.values():  # the first of those that share a class
+        published.setdefault(import_object(entry.model, "model"), entry.parameters)
+    found = {}
+    for name, system in memory.SYSTEMS.items():
+        networks = memory.build(name, torch.bfloat16).networks.values()
+        found[system.kind] = sum(p.numel() for m in networks for p in m.parameters())
+        assert {t.device.type for m in networks for t in (*m.parameters(), *m.buffers())} == {"meta"}
+    assert found == published
+
+
+def test_what_is_trained_at_full_size():
+    for name, count in {"C-SD2": 1_230_138_964, "C-FLUX": 13_258_788_928, "SeeSR": 1_615_791_764}.items():
         model = memory.build(name, torch.bfloat16)
-        assert sum(p.numel() for m in model.networks.values() for p in m.parameters()) == total
-        assert sum(p.numel() for p in model.trained_parameters().values()) == trained
-        assert {p.device.type for m in model.networks.values() for p in m.parameters()} == {"meta"}
+        assert sum(p.numel() for p in model.trained_parameters().values()) == count
 
 
 def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setitem(memory.SYSTEMS, "tiny", None)
     monkeypatch.setattr(
-        memory, "build", lambda name, dtype, rank=0: memory.prepare(tiny_csd2().to("meta", dtype), rank)
+        memory, "build", lambda name, dtype, rank=0: memory.prepare(TINY["C-SD2"]().to("meta", dtype), rank)
     )
     monkeypatch.setattr(memory, "UHD", (32, 48))
     options = ["--systems", "tiny", "--dtypes", "bfloat16", "--batches", "1", "--output", str(tmp_path / "m")]
@@ -123,4 +136,5 @@ def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     lines = (tmp_path / "m").read_text().splitlines()
     assert sum(line.startswith("| tiny, full | bfloat16 | 1 |") for line in lines) == 1
     assert sum(line.startswith("| tiny, LoRA of rank 8 | bfloat16 | 1 |") for line in lines) == 1
-    assert sum(line.startswith("| tiny | bfloat16 |") for line in lines) == 2
+    for at_once in (1, 2):  # there are no four
+        assert sum(line.startswith(f"| tiny | bfloat16 | 32² | 2 | {at_once} |") for line in lines) == 1
