@@ -14,6 +14,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD  := pyproject.toml setup.py $(shell find csrc build_backend -type f -not -name '*.pyc')
 
+# Threads that wait sleep: on two cores with a busy neighbor, waiting in a loop makes everything many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test notebooks mutants bench install-matrix clean
 
 demo: $(VENV)/.installed
