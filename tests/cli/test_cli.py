@@ -75,7 +75,10 @@ def test_config_show_prints_every_setting(rfsr):
         (["evaluate", ".", "--output", "table.xlsx"], "output must end in .csv or .parquet, got 'table.xlsx'"),
         (["weights", "fetch", "magic"], "name must be one of vgg19, "),
         (["ablate", "--variants", "magic"], "variants must be among rfsr, "),
-        (["upscale", "x.png", "--color-fix", "sepia"], "--color-fix must be one of wavelet, adain, none, got 'sepia'"),
+        (
+            ["upscale", "x.png", "--color-fix", "sepia"],
+            "--color-fix must be one of recipe, wavelet, adain, none, got 'sepia'",
+        ),
         (["upscale", "x.png", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["upscale", "x.png", "--steps", "-1"], "--steps must be at least 1, got -1"),
         (["upscale", "x.png", "--tile", "8", "--overlap", "32"], "overlap must be at least 0 and smaller than tile"),
