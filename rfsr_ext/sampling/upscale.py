@@ -93,7 +93,7 @@ def upscale(
         raise ValueError(f"image must be finite and in [0, 1], got values from {image.min():g} to {image.max():g}")
     color_fix = model.recipe.color_fix if color_fix == "recipe" else color_fix
     if color_fix not in COLOR_FIXES:
-        raise ValueError(f"color_fix must be recipe or one of {list(COLOR_FIXES)}, got {color_fix!r}")
+        raise ValueError(f"color_fix must be one of {['recipe', *COLOR_FIXES]}, got {color_fix!r}")
     tile, overlap, unit = tiling(model, tile, overlap)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
