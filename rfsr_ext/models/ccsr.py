@@ -6,9 +6,7 @@ estimate; what follows, from t_max to t_min, makes its structure; the decoder of
 shares t_max and t_min and the number of steps are free at inference: one set of weights serves one step, two and many.
 """
 
-import inspect
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -24,6 +22,7 @@ from rfsr_ext.models.folders import open_part
 from rfsr_ext.models.process import NonUniformProcess
 from rfsr_ext.networks import compvis
 from rfsr_ext.networks.controlnet import LatentControlNetModel
+from rfsr_ext.networks.options import with_options
 from rfsr_ext.weights.reading import open_network, read_tensors
 
 __all__ = ["CCSRModel", "CCSRv1Model", "CCSRv2ControlNetModel", "CCSRv2Model"]
@@ -102,9 +101,9 @@ class CCSRv2ControlNetModel(ControlNetModel):
         config: as for `diffusers.ControlNetModel`.
     """
 
+    @with_options(ControlNetModel, use_vae_encode_condition=False)
     def __init__(self, *, use_vae_encode_condition: bool = False, **config):
         super().__init__(**config)
-        self.register_to_config(use_vae_encode_condition=use_vae_encode_condition)
         if use_vae_encode_condition:
             self.condition_conv_in = nn.Conv2d(self.config.in_channels, self.config.block_out_channels[0], 3, padding=1)
             del self.controlnet_cond_embedding
@@ -113,16 +112,6 @@ class CCSRv2ControlNetModel(ControlNetModel):
         if name == "controlnet_cond_embedding" and "condition_conv_in" in self._modules:
             name = "condition_conv_in"  # where the stock ControlNet's forward puts its condition through
         return super().__getattr__(name)
-
-
-def _add_option(function: Callable, name: str, default: Any, like: Callable) -> None:
-    """Give ``function`` the signature of ``like`` and one option more: diffusers reads configurations off it."""
-    signature = inspect.signature(like)
-    option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-    function.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
-
-
-_add_option(CCSRv2ControlNetModel.__init__, "use_vae_encode_condition", False, like=ControlNetModel.__init__)
 
 
 class CCSRv2Model(CCSRModel):

@@ -6,7 +6,6 @@ one more attention within the transformer that is there (PASD-light).  Weights k
 """
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import Attention, BasicTransformerBlock
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -34,6 +32,7 @@ from rfsr_ext.models.base import Condition, Recipe
 from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part
 from rfsr_ext.models.process import Process
+from rfsr_ext.networks.options import with_options
 from rfsr_ext.networks.rrdbnet import DenseBlock
 from rfsr_ext.networks.taggers import load_tagger
 from rfsr_ext.weights.reading import read_tensors
@@ -58,18 +57,6 @@ PASD_RECIPE = Recipe(
     reward_window=(18, 20),
 )
 """How the authors of PASD sample, and RFSR's windows for it."""
-
-
-def _with_options(kind: type, **options) -> Callable:
-    """``__init__`` of a subclass of a diffusers model that takes ``options`` too; config.json keeps them all."""
-    theirs = inspect.signature(kind.__init__)
-    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in options.items()]
-
-    def decorate(init: Callable) -> Callable:
-        init.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), *ours])
-        return register_to_config(init)
-
-    return decorate
 
 
 def _weight_names(folder: Path) -> set[str]:
@@ -208,7 +195,7 @@ class PASDUNet2DConditionModel(UNet2DConditionModel):
         ValueError: for arguments of diffusers that no PASD was trained with.
     """
 
-    @_with_options(UNet2DConditionModel, light=False)
+    @with_options(UNet2DConditionModel, light=False)
     def __init__(self, *, light: bool = False, **config):
         super().__init__(**config)
         for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type",
@@ -358,7 +345,7 @@ class PASDControlNetModel(ControlNetModel):
     diffusers'.
     """
 
-    @_with_options(ControlNetModel, return_rgbs=True, use_rrdb=False)
+    @with_options(ControlNetModel, return_rgbs=True, use_rrdb=False)
     def __init__(self, *, return_rgbs: bool = True, use_rrdb: bool = False, **config):
         super().__init__(**config)
         self.controlnet_cond_embedding = _ConditioningEmbedding(

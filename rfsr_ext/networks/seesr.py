@@ -4,12 +4,12 @@ In every block that attends to the prompt, a transformer of the same size follow
 Its weights are ``image_attentions``, beside the block's ``attentions``, as in the authors' files.
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 from diffusers import ControlNetModel, Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
+
+from rfsr_ext.networks.options import with_options
 
 __all__ = ["SeeSRControlNet", "SeeSRUNet"]
 
@@ -53,24 +53,23 @@ def _like(text: Transformer2DModel) -> Transformer2DModel:
     return Transformer2DModel(**sizes | {"cross_attention_dim": TOKEN_WIDTH})
 
 
-def _signature(stock: Callable) -> inspect.Signature:
-    """That of the stock class with the authors' own entry of config.json: diffusers reads the names off it."""
-    known = inspect.signature(stock)
-    own = inspect.Parameter("use_image_cross_attention", inspect.Parameter.KEYWORD_ONLY, default=True)
-    return known.replace(parameters=[*known.parameters.values(), own])
+class _AttendsToImage:
+    """What U-Net and ControlNet have in common: ``image_attentions``, and image tokens besides what the stock takes."""
+
+    def _extend(self, use_image_cross_attention: bool) -> None:
+        if not use_image_cross_attention:
+            raise ValueError(
+                f"use_image_cross_attention must be true for {type(self).__name__}, got false: this is a plain Stable "
+                f"Diffusion network, without SeeSR's image_attentions"
+            )
+        _add_image_attentions(self)
+
+    def forward(self, *args, image_encoder_hidden_states: Tensor, cross_attention_kwargs=None, **kwargs):
+        passed = {**(cross_attention_kwargs or {}), "image_encoder_hidden_states": image_encoder_hidden_states}
+        return super().forward(*args, cross_attention_kwargs=passed, **kwargs)  # pyrefly: ignore[missing-attribute]
 
 
-def _extend(network: Any, use_image_cross_attention: bool) -> None:
-    if not use_image_cross_attention:
-        raise ValueError(
-            f"use_image_cross_attention must be true for {type(network).__name__}, got false: this is a plain Stable "
-            f"Diffusion network, without SeeSR's image_attentions"
-        )
-    network.register_to_config(use_image_cross_attention=True)
-    _add_image_attentions(network)
-
-
-class SeeSRUNet(UNet2DConditionModel):
+class SeeSRUNet(_AttendsToImage, UNet2DConditionModel):
     """`UNet2DConditionModel` with ``image_attentions``.
 
     Takes ``image_encoder_hidden_states`` ``[N, L, 512]`` besides what that takes.
@@ -79,18 +78,13 @@ class SeeSRUNet(UNet2DConditionModel):
         ValueError: if ``use_image_cross_attention`` of its config is false.
     """
 
+    @with_options(UNet2DConditionModel, use_image_cross_attention=True)
     def __init__(self, *args, use_image_cross_attention: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
-        _extend(self, use_image_cross_attention)
-
-    __init__.__signature__ = _signature(UNet2DConditionModel.__init__)  # pyrefly: ignore[missing-attribute]
-
-    def forward(self, *args, image_encoder_hidden_states: Tensor, cross_attention_kwargs=None, **kwargs):
-        passed = {**(cross_attention_kwargs or {}), "image_encoder_hidden_states": image_encoder_hidden_states}
-        return super().forward(*args, cross_attention_kwargs=passed, **kwargs)
+        self._extend(use_image_cross_attention)
 
 
-class SeeSRControlNet(ControlNetModel):
+class SeeSRControlNet(_AttendsToImage, ControlNetModel):
     """`ControlNetModel` with ``image_attentions``.
 
     Takes ``image_encoder_hidden_states`` ``[N, L, 512]`` besides what that takes.
@@ -99,12 +93,7 @@ class SeeSRControlNet(ControlNetModel):
         ValueError: if ``use_image_cross_attention`` of its config is false.
     """
 
+    @with_options(ControlNetModel, use_image_cross_attention=True)
     def __init__(self, *args, use_image_cross_attention: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
-        _extend(self, use_image_cross_attention)
-
-    __init__.__signature__ = _signature(ControlNetModel.__init__)  # pyrefly: ignore[missing-attribute]
-
-    def forward(self, *args, image_encoder_hidden_states: Tensor, cross_attention_kwargs=None, **kwargs):
-        passed = {**(cross_attention_kwargs or {}), "image_encoder_hidden_states": image_encoder_hidden_states}
-        return super().forward(*args, cross_attention_kwargs=passed, **kwargs)
+        self._extend(use_image_cross_attention)
