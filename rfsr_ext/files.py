@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["load_tensors", "lock_folder", "make_folder", "replace_file", "replace_folder", "save_tensors"]
+__all__ = ["load_tensors", "lock_folder", "make_folder", "replace_file", "replace_folder", "save_tensors", "sha256"]
 
 logger = logging.getLogger(__name__)
 
@@ -283,3 +284,9 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"{str(path)!r} is not a whole safetensors file ({error}); delete it or give another"
         ) from error
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 import yaml
 
-__all__ = ["model_options", "parse_pairs", "show_config"]
+__all__ = ["default_device", "model_options", "parse_pairs", "show_config"]
 
 
 def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -40,6 +40,13 @@ def model_options(
     options = parse_pairs("--model-option", pairs)
     options |= {name: str(path) for name, path in (("weights", weights), ("base", base)) if path is not None}
     return options if dtype == "float32" else {**options, "torch_dtype": dtype}
+
+
+def default_device() -> str:
+    """Where models compute if nobody says otherwise."""
+    import torch  # here, because settings need none
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def show_config(path: str, overrides: dict[str, Any]) -> None:

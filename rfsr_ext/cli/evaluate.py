@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import typer
 
+from rfsr_ext.cli.config import default_device
 from rfsr_ext.data import Root, evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
@@ -68,10 +68,6 @@ def holds_pictures(target: str) -> bool:
     if target == "mini" or not folder.is_dir() or (folder / "model_index.json").is_file():
         return False
     return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def held_out_scorers() -> dict[str, Scorer]:
@@ -157,7 +153,7 @@ def evaluate_folders(
         ValueError: at the end, if a picture could not be measured; the others were.
     """
     check_table(output)
-    suite = Suite(preset or get_preset("basic"), references is not None, _device())
+    suite = Suite(preset or get_preset("basic"), references is not None, default_device())
     if by is not None and by not in suite.metrics:
         raise ValueError(f"--by must be one of {', '.join(suite.metrics)}, got {by!r}")
     left_out = [name for name in suite.preset.metrics if name not in suite.metrics]
@@ -203,11 +199,11 @@ def evaluate_on_pairs(
     """
     check_table(output)
     root = Root(lr=str(pairs[0]), gt=str(pairs[1]))
-    suite = Suite(preset or get_preset("basic"), device=_device())
+    suite = Suite(preset or get_preset("basic"), device=default_device())
     results = {}
     for name in dict.fromkeys(names):
         model = load_model(name, **(options or {}))
-        model.to(_device())
+        model.to(default_device())
         results[name] = evaluate_pairs(model, root, suite, pictures, seeds, name)
         del model  # the next one needs its memory
     frame = pd.concat([result.frame for result in results.values()], ignore_index=True)
@@ -240,7 +236,7 @@ def evaluate_models(
 ) -> None:
     """Print the table of models and of their differences from the first one."""
     check_table(output)
-    suite = Suite(preset, device=_device()) if preset else None
+    suite = Suite(preset, device=default_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops)
     scorers = held_out_scorers()
     models = {name: load_model(name, **(options or {})) for name in dict.fromkeys(names)}

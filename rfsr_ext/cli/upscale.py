@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import typer
 from PIL import Image
 
+from rfsr_ext.cli.config import default_device
 from rfsr_ext.cli.errors import disk_is_full, sentence
 from rfsr_ext.data.images import SUFFIXES, read_image_and_alpha, resize, to_image, to_tensor, to_uint8
 from rfsr_ext.files import make_folder, replace_file
@@ -98,7 +98,7 @@ def upscale_files(
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
     images = _images(paths)
-    isr = load_model(model, **(model_options or {})).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    isr = load_model(model, **(model_options or {})).to(device or default_device())
     tiling(isr, tile, overlap)  # refused before any work
     targets = _targets(images, output, isr.scale, overwrite)
     make_folder(output)

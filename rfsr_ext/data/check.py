@@ -1,6 +1,5 @@
 """What is in the folders one wants to train on, and why some of it will not be used: known before hours are spent."""
 
-import hashlib
 import itertools
 import logging
 import os
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from rfsr_ext.data.folders import Entry, Listing, Root, list_root
 from rfsr_ext.data.images import SUFFIXES, Header, read_header, read_image
 from rfsr_ext.data.prompts import read_prompt
+from rfsr_ext.files import sha256
 
 __all__ = ["Report", "check_root", "size_fault"]
 
@@ -178,8 +178,7 @@ def _duplicates(paths: Iterable[str]) -> list[list[str]]:
         by_length[os.path.getsize(path)].append(path)
     by_content = defaultdict(list)
     for path in itertools.chain.from_iterable(group for group in by_length.values() if len(group) > 1):
-        with open(path, "rb") as file:
-            by_content[hashlib.file_digest(file, "sha256").digest()].append(path)
+        by_content[sha256(path)].append(path)
     return [group for group in by_content.values() if len(group) > 1]
 
 

@@ -24,7 +24,8 @@ from rfsr_ext.data.datasets import ImageFolder, Sample
 from rfsr_ext.data.degradation import Degradation
 from rfsr_ext.data.folders import Root, list_root
 from rfsr_ext.data.images import read_image, to_image, to_tensor
-from rfsr_ext.data.manifest import MANIFEST, Manifest, sha256, versions
+from rfsr_ext.data.manifest import MANIFEST, Manifest, versions
+from rfsr_ext.files import sha256
 
 __all__ = ["degrade_folder", "read_manifest", "write_plain_png"]
 

@@ -4,7 +4,6 @@ A run that was interrupted goes on where it stopped, the same run again has noth
 their files without exchanging them.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -16,18 +15,12 @@ from typing import Any, Self
 
 import PIL.features
 
-from rfsr_ext.files import lock_folder, replace_file
+from rfsr_ext.files import lock_folder, replace_file, sha256
 
-__all__ = ["MANIFEST", "Manifest", "sha256", "versions"]
+__all__ = ["MANIFEST", "Manifest", "versions"]
 
 MANIFEST = "manifest.json"
 _EVERY = 5  # seconds between two writings of the list; what was made since the last one is made again after a kill
-
-
-def sha256(path: str | Path) -> str:
-    """Of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -15,9 +15,10 @@ from rfsr_ext.data import Root
 from rfsr_ext.data.check import check_root
 from rfsr_ext.data.folders import Entry
 from rfsr_ext.data.images import to_image
-from rfsr_ext.data.manifest import Manifest, sha256, versions
+from rfsr_ext.data.manifest import Manifest, versions
 from rfsr_ext.data.prompts import read_prompt
 from rfsr_ext.evaluation.folders import measure_pictures, read_picture
+from rfsr_ext.files import sha256
 from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.sampling import upscale

@@ -8,11 +8,9 @@ import contextlib
 import difflib
 import numbers
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -26,6 +24,7 @@ from pydantic import (
 
 from rfsr_ext.data import Degradation, Root
 from rfsr_ext.data.degradation import DEGRADATIONS
+from rfsr_ext.presets import read_settings
 from rfsr_ext.rewards import WeightedReward
 
 __all__ = ["PRESETS", "RFSRConfig", "RunConfig"]
@@ -242,19 +241,7 @@ class RunConfig(_Settings):
             FileNotFoundError: if there is neither a file nor a preset of that name.
             ValueError: if the file is no YAML mapping, or a key or value is wrong.
         """
-        if str(path) in PRESETS:
-            source = f"preset {path}"
-            data = resources.files("rfsr_ext.presets").joinpath(f"{path}.yaml").read_bytes()
-        elif Path(path).is_file():
-            source, data = str(path), Path(path).read_bytes()
-        else:
-            raise FileNotFoundError(
-                f"config {str(path)!r} is neither a file nor one of the presets {', '.join(PRESETS)}"
-            )
-        try:
-            values = yaml.safe_load(data.decode())
-        except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and impossible dates
-            raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+        values, source = read_settings(path, PRESETS, "config")
         values = {} if values is None else values
         if not isinstance(values, dict):
             raise ValueError(f"{source} must hold 'key: value' lines, got a {type(values).__name__}")

@@ -21,7 +21,6 @@ are those that the publisher's package states; "unknown" means that the file its
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import socket
@@ -34,6 +33,8 @@ from urllib.error import URLError
 from urllib.parse import quote, unquote
 
 import torch
+
+from rfsr_ext.files import sha256
 
 __all__ = ["FILES", "METRIC_FILES", "WeightFile", "fetch", "find", "locate", "missing", "provide"]
 
@@ -192,8 +193,7 @@ def find(name: str) -> Path | None:
 
 @cache
 def _digest(path: Path, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _verify(weight: WeightFile, path: Path) -> Path:

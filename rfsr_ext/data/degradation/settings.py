@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from rfsr_ext.data.degradation import pipeline
@@ -26,6 +24,7 @@ from rfsr_ext.data.degradation.checks import (
 )
 from rfsr_ext.data.degradation.choices import Choices, draw
 from rfsr_ext.data.degradation.kernels import FAMILIES
+from rfsr_ext.presets import read_settings
 
 __all__ = ["DEGRADATIONS", "Degradation", "Round"]
 
@@ -152,8 +151,7 @@ class Degradation:
         """
         if name not in DEGRADATIONS:
             raise ValueError(f"degradation must be one of the presets {', '.join(DEGRADATIONS)}, got {name!r}")
-        text = resources.files("rfsr_ext.presets").joinpath(f"degradation/{name}.yaml").read_text("utf-8")
-        return cls.from_dict(merged(yaml.safe_load(text), changes), f"preset {name}")
+        return cls.load(name, **changes)
 
     @classmethod
     def load(cls, source: str | Path, **changes: Any) -> Self:
@@ -163,20 +161,10 @@ class Degradation:
             FileNotFoundError: if it is neither.
             ValueError: if the file is no YAML mapping, or a key or value is no use.
         """
-        if str(source) in DEGRADATIONS:
-            return cls.preset(str(source), **changes)
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"degradation {str(source)!r} is neither a file nor one of the presets {', '.join(DEGRADATIONS)}"
-            )
-        try:
-            values = yaml.safe_load(path.read_bytes().decode())
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+        values, name = read_settings(source, DEGRADATIONS, "degradation", "degradation")
         if not isinstance(values, Mapping):
-            raise ValueError(f"{source} must hold 'key: value' lines, got a {type(values).__name__}")
-        return cls.from_dict(merged(values, changes), str(source))
+            raise ValueError(f"{name} must hold 'key: value' lines, got a {type(values).__name__}")
+        return cls.from_dict(merged(values, changes), name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "degradation") -> Self:
