@@ -238,10 +238,10 @@ del loss, structure, images, pred_original_sample, theirs, prediction, residuals
 # ## 4 · Your own base model
 #
 # What must a model be able to do? The class `ISRModel` asks for three things: predict, encode and decode pictures. It
-# asks for more only where a model is more than that: what its networks see of the enlarged picture (`control`), text and
-# tokens (`embed`), a first network that cleans the picture (`first_stage`). It has the rest: noise process, start, parts
-# to train, a frozen copy of itself. Let us adapt a toy that has nothing in common with Stable Diffusion: no autoencoder,
-# no text, ten steps, and a network that answers with the *picture*, not with noise.
+# asks for more only where a model is more than that: what its networks see of the enlarged picture (`control`), of the
+# prompt (`embed`) and of the whole picture (`embed_image`), a first network that cleans it (`first_stage`). It has the rest:
+# noise process, start, parts to train, a frozen copy of itself. Let us adapt a toy that has nothing in common with Stable
+# Diffusion: no autoencoder, no text, ten steps, and a network that answers with the *picture*, not with noise.
 
 
 # %%

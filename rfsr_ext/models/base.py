@@ -125,14 +125,27 @@ class Recipe:
         """Plain values, as they may stand in JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked again.
+
+        Raises:
+            TypeError: for a field that does not exist.
+            ValueError: if a value is out of range.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"recipe field must be one of {', '.join(sorted(known))}, got {name!r}")
+        return dataclasses.replace(self, **changes)
+
 
 class ISRModel(ABC):
     """A latent diffusion model that turns a low-resolution image into a sharp one ``scale`` times its size.
 
     A subclass sets the attributes, then calls ``super().__init__()``, and says what differs between models: `predict`,
-    `encode` and `decode`; of what networks are conditioned on `control` and `embed`, and `first_stage` where more than
-    an enlargement comes first; `process` where one scheduler with uniform timesteps is not all.  Latents are
-    ``[N, C, h, w]`` everywhere but inside `predict`.
+    `encode` and `decode`; of what networks are conditioned on `control`, `embed` and `embed_image`, and `first_stage`
+    where more than an enlargement comes first; `process` where one scheduler with uniform timesteps is not all.
+    Latents are ``[N, C, h, w]`` everywhere but inside `predict`.
 
     Attributes:
         networks: every network by name.  Trainers put wrapped ones (adapters, several processes) in their place here.
@@ -144,6 +157,8 @@ class ISRModel(ABC):
         multiple: output height and width must be multiples of this many pixels.
         latent_channels: channels of the latents.
         vae_scale_factor: pixels per latent, in each direction.
+        tagger: takes images ``[N, 3, h, w]`` in [0, 1] to N prompts such as "cat, fur"; it is not among the networks
+            and not saved.
 
     Raises:
         ValueError: if the scheduler cannot serve or ``trained`` names an unknown network.
@@ -157,6 +172,7 @@ class ISRModel(ABC):
     multiple: int
     latent_channels: int
     vae_scale_factor: int
+    tagger: Callable[[Tensor], list[str]] | None = None
 
     def __init__(self):
         check_scheduler(self.scheduler)
@@ -179,13 +195,22 @@ class ISRModel(ABC):
         """What networks see of that image, for `Condition.spatial`; of a large image only a tile is given."""
         return {}
 
-    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """What belongs to the whole image, for `Condition.shared`: text embeddings, image tokens."""
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What networks see of the prompts, for `Condition.shared`."""
+        return {}
+
+    def embed_image(self, lr: Tensor) -> dict[str, Tensor]:
+        """What networks see of the whole LR image, whatever the prompt, for `Condition.shared`: image tokens."""
         return {}
 
     def describe(self, lr: Tensor) -> list[str]:
-        """A prompt for each image, from the model's own tagger; "" where it has none."""
-        return [""] * len(lr)
+        """A prompt for each image, from the tagger; "" where there is none."""
+        if self.tagger is None:
+            return [""] * len(lr)
+        texts = list(self.tagger(lr))
+        if len(texts) != len(lr):
+            raise ValueError(f"tagger must give one text per image ({len(lr)}), got {len(texts)}")
+        return texts
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
@@ -224,10 +249,10 @@ class ISRModel(ABC):
         self.check_lr(lr, prompts, negative_prompts)
         lr = lr.to(self.device, self.dtype)
         image = self.first_stage(lr)
-        spatial = self.control(image)
+        spatial, tokens = self.control(image), self.embed_image(lr)
 
         def under(texts: list[str], negative: Condition | None) -> Condition:
-            return Condition(image, list(texts), spatial, self.embed(lr, texts), negative)
+            return Condition(image, list(texts), spatial, self.embed(texts) | tokens, negative)
 
         return under(prompts, None if negative_prompts is None else under(negative_prompts, None))
 

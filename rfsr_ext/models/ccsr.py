@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler
+from diffusers import ControlNetModel, DDPMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from rfsr_ext.models.base import Recipe
-from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe, open_tokenizer_and_scheduler
-from rfsr_ext.models.folders import open_part
+from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
+from rfsr_ext.models.folders import open_part, open_plain_part
+from rfsr_ext.models.latent_control import LatentControlNetISRModel
 from rfsr_ext.models.process import NonUniformProcess
 from rfsr_ext.networks import compvis
-from rfsr_ext.networks.controlnet import LatentControlNetModel
 from rfsr_ext.networks.options import with_options
-from rfsr_ext.weights.reading import open_network, read_tensors
+from rfsr_ext.weights.reading import read_tensors
 
 __all__ = ["CCSRModel", "CCSRv1Model", "CCSRv2ControlNetModel", "CCSRv2Model"]
 
@@ -55,6 +55,7 @@ class CCSRModel(ControlNetISRModel):
         ValueError: if the parts do not fit each other, or the shares or the scheduler cannot serve.
     """
 
+    arguments: ClassVar[frozenset[str]] = ControlNetISRModel.arguments | {"t_max", "t_min"}
     version: ClassVar[str]
     authors: ClassVar[Recipe]
     shares: ClassVar[tuple[float, float]]
@@ -74,17 +75,6 @@ class CCSRModel(ControlNetISRModel):
 
     def settings(self) -> dict[str, Any]:
         return {"t_max": self.t_max, "t_min": self.t_min}
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *, t_max: float | None = None, t_min: float | None = None, **options
-    ) -> Self:
-        """As `ControlNetISRModel.from_pretrained`; ``t_max`` and ``t_min`` replace what the folder says."""
-        model = super().from_pretrained(path, **options)
-        model.t_max = model.t_max if t_max is None else t_max
-        model.t_min = model.t_min if t_min is None else t_min
-        model.process()
-        return model
 
 
 # -- version 2 --------------------------------------------------------------------------------------------------------
@@ -196,30 +186,22 @@ class CCSRv2Model(CCSRModel):
                 parts[name] = open_part(kind, folder / name, torch_dtype, name)
             except ValueError as error:
                 raise ValueError(f"{error}; {advice}") from error
-        merged = Recipe(**cls.authors.to_dict() | check_recipe(recipe))
+        merged = cls.authors.replace(**recipe)
         return cls(**parts, scale=scale, recipe=merged, trained=trained, t_max=t_max, t_min=t_min)
 
 
 # -- version 1 --------------------------------------------------------------------------------------------------------
 
 
-class CCSRv1Model(CCSRModel):
+class CCSRv1Model(CCSRModel, LatentControlNetISRModel):
     """CCSR v1, over `LatentControlNetModel`, from pure noise: 45 steps of the schedule, of which it takes 16.
 
     Args:
-        args, kwargs: as for `CCSRModel`.
-        cond_encoder: a VAE whose encoder makes the ControlNet's condition; None where it is that of ``vae``, as in the
-            released checkpoint.
+        args, kwargs: as for `CCSRModel` and `LatentControlNetISRModel`.
     """
 
     kind: ClassVar[str] = "ccsr"
-    classes: ClassVar[dict[str, type]] = ControlNetISRModel.classes | {
-        "controlnet": LatentControlNetModel,
-        "cond_encoder": AutoencoderKL,
-    }
-    optional: ClassVar[frozenset[str]] = frozenset({"cond_encoder"})
     opens: ClassVar[str] = "CCSR v1"
-    conditioning_channels: ClassVar[int] = 4
     version: ClassVar[str] = "v1"
     shares: ClassVar[tuple[float, float]] = (0.6667, 0.3333)
     authors: ClassVar[Recipe] = Recipe(
@@ -235,16 +217,6 @@ class CCSRv1Model(CCSRModel):
         reward_window=(0, 400),
         window_unit="timesteps",
     )
-
-    def __init__(self, *args, cond_encoder: AutoencoderKL | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        if cond_encoder is not None:
-            self.networks["cond_encoder"] = cond_encoder.eval().requires_grad_(False)
-
-    def control(self, image: Tensor) -> dict[str, Tensor]:
-        encoder = self.networks.get("cond_encoder", self.vae)
-        latents = encoder.encode(image.to(self.dtype) * 2 - 1).latent_dist.mode()
-        return {"controlnet_cond": latents * self.scaling_factor}
 
     @classmethod
     def from_released(
@@ -277,7 +249,7 @@ class CCSRv1Model(CCSRModel):
             ValueError: if the file is another model's or damaged.
             TypeError: for a recipe field that does not exist.
         """
-        merged = Recipe(**cls.authors.to_dict() | check_recipe(recipe))
+        merged = cls.authors.replace(**recipe)
         path = Path(weights) / _CHECKPOINT if Path(weights).is_dir() else Path(weights)
         base = path.parent / _BASE if base is None else Path(base)
         if not path.is_file():
@@ -287,14 +259,8 @@ class CCSRv1Model(CCSRModel):
             networks = _v1_networks(path, num_head_channels, torch_dtype)
         except ValueError as error:
             raise ValueError(f"{error}; {_V1_ADVICE}") from error
-        scheduler = DDPMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            timestep_spacing="linspace",
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
+        scheduler = DDPMScheduler(**compvis.SCHEDULE, clip_sample=False, timestep_spacing="linspace")
+        tokenizer = open_plain_part(CLIPTokenizer, base / "tokenizer")
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # OpenCLIP's padding, whatever base it is
         options = {"scale": scale, "recipe": merged, "trained": trained, "t_max": t_max, "t_min": t_min}
         return cls(**networks, tokenizer=tokenizer, scheduler=scheduler, **options)
@@ -314,10 +280,9 @@ def _v1_networks(path: Path, num_head_channels: int, dtype: torch.dtype) -> dict
         raise ValueError(
             f"{str(path)!r} is not {what}: it has {'no' if wrong[0] in _V1_PARTS else 'also a'} {wrong[0]}"
         )
-    condition, own = found.pop("cond_encoder"), found["vae"]
-    if any(name not in own or not torch.equal(own[name], tensor) for name, tensor in condition.items()):
-        decoder = {n: t for n, t in own.items() if n.startswith(("decoder.", "post_quant_conv."))}
-        found["cond_encoder"] = condition | decoder
+    condition = compvis.condition_encoder(found)
+    found = {name: part for name, part in found.items() if name != "cond_encoder"}
+    found |= {} if condition is None else {"cond_encoder": condition}
     convert = {
         "unet": partial(compvis.unet, num_head_channels=num_head_channels),
         "controlnet": partial(compvis.controlnet, num_head_channels=num_head_channels),
@@ -325,11 +290,4 @@ def _v1_networks(path: Path, num_head_channels: int, dtype: torch.dtype) -> dict
         "vae": compvis.vae,
         "cond_encoder": compvis.vae,
     }
-    networks = {}
-    for name, part in found.items():
-        try:
-            build, renamed = convert[name](part)
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is not {what}: {error}") from error
-        networks[name] = open_network(build, renamed, path, f"{what} ({name})", dtype)
-    return networks
+    return {n: compvis.opened(convert[n], part, path, f"{what} ({n})", dtype) for n, part in found.items()}

@@ -4,8 +4,8 @@ Saved as an ordinary diffusers folder that `diffusers.StableDiffusionControlNetP
 facts diffusers has no place for (scale and recipe) lie beside it in ``isr_config.json``.
 """
 
-import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
-from rfsr_ext.models.folders import ISR_CONFIG, open_part, open_plain_part, read_index, write_folder
+from rfsr_ext.models.folders import ISR_CONFIG, open_part, open_plain_part, read_index, require_classes, write_folder
 
-__all__ = ["ISR_CONFIG", "ControlNetISRModel", "check_recipe", "open_tokenizer_and_scheduler"]
+__all__ = ["ISR_CONFIG", "ControlNetISRModel", "open_tokenizer_and_scheduler"]
 
 _PIPELINE = "StableDiffusionControlNetPipeline"
 
@@ -35,6 +35,7 @@ class ControlNetISRModel(ISRModel):
         recipe: the authors' values.
         trained: see `ISRModel`; all of U-Net and ControlNet by default, as in the paper. ``{"controlnet": ""}`` or
             ``{"unet": "attentions", "controlnet": ""}`` train less.
+        tagger: see `ISRModel`.
 
     Raises:
         ValueError: if the parts do not fit each other, or the scheduler cannot serve.
@@ -48,6 +49,7 @@ class ControlNetISRModel(ISRModel):
         "controlnet": ControlNetModel,
     }
     optional: ClassVar[frozenset[str]] = frozenset()  # which of them a folder may lack
+    arguments: ClassVar[frozenset[str]] = frozenset({"tagger"})  # of the class, that from_pretrained passes on
     opens: ClassVar[str] = "Stable Diffusion 1.x and 2.x with a ControlNet"
     conditioning_channels: ClassVar[int] = 3  # of what `control` gives to the ControlNet
 
@@ -62,11 +64,12 @@ class ControlNetISRModel(ISRModel):
         scale: int = 4,
         recipe: Recipe | None = None,
         trained: dict[str, str] | None = None,
+        tagger: Callable[[Tensor], list[str]] | None = None,
     ):
         self.networks = {"vae": vae, "text_encoder": text_encoder, "unet": unet, "controlnet": controlnet}
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.trained = {"unet": "", "controlnet": ""} if trained is None else dict(trained)
-        self.scale, self.recipe = scale, recipe or Recipe()
+        self.scale, self.recipe, self.tagger = scale, recipe or Recipe(), tagger
         # read once: wrapped modules (several processes, adapters) have no config
         self.latent_channels = unet.config.in_channels
         self.scaling_factor = vae.config.scaling_factor
@@ -103,7 +106,7 @@ class ControlNetISRModel(ISRModel):
     def control(self, image: Tensor) -> dict[str, Tensor]:
         return {"controlnet_cond": image}
 
-    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": self.encode_prompts(prompts)}
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
@@ -176,7 +179,8 @@ class ControlNetISRModel(ISRModel):
             controlnet: the ControlNet's own folder, for a Stable Diffusion folder that holds none.
             torch_dtype: of all networks.
             scale, trained: as in the class; those of ``isr_config.json`` by default, else the class's own.
-            recipe: fields of `Recipe` that replace those of ``isr_config.json``, such as ``start="noise"``.
+            recipe: fields of `Recipe` that replace those of ``isr_config.json``, such as ``start="noise"``; and what
+                the class itself takes besides, such as ``tagger=``.
 
         Raises:
             FileNotFoundError: if there is no such folder.
@@ -189,9 +193,11 @@ class ControlNetISRModel(ISRModel):
         own = {name: stored.pop(name, None) for name in ("model", "scale", "trained", "recipe")}
         scale = own["scale"] or 4 if scale is None else scale
         trained = own["trained"] if trained is None else trained
-        recipe = (own["recipe"] or {}) | check_recipe(recipe)
+        given = {name: recipe.pop(name, None) for name in cls.arguments}
+        stored |= {name: value for name, value in given.items() if value is not None}
+        merged = Recipe(**(own["recipe"] or {})).replace(**recipe)
         parts = cls._open_parts(path, controlnet, torch_dtype)
-        return cls(**parts, scale=scale, recipe=Recipe(**recipe), trained=trained, **stored)
+        return cls(**parts, scale=scale, recipe=merged, trained=trained, **stored)
 
     @classmethod
     def _open_parts(cls, path: Path, controlnet: str | Path | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -206,27 +212,10 @@ class ControlNetISRModel(ISRModel):
             for name in cls.classes
             if name not in cls.optional or found.get(name) is not None
         }
-        for name, place in places.items():
-            if place == path / name and found.get(name) != cls.classes[name].__name__:
-                wanted = cls.classes[name].__name__
-                raise ValueError(
-                    f"{name} in {str(path)!r} must be a {wanted}, got {found.get(name)}; this class opens {cls.opens}"
-                )
+        inside = {name: cls.classes[name] for name, place in places.items() if place == path / name}
+        require_classes(path, inside, f"this class opens {cls.opens}")
         parts: dict[str, Any] = {n: open_part(cls.classes[n], place, dtype, n) for n, place in places.items()}
         return parts | open_tokenizer_and_scheduler(path)
-
-
-def check_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `Recipe`.
-
-    Raises:
-        TypeError: for one that does not exist.
-    """
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    for name in recipe:
-        if name not in known:
-            raise TypeError(f"recipe field must be one of {', '.join(sorted(known))}, got {name!r}")
-    return recipe
 
 
 def open_tokenizer_and_scheduler(path: Path) -> dict[str, Any]:

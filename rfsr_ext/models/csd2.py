@@ -10,7 +10,7 @@ from diffusers import ControlNetModel, DDPMScheduler
 from torch import Tensor
 
 from rfsr_ext.models.base import Recipe
-from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe, open_tokenizer_and_scheduler
+from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part
 from rfsr_ext.weights.reading import open_network, read_tensors
 
@@ -36,29 +36,13 @@ class CSD2ISRModel(ControlNetISRModel):
         parts: those of `ControlNetISRModel`, by name.
         recipe: the authors' values; `CSD2_RECIPE` by default.
         trained: see `ControlNetISRModel`; the authors of C-SD2 train ``{"controlnet": ""}`` alone.
-        tagger: takes LR images ``[N, 3, h, w]`` in [0, 1] to N prompts such as "cat, fur"; the authors' is DAPE.
-        options: the others of `ControlNetISRModel`.
+        options: the others of `ControlNetISRModel`; the authors' ``tagger`` is DAPE.
     """
 
     kind = "c-sd2"
 
-    def __init__(
-        self, *, recipe: Recipe = CSD2_RECIPE, tagger: Callable[[Tensor], list[str]] | None = None, **options: Any
-    ):
+    def __init__(self, *, recipe: Recipe = CSD2_RECIPE, **options: Any):
         super().__init__(recipe=recipe, **options)
-        self.tagger = tagger
-
-    def describe(self, lr: Tensor) -> list[str]:
-        return super().describe(lr) if self.tagger is None else self.tagger(lr)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *, tagger: Callable[[Tensor], list[str]] | None = None, **options: Any
-    ) -> Self:
-        """As `ControlNetISRModel.from_pretrained`, with a tagger, which no folder holds."""
-        model = super().from_pretrained(path, **options)
-        model.tagger = tagger
-        return model
 
     @classmethod
     def from_released(
@@ -86,6 +70,7 @@ class CSD2ISRModel(ControlNetISRModel):
             ValueError: if one is damaged or another model's.
             TypeError: for a recipe field that does not exist.
         """
+        merged = CSD2_RECIPE.replace(**recipe)
         path, tensors = read_controlnet(weights, ("c-sd2", "dp2o-sd2"))
         base = path.parent.parent / "stable-diffusion-2-base" if base is None else Path(base)
         if not base.is_dir():
@@ -110,8 +95,7 @@ class CSD2ISRModel(ControlNetISRModel):
         what = f"a ControlNet of the U-Net in {str(base)!r}"
         parts["controlnet"] = open_network(build, tensors, path, what, torch_dtype)
         parts["scheduler"] = DDPMScheduler.from_config(parts["scheduler"].config, clip_sample=False)
-        recipe = Recipe(**(CSD2_RECIPE.to_dict() | check_recipe(recipe)))
-        return cls(**parts, scale=scale, recipe=recipe, trained=trained, tagger=tagger)
+        return cls(**parts, scale=scale, recipe=merged, trained=trained, tagger=tagger)
 
 
 def read_controlnet(weights: str | Path, folders: Sequence[str]) -> tuple[Path, dict[str, Tensor]]:

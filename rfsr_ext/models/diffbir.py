@@ -25,25 +25,24 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import SchedulerMixin
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from rfsr_ext.models.base import Recipe
-from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe, open_tokenizer_and_scheduler
-from rfsr_ext.models.folders import open_part, read_index
+from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
+from rfsr_ext.models.folders import open_part, open_plain_part, require_classes
+from rfsr_ext.models.latent_control import LatentControlNetISRModel
 from rfsr_ext.networks import compvis
-from rfsr_ext.networks.controlnet import LatentControlNetModel
 from rfsr_ext.networks.rrdbnet import RRDBNet
 from rfsr_ext.networks.swinir import SwinIR
-from rfsr_ext.weights.reading import open_network, read_tensors
+from rfsr_ext.weights.reading import read_tensors
 
 __all__ = ["DIFFBIR_VERSIONS", "DiffBIRModel", "diffbir_scheduler"]
 
 Tagger = Callable[[Tensor], list[str]]
 
-_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _COMMON = {"start": "noise", "color_fix": "wavelet", "tile": 512, "overlap": 256, "min_side": 512}
 _QUALITY = (
     "Cinematic, High Contrast, highly detailed, taken using a Canon EOS R camera, hyper detailed photo - realistic "
@@ -130,9 +129,11 @@ def diffbir_scheduler(version: str) -> SchedulerMixin:
     are theirs where the number of steps divides 1000; else they may differ by one.
     """
     if version != "v2.1":
-        return DDPMScheduler(**_SCHEDULE, timestep_spacing="linspace", clip_sample=False, variance_type="fixed_small")
+        return DDPMScheduler(
+            **compvis.SCHEDULE, timestep_spacing="linspace", clip_sample=False, variance_type="fixed_small"
+        )
     return DPMSolverMultistepScheduler(
-        **_SCHEDULE,
+        **compvis.SCHEDULE,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         algorithm_type="sde-dpmsolver++",
@@ -143,7 +144,7 @@ def diffbir_scheduler(version: str) -> SchedulerMixin:
     )
 
 
-class DiffBIRModel(ControlNetISRModel):
+class DiffBIRModel(LatentControlNetISRModel):
     """DiffBIR v1, v2 and v2.1; `from_released` opens their authors' files.
 
     The ControlNet sees the latents of the first stage's picture beside z_t.  That picture is also what colors are taken
@@ -153,12 +154,11 @@ class DiffBIRModel(ControlNetISRModel):
     through all of it, as training the U-Net asks for.
 
     Args:
-        vae, text_encoder, tokenizer, unet, controlnet, scheduler, scale, recipe, trained: as in `ControlNetISRModel`.
+        parts: as for `LatentControlNetISRModel`, by position or name.
         swinir: first stage that restores the enlarged LR image (v1, v2.1).
         bsrnet: first stage that enlarges and restores the LR image (v2); give one of the two.
-        cond_encoder: a VAE whose encoder makes the control latents, where it is not the model's own.
-        tagger: images ``[N, 3, h, w]`` in [0, 1] to one text for each, such as its tags joined by ", " (DiffBIR-tag).
-            It is no network of the model and is not saved.
+        recipe: the authors' values by default.
+        more: see `LatentControlNetISRModel`; with a ``tagger`` it is DiffBIR-tag.
 
     Raises:
         ValueError: if the parts do not fit each other, or the scheduler cannot serve.
@@ -166,74 +166,45 @@ class DiffBIRModel(ControlNetISRModel):
 
     kind: ClassVar[str] = "diffbir"
     classes: ClassVar[dict[str, type]] = {
-        **ControlNetISRModel.classes,
-        "controlnet": LatentControlNetModel,
+        **LatentControlNetISRModel.classes,
         "swinir": SwinIR,
         "bsrnet": RRDBNet,
-        "cond_encoder": AutoencoderKL,
     }
-    optional: ClassVar[frozenset[str]] = frozenset({"swinir", "bsrnet", "cond_encoder"})
+    optional: ClassVar[frozenset[str]] = LatentControlNetISRModel.optional | {"swinir", "bsrnet"}
     opens: ClassVar[str] = "DiffBIR folders that save_pretrained wrote"
-    conditioning_channels: ClassVar[int] = 4  # latents
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        controlnet: LatentControlNetModel,
-        scheduler: SchedulerMixin,
+        *parts,
         swinir: SwinIR | None = None,
         bsrnet: RRDBNet | None = None,
-        cond_encoder: AutoencoderKL | None = None,
-        scale: int = 4,
         recipe: Recipe | None = None,
-        trained: dict[str, str] | None = None,
-        tagger: Tagger | None = None,
+        **more,
     ):
         if (swinir is None) == (bsrnet is None):
             raise ValueError(
                 f"DiffBIR needs swinir or bsrnet as its first stage, got {'both' if swinir else 'neither'}"
             )
         recipe = recipe or Recipe(**DIFFBIR_VERSIONS["v2" if swinir is None else "v1"].recipe)
-        super().__init__(vae, text_encoder, tokenizer, unet, controlnet, scheduler, scale, recipe, trained)
+        super().__init__(*parts, recipe=recipe, **more)
         shapes = [
-            [*network.config.block_out_channels, network.config.cross_attention_dim] for network in (controlnet, unet)
+            [*network.config.block_out_channels, network.config.cross_attention_dim]
+            for network in (self.controlnet, self.unet)
         ]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"controlnet's widths must be the unet's, {shapes[1]}, got {shapes[0]}; DiffBIR's is made for Stable "
                 "Diffusion 2.1-base"
             )
-        more = {"swinir": swinir, "bsrnet": bsrnet, "cond_encoder": cond_encoder}
-        for name, network in more.items():
+        for name, network in (("swinir", swinir), ("bsrnet", bsrnet)):
             if network is not None:
                 self.networks[name] = network.eval().requires_grad_(False)
-        self.tagger = tagger
 
     def first_stage(self, lr: Tensor) -> Tensor:
         """The LR image enlarged (bicubic, as Pillow does) and restored by SwinIR, or enlarged ×4 by BSRNet."""
         if "bsrnet" in self.networks:
             return _resize(self.networks["bsrnet"](lr), [n * self.scale for n in lr.shape[-2:]])
         return self.networks["swinir"](_resize(lr, [n * self.scale for n in lr.shape[-2:]]).clamp(0, 1))
-
-    def control(self, image: Tensor) -> dict[str, Tensor]:
-        """The image's latents."""
-        if "cond_encoder" not in self.networks:
-            return {"controlnet_cond": self.encode(image)}
-        latents = self.networks["cond_encoder"].encode(image.to(self.dtype) * 2 - 1).latent_dist.mode()
-        return {"controlnet_cond": latents * self.scaling_factor}
-
-    def describe(self, lr: Tensor) -> list[str]:
-        return super().describe(lr) if self.tagger is None else list(self.tagger(lr))
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, *, tagger: Tagger | None = None, **options) -> Self:
-        """Open a folder that `save_pretrained` wrote; see `ControlNetISRModel.from_pretrained`."""
-        model = super().from_pretrained(path, **options)
-        model.tagger = tagger
-        return model
 
     @classmethod
     def from_released(
@@ -283,7 +254,7 @@ class DiffBIRModel(ControlNetISRModel):
         if version not in DIFFBIR_VERSIONS:
             raise ValueError(f"version must be one of {', '.join(DIFFBIR_VERSIONS)}, got {version!r}")
         facts = DIFFBIR_VERSIONS[version]
-        merged = Recipe(**(facts.recipe | check_recipe(recipe)))
+        merged = Recipe(**facts.recipe).replace(**recipe)
         if (
             version == "v1"
             and (weights / _FULL).is_file()
@@ -293,7 +264,8 @@ class DiffBIRModel(ControlNetISRModel):
             tensors = compvis.parts(_read(control_path), control_path)
             control = _part(tensors, "controlnet", control_path)
             parts = _stable_diffusion(tensors, control_path, torch_dtype, num_head_channels)
-            parts |= _condition_encoder(tensors, control_path, torch_dtype)
+            if (own := compvis.condition_encoder(tensors)) is not None:
+                parts["cond_encoder"] = _convert(compvis.vae, own, control_path, "a condition encoder", torch_dtype)
             if "preprocess_model" in tensors:  # that of training; general_swinir_v1.ckpt takes its place
                 _first_stage("swinir", tensors["preprocess_model"], control_path)
             parts["tokenizer"] = _tokenizer(weights, base)
@@ -354,13 +326,11 @@ def _convert(
     what: str,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """A network of one of the authors' files, strictly."""
+    """A network of one of the authors' files; a complaint says where that comes from."""
     try:
-        build, converted = convert(tensors)
+        return compvis.opened(convert, tensors, path, what, dtype)
     except ValueError as error:
-        name = path.name
-        raise ValueError(f"{str(path)!r} is not {what}: {error}; {name} comes from {_source(name)}") from None
-    return open_network(build, converted, path, what, dtype)
+        raise ValueError(f"{error}; {path.name} comes from {_source(path.name)}") from None
 
 
 def _first_stage(name: str, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -391,20 +361,11 @@ def _stable_diffusion(
     }
 
 
-def _condition_encoder(tensors: dict[str, dict[str, Tensor]], path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The encoder of control latents, if it is another one than the VAE's; the authors' is a copy of that."""
-    own, vae = tensors.get("cond_encoder", {}), tensors["vae"]
-    if all(name in vae and torch.equal(tensor, vae[name]) for name, tensor in own.items()):
-        return {}
-    decoder = {n: t for n, t in vae.items() if n.startswith(("decoder.", "post_quant_conv."))}
-    return {"cond_encoder": _convert(compvis.vae, own | decoder, path, "a condition encoder", dtype)}
-
-
 def _tokenizer(weights: Path, base: Path | None) -> CLIPTokenizer:
     folders = [weights, weights / _FOLDER, *([] if base is None else [base, base.parent])]
     for folder in folders:
         if (folder / "tokenizer").is_dir():
-            return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            return open_plain_part(CLIPTokenizer, folder / "tokenizer")
     raise FileNotFoundError(
         f"{str(weights / 'tokenizer')!r} does not exist; put the folder tokenizer/ (vocab.json, merges.txt …) of any "
         "Stable Diffusion there, because DiffBIR's files hold none"
@@ -428,14 +389,8 @@ def _open_base(
             raise ValueError(f"base {str(source)!r} must be Stable Diffusion alone, got one with {min(strange)}")
         tokenizer = _tokenizer(weights, base)
         return _stable_diffusion(tensors, source, dtype, num_head_channels) | {"tokenizer": tokenizer}
-    found = read_index(source)
-    classes = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
-    for name, kind in classes.items():
-        if found.get(name) != kind.__name__:
-            raise ValueError(
-                f"{name} in {str(source)!r} must be a {kind.__name__}, got {found.get(name)}; give a folder of Stable "
-                "Diffusion 2.1-base"
-            )
+    classes = {name: ControlNetISRModel.classes[name] for name in ("vae", "text_encoder", "unet")}
+    require_classes(source, classes, "give a folder of Stable Diffusion 2.1-base")
     others = open_tokenizer_and_scheduler(source)
     predicted = others["scheduler"].config.get("prediction_type", "epsilon")
     if predicted != facts.prediction_type:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
-from rfsr_ext.models.controlnet import check_recipe
 from rfsr_ext.models.csd2 import read_controlnet
-from rfsr_ext.models.folders import ISR_CONFIG, open_part, open_plain_part, read_index, write_folder
+from rfsr_ext.models.folders import ISR_CONFIG, open_part, open_plain_part, read_index, require_classes, write_folder
 from rfsr_ext.models.process import Process
 from rfsr_ext.weights.reading import open_network
 
@@ -76,7 +75,7 @@ class FluxISRModel(ISRModel):
     kept, so that a run does not wait for them.  To have them and the transformer on one GPU by turns::
 
         model.text_device = "cuda"
-        model.to("cpu").embed(lr, prompts)
+        model.to("cpu").embed(prompts)
         model.text_device = "cpu"
         model.to("cuda")
 
@@ -90,7 +89,7 @@ class FluxISRModel(ISRModel):
         guidance: FLUX's own, not used by models without that input, such as FLUX.1-schnell.
         max_sequence_length: of T5's tokens.
         text_device: where the text encoders stay when the model is moved; None for where the model is.
-        tagger: takes LR images ``[N, 3, h, w]`` in [0, 1] to N prompts such as "cat, fur"; the authors' is DAPE.
+        tagger: see `ISRModel`; the authors' is DAPE.
 
     Raises:
         ValueError: if the parts do not fit each other, the scheduler cannot serve or ``trained`` names a text encoder.
@@ -158,11 +157,8 @@ class FluxISRModel(ISRModel):
     def control(self, image: Tensor) -> dict[str, Tensor]:
         return {"controlnet_cond": self.encode(image)}
 
-    def describe(self, lr: Tensor) -> list[str]:
-        return super().describe(lr) if self.tagger is None else self.tagger(lr)
-
     @torch.no_grad()
-    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
             for prompt, *found in zip(new, *self.encode_prompts(new), strict=True):
@@ -298,7 +294,7 @@ class FluxISRModel(ISRModel):
         stored.pop("model", None)
         given = {"scale": scale, "trained": trained, "guidance": guidance}
         stored |= {name: value for name, value in given.items() if value is not None}
-        stored["recipe"] = Recipe(**(FLUX_RECIPE.to_dict() | stored.get("recipe", {}) | check_recipe(recipe)))
+        stored["recipe"] = FLUX_RECIPE.replace(**stored.get("recipe", {})).replace(**recipe)
         parts = _open_parts(path, torch_dtype, path / "controlnet" if controlnet is None else Path(controlnet))
         return cls(**parts, **stored, text_device=text_device, tagger=tagger)
 
@@ -326,6 +322,7 @@ class FluxISRModel(ISRModel):
         Raises:
             FileNotFoundError, ValueError, TypeError: as `from_pretrained` does.
         """
+        merged = FLUX_RECIPE.replace(**recipe)
         path, tensors = read_controlnet(weights, ("c-flux", "dp2o-flux"))
         base = path.parent.parent / "FLUX.1-dev" if base is None else Path(base)
         if not base.is_dir():
@@ -338,24 +335,16 @@ class FluxISRModel(ISRModel):
             config[name] = len({key.split(".")[1] for key in tensors if key.startswith(f"{blocks}.")})
         what = f"a ControlNet of the transformer in {str(base)!r}"
         parts["controlnet"] = open_network(lambda: FluxControlNetModel(**config), tensors, path, what, torch_dtype)
-        recipe = Recipe(**(FLUX_RECIPE.to_dict() | check_recipe(recipe)))
-        return cls(**parts, scale=scale, recipe=recipe, trained=trained, text_device=text_device, tagger=tagger)
+        return cls(**parts, scale=scale, recipe=merged, trained=trained, text_device=text_device, tagger=tagger)
 
 
 def _open_parts(path: Path, dtype: torch.dtype, controlnet: Path | None = None) -> dict[str, Any]:
     """The parts of a folder of FLUX.1, with a ControlNet where one is asked for."""
-    found = read_index(path)
-    if controlnet == path / "controlnet" and found.get("controlnet") is None:
+    if controlnet == path / "controlnet" and read_index(path).get("controlnet") is None:
         raise ValueError(f"model folder {str(path)!r} holds no ControlNet; give the folder of one as controlnet=")
-    parts: dict[str, Any] = {}
-    for name, kind in _CLASSES.items():
-        if name == "controlnet":
-            continue
-        if found.get(name) != kind.__name__:
-            raise ValueError(
-                f"{name} in {str(path)!r} must be a {kind.__name__}, got {found.get(name)}; this class opens FLUX.1"
-            )
-        parts[name] = open_part(kind, path / name, dtype)
+    classes = {name: kind for name, kind in _CLASSES.items() if name != "controlnet"}
+    require_classes(path, classes, "this class opens FLUX.1")
+    parts: dict[str, Any] = {name: open_part(kind, path / name, dtype) for name, kind in classes.items()}
     if controlnet is not None:
         parts["controlnet"] = open_part(FluxControlNetModel, controlnet, dtype)
     plain = _TOKENIZERS | {"scheduler": FlowMatchEulerDiscreteScheduler}

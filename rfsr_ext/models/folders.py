@@ -13,8 +13,9 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from rfsr_ext.files import replace_folder
+from rfsr_ext.weights.reading import differences, reason
 
-__all__ = ["ISR_CONFIG", "open_part", "open_plain_part", "quiet", "read_index", "write_folder"]
+__all__ = ["ISR_CONFIG", "open_part", "open_plain_part", "quiet", "read_index", "require_classes", "write_folder"]
 
 ISR_CONFIG = "isr_config.json"
 """The file in a model's folder that holds what diffusers has no place for."""
@@ -60,6 +61,18 @@ def read_index(path: Path) -> dict[str, str | None]:
     return {"_class_name": entries.get("_class_name"), **classes}
 
 
+def require_classes(path: Path, classes: Mapping[str, type], advice: str) -> None:
+    """Refuse a folder whose parts are of other classes; ``advice`` ends the sentence.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_index` does; or naming the first such part.
+    """
+    found = read_index(path)
+    for name, kind in classes.items():
+        if found.get(name) != kind.__name__:
+            raise ValueError(f"{name} in {str(path)!r} must be a {kind.__name__}, got {found.get(name)}; {advice}")
+
+
 def open_part(kind: type, folder: str | Path, dtype: torch.dtype = torch.float32, name: str | None = None) -> nn.Module:
     """A network from its folder (``config.json`` and weights), by diffusers or transformers, in ``dtype``.
 
@@ -87,16 +100,14 @@ def open_part(kind: type, folder: str | Path, dtype: torch.dtype = torch.float32
                 folder, local_files_only=True, output_loading_info=True, **options
             )
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:300]
         raise ValueError(
-            f"{str(folder)!r} cannot be opened as {kind.__name__} ({reason}); the files are damaged or of another "
-            "model, fetch them again"
+            f"{str(folder)!r} cannot be opened as {kind.__name__} ({reason(error, 300)}); the files are damaged or of "
+            "another model, fetch them again"
         ) from error
     missing, strange = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or strange:
-        lacks = f"lacks {len(missing)} weights such as {missing[0]}" if missing else "lacks none"
-        more = f"has {len(strange)} unknown ones such as {strange[0]}" if strange else "has no unknown ones"
-        raise ValueError(f"{str(folder)!r} is no {kind.__name__} of its config.json: it {lacks} and {more}")
+        found = differences(missing, strange, "weights")
+        raise ValueError(f"{str(folder)!r} is no {kind.__name__} of its config.json: {found}")
     if mismatched := report.get("mismatched_keys"):
         name, given, wanted = sorted(mismatched)[0]
         raise ValueError(
@@ -140,5 +151,5 @@ def open_plain_part(kind: type, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)  # pyrefly: ignore[missing-attribute]
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:300]
-        raise ValueError(f"{str(folder)!r} cannot be opened as {kind.__name__} ({reason}); fetch it again") from error
+        why = reason(error, 300)
+        raise ValueError(f"{str(folder)!r} cannot be opened as {kind.__name__} ({why}); fetch it again") from error

@@ -5,7 +5,6 @@ to the same residuals as well, pixel by pixel (*pixel-aware cross attention*): i
 one more attention within the transformer that is there (PASD-light).  Weights keep the names of the authors' files.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from rfsr_ext.models.base import Condition, Recipe
-from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe, open_tokenizer_and_scheduler
+from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part
 from rfsr_ext.models.process import Process
 from rfsr_ext.networks.options import with_options
@@ -402,6 +401,7 @@ class PASDModel(ControlNetISRModel):
         "unet": PASDUNet2DConditionModel,
         "controlnet": PASDControlNetModel,
     }
+    arguments: ClassVar[frozenset[str]] = ControlNetISRModel.arguments | {"captioner"}
     opens: ClassVar[str] = "PASD and PASD-light"
 
     def __init__(
@@ -446,10 +446,7 @@ class PASDModel(ControlNetISRModel):
         cls, path: str | Path, *, captioner: Callable[[Tensor], list[str]] | str | None = None, **options
     ) -> Self:
         """As `ControlNetISRModel.from_pretrained`, with a captioner as in the class, which no folder holds."""
-        captioner = _captioner(captioner)
-        model = super().from_pretrained(path, **options)
-        model.captioner = captioner
-        return model
+        return super().from_pretrained(path, captioner=_captioner(captioner), **options)  # opened before the weights
 
     @classmethod
     def from_released(
@@ -478,7 +475,7 @@ class PASDModel(ControlNetISRModel):
             ValueError: if there are several models to choose from, or files are damaged or of another model.
             TypeError: for a recipe field that does not exist.
         """
-        merged = dataclasses.replace(PASD_RECIPE, **check_recipe(recipe))
+        merged = PASD_RECIPE.replace(**recipe)
         checkpoint = _checkpoint(Path(weights))
         folder = _base(Path(weights), checkpoint) if base is None else Path(base)
         if not folder.is_dir():

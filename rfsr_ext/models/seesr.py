@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from rfsr_ext.models.base import Recipe
-from rfsr_ext.models.controlnet import ControlNetISRModel, check_recipe
-from rfsr_ext.models.folders import open_part, quiet
+from rfsr_ext.models.controlnet import ControlNetISRModel
+from rfsr_ext.models.folders import open_part, open_plain_part, quiet
 from rfsr_ext.networks.ram import RAM
 from rfsr_ext.networks.seesr import SeeSRControlNet, SeeSRUNet
 from rfsr_ext.weights.reading import open_network, read_tensors
@@ -40,10 +40,7 @@ of a tile: with random weights at reduced width 4 of 96 leave a seam and 32 of 9
 takes 28 tiles instead of 18.
 """
 
-SEESR_TURBO = Recipe(
-    **SEESR.to_dict()
-    | {"num_inference_steps": 2, "guidance_scale": 1.0, "structure_window": (1, 1), "reward_window": (2, 2)}
-)
+SEESR_TURBO = SEESR.replace(num_inference_steps=2, guidance_scale=1.0, structure_window=(1, 1), reward_window=(2, 2))
 """The authors' values over SD-Turbo; the windows are no one's."""
 
 _WHERE = "https://github.com/cswry/SeeSR says where its files are"
@@ -90,10 +87,10 @@ class SeeSRModel(ControlNetISRModel):
 
     def describe(self, lr: Tensor) -> list[str]:
         """RAM's tags, "cat, fur, stare"; "" for each image if the names of the tags are not known."""
-        return self.ram.tags(lr) if self.ram.has_tags else super().describe(lr)
+        return self.ram.tags(lr) if self.tagger is None and self.ram.has_tags else super().describe(lr)
 
-    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        return super().embed(lr, prompts) | {"image_encoder_hidden_states": self.ram.tokens(lr)}
+    def embed_image(self, lr: Tensor) -> dict[str, Tensor]:
+        return {"image_encoder_hidden_states": self.ram.tokens(lr)}
 
     @classmethod
     def from_released(
@@ -127,7 +124,7 @@ class SeeSRModel(ControlNetISRModel):
             ValueError: if one is damaged or of another model.
             TypeError: for a recipe field that does not exist.
         """
-        values = (SEESR_TURBO if base_unet else SEESR).to_dict() | check_recipe(recipe)
+        merged = (SEESR_TURBO if base_unet else SEESR).replace(**recipe)
         weights = Path(weights)
         own = weights / "seesr" if (weights / "seesr").is_dir() else weights
         for part in ("unet", "controlnet"):
@@ -141,9 +138,9 @@ class SeeSRModel(ControlNetISRModel):
             unet = _open_unet(own / "unet", base / "unet", base_unet, torch_dtype)
             controlnet = open_part(SeeSRControlNet, own / "controlnet", torch_dtype, "controlnet")
         ram = RAM.from_released([weights, weights.parent, base.parent], dape=True, torch_dtype=torch_dtype)
-        with quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
-            scheduler = DDPMScheduler.from_pretrained(base / "scheduler", local_files_only=True)
+        with quiet():  # of a folder made for another scheduler, which is what it says
+            tokenizer = open_plain_part(CLIPTokenizer, base / "tokenizer")
+            scheduler = open_plain_part(DDPMScheduler, base / "scheduler")
         return cls(
             open_part(AutoencoderKL, base / "vae", torch_dtype, "vae"),
             open_part(CLIPTextModel, base / "text_encoder", torch_dtype, "text_encoder"),
@@ -153,7 +150,7 @@ class SeeSRModel(ControlNetISRModel):
             scheduler,
             ram=ram,
             scale=scale,
-            recipe=Recipe(**values),
+            recipe=merged,
             trained=trained,
         )
 

@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from rfsr_ext.networks.controlnet import LatentControlNetModel
+from rfsr_ext.weights.reading import open_network
 
-__all__ = ["Converted", "controlnet", "parts", "text_encoder", "unet", "vae"]
+__all__ = ["SCHEDULE", "Converted", "condition_encoder", "controlnet", "opened", "parts", "text_encoder", "unet", "vae"]
 
 Converted = tuple[Callable[[], nn.Module], dict[str, Tensor]]
 """What builds the network, and its tensors by the network's own names."""
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+"""The noise that Stable Diffusion was trained with, which no such file tells, as diffusers' schedulers take it."""
 
 _PARTS = {
     "model.diffusion_model.": "unet",
@@ -68,6 +72,36 @@ def parts(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]
             f"{str(path)!r} must be a latent diffusion checkpoint, but no name starts with {next(iter(_PARTS))}"
         )
     return found
+
+
+def opened(
+    convert: Callable[[dict[str, Tensor]], Converted],
+    tensors: dict[str, Tensor],
+    path: Path,
+    what: str,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A network of one of the file's parts, strictly; ``what`` names it in the sentence of an error.
+
+    Raises:
+        ValueError: if it is another network.
+    """
+    try:
+        build, converted = convert(tensors)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not {what}: {error}") from error
+    return open_network(build, converted, path, what, dtype)
+
+
+def condition_encoder(tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Of a checkpoint's parts a whole VAE that encodes control images; None where the model's own does.
+
+    The file has the encoder alone, the authors' a copy of the model's; the decoder, which nobody asks for, is its.
+    """
+    own, vae = tensors.get("cond_encoder", {}), tensors["vae"]
+    if all(name in vae and torch.equal(tensor, vae[name]) for name, tensor in own.items()):
+        return None
+    return own | {name: tensor for name, tensor in vae.items() if name.startswith(("decoder.", "post_quant_conv."))}
 
 
 def _count(tensors: dict[str, Tensor], pattern: str) -> int:

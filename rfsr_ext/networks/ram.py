@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rfsr_ext.networks.swin import Swin
 from rfsr_ext.weights import registry
-from rfsr_ext.weights.reading import load_strictly, read_tensors
+from rfsr_ext.weights.reading import differences, load_strictly, read_tensors
 
 __all__ = ["DAPE_FILE", "RAM", "RAM_FILE", "merge_lora", "read_tags"]
 
@@ -246,9 +246,7 @@ def merge_lora(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     pairs = {f"{name}.lora_{side}": name for name in wanted for side in "AB"}
     missing, strange = [n for n in pairs if n not in adapter], [n for n in adapter if n not in pairs]
     if missing or strange:
-        lacks = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else "lacks none"
-        more = f"has {len(strange)} unknown ones such as {strange[0]}" if strange else "has no unknown ones"
-        raise ValueError(f"{str(path)!r} is not {_DAPE}: it {lacks} and {more}")
+        raise ValueError(f"{str(path)!r} is not {_DAPE}: {differences(missing, strange)}")
     merged = dict(tensors)
     for name in wanted:
         weight = tensors[f"{name}.weight"].float()

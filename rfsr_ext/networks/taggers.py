@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rfsr_ext.importing import import_object, is_import_name
 from rfsr_ext.networks.ram import RAM
+from rfsr_ext.weights.reading import reason
 
 __all__ = ["load_tagger"]
 
@@ -54,9 +55,9 @@ def _captioner(source: str, device: torch.device | str) -> Callable[[Tensor], li
         processor = AutoProcessor.from_pretrained(source, local_files_only=True)
         network = AutoModelForImageTextToText.from_pretrained(source, local_files_only=True).eval().to(device)
     except Exception as error:  # whatever transformers finds wrong
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise ValueError(
-            f"captioner {source!r} cannot be opened from the disk ({reason}); fetch it first, or give its folder"
+            f"captioner {source!r} cannot be opened from the disk ({reason(error, 200)}); fetch it first, or give its "
+            "folder"
         ) from error
 
     @torch.no_grad()

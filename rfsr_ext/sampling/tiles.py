@@ -107,8 +107,11 @@ class Tiled(ISRModel):
         names = self.model.control(image[self.tiles.part(self.tiles.corners()[0])])
         return {n: self.tiles.blend(lambda cut, count, n=n: self.model.control(cut(image))[n]) for n in names}
 
-    def embed(self, lr: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        return self.model.embed(lr, prompts)
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        return self.model.embed(prompts)
+
+    def embed_image(self, lr: Tensor) -> dict[str, Tensor]:
+        return self.model.embed_image(lr)
 
     def describe(self, lr: Tensor) -> list[str]:
         return self.model.describe(lr)

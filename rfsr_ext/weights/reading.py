@@ -2,14 +2,14 @@
 
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["load_strictly", "open_network", "read_tensors"]
+__all__ = ["differences", "load_strictly", "open_network", "read_tensors", "reason"]
 
 _WRAPPERS = ("state_dict", "params_ema", "params", "model")
 
@@ -31,9 +31,9 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
             return load_file(path)
         found = _read_torch(path)
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
         raise ValueError(
-            f"{what} {str(path)!r} cannot be read ({reason}); the file is damaged or something else, fetch it again"
+            f"{what} {str(path)!r} cannot be read ({reason(error)}); the file is damaged or something else, fetch it "
+            "again"
         ) from error
     if isinstance(found, Tensor):
         return {"": found}
@@ -57,6 +57,18 @@ def _read_torch(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
+def reason(error: Exception, at_most: int | None = None) -> str:
+    """The first sentence of another library's complaint, on one line and no longer than asked for."""
+    return " ".join(str(error).split()).split(". ")[0][:at_most]
+
+
+def differences(missing: Sequence[str], strange: Sequence[str], noun: str = "tensors") -> str:
+    """How the names in a file differ from those that are wanted, in words."""
+    lacks = f"lacks {len(missing)} {noun} such as {missing[0]}" if missing else "lacks none"
+    more = f"has {len(strange)} unknown ones such as {strange[0]}" if strange else "has no unknown ones"
+    return f"it {lacks} and {more}"
+
+
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path, what: str, assign: bool = False) -> None:
     """``load_state_dict`` whose complaint is one sentence; ``assign`` takes the tensors over instead of copying them.
 
@@ -67,9 +79,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path, wha
     missing = [name for name in wanted if name not in tensors]
     strange = [name for name in tensors if name not in wanted]
     if missing or strange:
-        lacks = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else "lacks none"
-        more = f"has {len(strange)} unknown ones such as {strange[0]}" if strange else "has no unknown ones"
-        raise ValueError(f"{str(path)!r} is not {what}: it {lacks} and {more}")
+        raise ValueError(f"{str(path)!r} is not {what}: {differences(missing, strange)}")
     for name, tensor in wanted.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(

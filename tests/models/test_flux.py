@@ -85,7 +85,7 @@ def test_prompts_are_embedded_as_the_stock_pipeline_does(model):
     )
     long = "cat, dog " * 40  # more than either tokenizer takes
     text, pooled, _ = pipeline.encode_prompt([*PROMPTS, long], None, max_sequence_length=16)
-    found = model.embed(None, [*PROMPTS, long])
+    found = model.embed([*PROMPTS, long])
     torch.testing.assert_close(found["encoder_hidden_states"], text)
     torch.testing.assert_close(found["pooled_projections"], pooled)
     assert text.shape == (3, 16, T5_WIDTH) and found["guidance"].tolist() == [2.5] * 3
@@ -241,27 +241,27 @@ def test_prompts_are_embedded_once(lr, monkeypatch):
     model, calls = tiny_flux(), []
     encode = model.encode_prompts
     monkeypatch.setattr(model, "encode_prompts", lambda prompts: calls.append(prompts) or encode(prompts))
-    both = model.embed(lr, ["cat", "", "cat"])
-    again = model.embed(lr, ["", "dog"])
+    both = model.embed(["cat", "", "cat"])
+    again = model.embed(["", "dog"])
     assert calls == [["cat", ""], ["dog"]]
     for name in ("encoder_hidden_states", "pooled_projections"):
         assert torch.equal(both[name][0], both[name][2]) and torch.equal(both[name][1], again[name][0])
-    model.embed(lr, [f"cat {i}" for i in range(70)])  # more than are kept
+    model.embed([f"cat {i}" for i in range(70)])  # more than are kept
     assert calls.pop() == [f"cat {i}" for i in range(70)]
-    model.embed(lr, ["", "cat 69"])
+    model.embed(["", "cat 69"])
     assert calls.pop() == [""]
 
 
 def test_the_text_encoders_have_a_device_of_their_own(lr):
     """By turns on one device; the meta device stands for one that has no room for them."""
     model = tiny_flux(text_device="cpu")
-    found = model.embed(lr, ["cat"])
+    found = model.embed(["cat"])
     model.text_device = "meta"
     model.to("cpu")
     devices = {name: next(m.parameters()).device.type for name, m in model.networks.items()}
     assert devices == {"vae": "cpu", "text_encoder": "meta", "text_encoder_2": "meta", "transformer": "cpu",
                        "controlnet": "cpu"}  # fmt: skip
-    again = model.embed(lr, ["cat"])
+    again = model.embed(["cat"])
     assert all(torch.equal(found[name], again[name]) for name in found)
     assert sample(model, lr[:1], ["cat"], generators(0, [0]), 2).isfinite().all()
 

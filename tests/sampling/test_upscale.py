@@ -33,8 +33,8 @@ class PixelwiseModel(ISRModel):
         self._see(image)
         return {"picture": image, "latent": F.avg_pool2d(image, 4)}
 
-    def embed(self, lr, prompts):
-        return {"text": torch.full((len(lr), 2, 3), float(len(prompts[0])))}
+    def embed(self, prompts):
+        return {"text": torch.full((len(prompts), 2, 3), float(len(prompts[0])))}
 
     def predict(self, latents, timestep, condition):
         self._see(condition.image)
