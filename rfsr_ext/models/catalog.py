@@ -111,110 +111,126 @@ _RAM = (  # of SeeSR and DiffBIR-tag
 _TAGS = tuple(replace(file, optional=True) for file in _RAM)  # of models that can go without
 _APACHE, _UNKNOWN = "Apache 2.0", "none stated"
 
-PUBLISHED: dict[str, PublishedModel] = {
-    "seesr": PublishedModel(
-        "rfsr_ext.models.seesr:SeeSRModel", "SeeSR", "2311.16518", _APACHE,
-        (
-            WantedFile("seesr/unet", "U-Net with image attentions", _SEESR),
-            WantedFile("seesr/controlnet", "ControlNet with image attentions", _SEESR), *_RAM, _SD2,
-        ),
-        preset="paper-seesr",
-        parameters=2_251_950_512,
+_SEESR_MODEL = PublishedModel(
+    "rfsr_ext.models.seesr:SeeSRModel",
+    "SeeSR",
+    "2311.16518",
+    _APACHE,
+    (
+        WantedFile("seesr/unet", "U-Net with image attentions", _SEESR),
+        WantedFile("seesr/controlnet", "ControlNet with image attentions", _SEESR),
+        *_RAM,
+        _SD2,
     ),
-    "seesr-turbo": PublishedModel(
-        "rfsr_ext.models.seesr:SeeSRModel", "SeeSR over SD-Turbo, two steps", "2311.16518", _APACHE,
-        (
-            WantedFile("seesr/unet", "U-Net with image attentions", _SEESR),
-            WantedFile("seesr/controlnet", "ControlNet with image attentions", _SEESR), *_RAM,
-            WantedFile("sd-turbo", "SD-Turbo, a diffusers folder", "stabilityai/sd-turbo", base=True),
-        ),
+    parameters=2_251_950_512,
+    preset="paper-seesr",
+)
+_SD_TURBO = WantedFile("sd-turbo", "SD-Turbo, a diffusers folder", "stabilityai/sd-turbo", base=True)
+_DIFFBIR_MODEL = PublishedModel(
+    "rfsr_ext.models.diffbir:DiffBIRModel",
+    "DiffBIR v1",
+    "2308.15070",
+    _APACHE,
+    (
+        WantedFile("general_full_v1.ckpt", "everything but the first stage", _DIFFBIR_V1),
+        WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1),
+        _TOKENIZER,
+    ),
+    parameters=1_668_898_294,
+    options={"version": "v1"},
+    preset="paper-diffbir",
+)
+
+
+def _dp2o(model: str, name: str, title: str, base: WantedFile, parameters: int) -> PublishedModel:
+    """One of DP2O-SR's models; before and after preference optimization they differ in the ControlNet's weights."""
+    files = (WantedFile(f"{name}/model.safetensors", "ControlNet", _DP2O), *_TAGS, base)
+    return PublishedModel(model, title, "2510.18851", _UNKNOWN, files, parameters, tagged=True, within=name)
+
+
+_CSD2, _CFLUX = "rfsr_ext.models.csd2:CSD2ISRModel", "rfsr_ext.models.flux:FluxISRModel"
+
+PUBLISHED: dict[str, PublishedModel] = {
+    "seesr": _SEESR_MODEL,
+    "seesr-turbo": replace(
+        _SEESR_MODEL,
+        title="SeeSR over SD-Turbo, two steps",
+        files=(*_SEESR_MODEL.files[:-1], _SD_TURBO),
         options={"base_unet": True},
-        parameters=2_251_950_512,
+        preset="",
     ),
     "pasd": PublishedModel(
-        "rfsr_ext.models.pasd:PASDModel", "PASD and PASD-light", "2308.14469", _APACHE,
+        "rfsr_ext.models.pasd:PASDModel",
+        "PASD and PASD-light",
+        "2308.14469",
+        _APACHE,
         (
             WantedFile("unet", "U-Net with pixel attentions", _PASD),
-            WantedFile("controlnet", "ControlNet with to_rgbs", _PASD), _SD15,
+            WantedFile("controlnet", "ControlNet with to_rgbs", _PASD),
+            _SD15,
         ),
-        preset="paper-pasd",
         parameters=1_675_759_364,
+        preset="paper-pasd",
     ),
-    "diffbir": PublishedModel(
-        "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v1", "2308.15070", _APACHE,
-        (
-            WantedFile("general_full_v1.ckpt", "everything but the first stage", _DIFFBIR_V1),
-            WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), _TOKENIZER,
-        ),
-        options={"version": "v1"}, preset="paper-diffbir",
-        parameters=1_668_898_294,
-    ),
-    "diffbir-tag": PublishedModel(
-        "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v1 with DAPE tags as prompts", "2412.03268", _APACHE,
-        (
-            WantedFile("general_full_v1.ckpt", "everything but the first stage", _DIFFBIR_V1),
-            WantedFile("general_swinir_v1.ckpt", "first stage, SwinIR", _DIFFBIR_V1), *_RAM, _TOKENIZER,
-        ),
-        options={"version": "v1"}, tagged=True, preset="paper-diffbir-tag",
+    "diffbir": _DIFFBIR_MODEL,
+    "diffbir-tag": replace(
+        _DIFFBIR_MODEL,
+        title="DiffBIR v1 with DAPE tags as prompts",
+        paper="2412.03268",
+        files=(*_DIFFBIR_MODEL.files[:-1], *_RAM, _TOKENIZER),
         parameters=1_881_015_339,
+        tagged=True,
+        preset="paper-diffbir-tag",
     ),
-    "diffbir-v2": PublishedModel(
-        "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v2", "2308.15070", _APACHE,
-        (
+    "diffbir-v2": replace(
+        _DIFFBIR_MODEL,
+        title="DiffBIR v2",
+        files=(
             WantedFile("v2.pth", "ControlNet", _DIFFBIR),
-            WantedFile("BSRNet.pth", "first stage, BSRNet", "github.com/cszn/KAIR, releases"), _SD21,
+            WantedFile("BSRNet.pth", "first stage, BSRNet", "github.com/cszn/KAIR, releases"),
+            _SD21,
         ),
-        options={"version": "v2"},
         parameters=1_669_803_694,
+        options={"version": "v2"},
+        preset="",
     ),
-    "diffbir-v2.1": PublishedModel(
-        "rfsr_ext.models.diffbir:DiffBIRModel", "DiffBIR v2.1", "2308.15070", _APACHE,
-        (
+    "diffbir-v2.1": replace(
+        _DIFFBIR_MODEL,
+        title="DiffBIR v2.1",
+        files=(
             WantedFile("DiffBIR_v2.1.pt", "ControlNet", _DIFFBIR),
             WantedFile("sd2.1-base-zsnr-laionaes5.ckpt", "base with zero terminal SNR, velocities", _DIFFBIR),
-            WantedFile("realesrgan_s4_swinir_100k.pth", "first stage, SwinIR", _DIFFBIR), _TOKENIZER,
+            WantedFile("realesrgan_s4_swinir_100k.pth", "first stage, SwinIR", _DIFFBIR),
+            _TOKENIZER,
         ),
         options={"version": "v2.1"},
-        parameters=1_668_898_294,
+        preset="",
     ),
     "ccsr": PublishedModel(
-        "rfsr_ext.models.ccsr:CCSRv1Model", "CCSR v1", "2401.00877v1", _APACHE,
+        "rfsr_ext.models.ccsr:CCSRv1Model",
+        "CCSR v1",
+        "2401.00877v1",
+        _APACHE,
         (WantedFile("real-world_ccsr.ckpt", "everything", _CCSR), _TOKENIZER),
         parameters=1_653_105_707,
     ),
     "ccsr-v2": PublishedModel(
-        "rfsr_ext.models.ccsr:CCSRv2Model", "CCSR v2", "2401.00877", _APACHE,
+        "rfsr_ext.models.ccsr:CCSRv2Model",
+        "CCSR v2",
+        "2401.00877",
+        _APACHE,
         (
             WantedFile("controlnet", "ControlNet over latents", _CCSR),
-            WantedFile("vae", "VAE with the fine-tuned decoder", _CCSR), _SD21,
+            WantedFile("vae", "VAE with the fine-tuned decoder", _CCSR),
+            _SD21,
         ),
         parameters=1_653_106_027,
     ),
-    "c-sd2": PublishedModel(
-        "rfsr_ext.models.csd2:CSD2ISRModel", "C-SD2", "2510.18851", _UNKNOWN,
-        (WantedFile("c-sd2/model.safetensors", "ControlNet", _DP2O), *_TAGS, _SD2),
-        tagged=True, within="c-sd2",
-        parameters=1_654_180_667,
-    ),
-    "dp2o-sd2": PublishedModel(
-        "rfsr_ext.models.csd2:CSD2ISRModel", "DP2O-SD2", "2510.18851", _UNKNOWN,
-        (WantedFile("dp2o-sd2/model.safetensors", "ControlNet", _DP2O), *_TAGS, _SD2),
-        tagged=True, within="dp2o-sd2",
-        parameters=1_654_180_667,
-    ),
-    "c-flux": PublishedModel(
-        "rfsr_ext.models.flux:FluxISRModel", "C-FLUX", "2510.18851", _UNKNOWN,
-        (WantedFile("c-flux/model.safetensors", "ControlNet", _DP2O), *_TAGS, _FLUX),
-        tagged=True, within="c-flux",
-        parameters=18_312_932_835,
-    ),
-    "dp2o-flux": PublishedModel(
-        "rfsr_ext.models.flux:FluxISRModel", "DP2O-FLUX", "2510.18851", _UNKNOWN,
-        (WantedFile("dp2o-flux/model.safetensors", "ControlNet", _DP2O), *_TAGS, _FLUX),
-        tagged=True, within="dp2o-flux",
-        parameters=18_312_932_835,
-    ),
-}  # fmt: skip
+    "c-sd2": _dp2o(_CSD2, "c-sd2", "C-SD2", _SD2, 1_654_180_667),
+    "dp2o-sd2": _dp2o(_CSD2, "dp2o-sd2", "DP2O-SD2", _SD2, 1_654_180_667),
+    "c-flux": _dp2o(_CFLUX, "c-flux", "C-FLUX", _FLUX, 18_312_932_835),
+    "dp2o-flux": _dp2o(_CFLUX, "dp2o-flux", "DP2O-FLUX", _FLUX, 18_312_932_835),
+}
 
 
 def weights_folder(name: str) -> Path | None:
@@ -250,8 +266,8 @@ def open_published(
     inner = folder / published.within
     kind = import_object(published.model, "model")
     if published.tagged and options.get("tagger") is None:
-        can_go_without = all(file.optional for file in published.files if file.path == _RAM[0].path)
-        if (folder / _RAM[0].path).is_file() or not can_go_without:
+        ram = next(file for file in published.files if file.path == _RAM[0].path)
+        if not ram.optional or (folder / ram.path).is_file():
             from rfsr_ext.networks.taggers import load_tagger  # here, because most models have no use for it
 
             options["tagger"] = load_tagger("dape", folder)

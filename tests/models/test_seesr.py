@@ -254,9 +254,7 @@ def test_tags_begin_the_prompt_and_tokens_are_the_same_in_both_halves(model):
 def test_small_results_are_made_larger_first(model, monkeypatch):
     seen = []
     model.recipe = type(model.recipe)(**model.recipe.to_dict() | {"min_side": 64, "num_inference_steps": 1})
-    monkeypatch.setattr(
-        model, "embed_image", lambda lr: seen.append(lr.shape) or type(model).embed_image(model, lr)
-    )
+    monkeypatch.setattr(model, "embed_image", lambda lr: seen.append(lr.shape) or type(model).embed_image(model, lr))
     result = upscale(model, LR[0], progress=False)
     assert result.shape == (3, 48, 40) and set(seen) == {(1, 3, 20, 16)}  # 4 · 16 = 64, and 19.2 padded
 
