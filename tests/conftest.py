@@ -16,3 +16,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     return request.param
+
+
+@pytest.fixture
+def no_weights(monkeypatch, tmp_path):
+    """No published weights that this machine may have are found."""
+    monkeypatch.delenv("RFSR_WEIGHTS", raising=False)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))

@@ -6,26 +6,12 @@ import importlib.util
 import json
 import os
 import re
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from PIL import Image
-
-from rfsr_ext.cli import app
-
-
-@pytest.fixture
-def rfsr(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rfsr", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            app()
-        return stopped.value.code, capsys.readouterr()
-
-    return run
 
 
 def test_doctor_says_what_serves_each_operator(rfsr):

@@ -2,24 +2,10 @@
 
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-
-from rfsr_ext.cli import app
-
-
-@pytest.fixture
-def rfsr(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rfsr", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            app()
-        return stopped.value.code, capsys.readouterr()
-
-    return run
 
 
 def save(path, height=40, width=48, seed=0):

@@ -91,7 +91,7 @@ def test_spaced_timesteps_and_steps(steps):
     wanted_next = mean + np.sqrt(beta * (1 - before) / (1 - ours)) * eps * (t > 0)
     with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **kwargs: eps):
         given = process.step(output, process.timesteps[place], z)
-    torch.testing.assert_close(given, wanted_next, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given, wanted_next, rtol=1e-5, atol=1e-5)  # diffusers keeps ᾱ in single precision
 
 
 def test_enlarges_as_pillow_does():

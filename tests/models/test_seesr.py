@@ -20,16 +20,11 @@ from tests.models.released.seeded import seeded
 from tests.models.released.seesr import layout
 from tests.models.released.seesr.model import seesr_model
 
+pytestmark = pytest.mark.usefixtures("no_weights")
+
 EXPECTED = load_file(layout.HERE / "expected.safetensors")
 LR = layout.uniform("lr", [2, 3, 12, 10])
 FILE = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch, tmp_path):
-    """Nothing that this machine has is found."""
-    monkeypatch.delenv("RFSR_WEIGHTS", raising=False)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
 
 
 @pytest.fixture

@@ -14,14 +14,9 @@ from rfsr_ext.networks.swin import Swin
 from tests.models.released.seeded import seeded
 from tests.models.released.seesr import layout
 
+pytestmark = pytest.mark.usefixtures("no_weights")
+
 EXPECTED = load_file(layout.HERE / "expected.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch, tmp_path):
-    """Nothing that this machine has is found."""
-    monkeypatch.delenv("RFSR_WEIGHTS", raising=False)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
 
 
 @pytest.fixture

@@ -6,19 +6,15 @@ Used by make.py, whose public code opens these very files, and by the tests.
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
+from tests.models.released.layouts import VOCABULARY, uniform, write_plain_parts
 from tests.models.released.seeded import seeded
 
 HERE = Path(__file__).parent
 LENGTH = 24  # of prompts, in tokens
-
-LETTERS = sorted(ByteLevel.alphabet())
-VOCABULARY = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
 
 UNET = {
     "sample_size": 8, "block_out_channels": [8, 16, 16], "layers_per_block": 2, "attention_head_dim": 2,
@@ -56,12 +52,6 @@ def keys() -> dict:
     return json.loads((HERE / "keys.json").read_text())
 
 
-def uniform(name: str, shape: list[int], low: float = 0.0, high: float = 1.0) -> Tensor:
-    """The same input for the public code and for ours."""
-    u = np.random.default_rng([1, *name.encode()]).random(shape)
-    return torch.from_numpy((low + (high - low) * u).astype(np.float32))
-
-
 def noise(number: int, shape: tuple[int, ...]) -> Tensor:
     """A noise of variance 1."""
     return uniform(f"noise {number}", list(shape), -(3**0.5), 3**0.5)
@@ -85,25 +75,10 @@ def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) 
     write_part(folder / "vae", "vae", seed, dtype)
     write_part(folder / "text_encoder", "text_encoder", seed, dtype, "model.safetensors")
     index = {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0",
-        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+        "_diffusers_version": "0.6.0", "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-        "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
     }  # fmt: skip
-    (folder / "model_index.json").write_text(json.dumps(index))
-    tokenizer, scheduler = folder / "tokenizer", folder / "scheduler"
-    tokenizer.mkdir()
-    scheduler.mkdir()
-    (scheduler / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (tokenizer / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(VOCABULARY)}))
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-               "pad_token": "<|endoftext|>"}  # fmt: skip
-    (tokenizer / "special_tokens_map.json").write_text(json.dumps(special))
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, **special}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    write_plain_parts(folder, SCHEDULER, LENGTH, index)
 
 
 def write(root: Path, variant: str = "pasd", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:

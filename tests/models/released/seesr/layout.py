@@ -7,19 +7,15 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
+from tests.models.released.layouts import VOCABULARY, uniform, write_plain_parts
 from tests.models.released.seeded import seeded
 
 HERE = Path(__file__).parent
 LENGTH = 16  # of prompts, in tokens
-
-LETTERS = sorted(ByteLevel.alphabet())
-VOCABULARY = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
 
 UNET = {
     "sample_size": 8, "block_out_channels": [16, 32], "layers_per_block": 2, "attention_head_dim": [2, 4],
@@ -60,12 +56,6 @@ THRESHOLDS = [0.5 + 0.01 * k for k in range(20)]
 def keys() -> dict:
     """What make.py stored: by part, the public class's names and shapes, and its config.json."""
     return json.loads((HERE / "keys.json").read_text())
-
-
-def uniform(name: str, shape: list[int], low: float = 0.0, high: float = 1.0) -> Tensor:
-    """The same input for the public code and for ours."""
-    u = np.random.default_rng([1, *name.encode()]).random(shape)
-    return torch.from_numpy((low + (high - low) * u).astype(np.float32))
 
 
 def noise(count: int, shape: tuple[int, ...]) -> list[Tensor]:
@@ -112,24 +102,10 @@ def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, 
     text["text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
     save_file(text, folder / "text_encoder/model.safetensors", metadata={"format": "pt"})
     index = {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.8.0",
-        "feature_extractor": ["transformers", "CLIPImageProcessor"], "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "_diffusers_version": "0.8.0", "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "safety_checker": [None, None],
     }  # fmt: skip
-    (folder / "model_index.json").write_text(json.dumps(index))
-    tokenizer, scheduler = folder / "tokenizer", folder / "scheduler"
-    tokenizer.mkdir()
-    scheduler.mkdir()
-    (scheduler / "scheduler_config.json").write_text(json.dumps(TURBO if turbo else SCHEDULER))
-    (tokenizer / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(VOCABULARY)}))
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-               "pad_token": "<|endoftext|>"}  # fmt: skip
-    (tokenizer / "special_tokens_map.json").write_text(json.dumps(special))
-    config = special | {"model_max_length": LENGTH, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    write_plain_parts(folder, TURBO if turbo else SCHEDULER, LENGTH, index, {"do_lower_case": True})
 
 
 def write_layout(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
