@@ -16,6 +16,9 @@ BUILD  := pyproject.toml setup.py $(shell find csrc build_backend -type f -not -
 
 # Threads that wait sleep: on two cores with a busy neighbor, waiting in a loop makes everything many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Files of tests and notebooks run side by side, each on one thread: most are too small for a second thread to help.
+# Each process takes about 2 GB.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test notebooks mutants bench install-matrix clean
 
@@ -26,9 +29,9 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m "slow"
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks
 
 notebooks: $(VENV)/.installed-test
 	OMP_NUM_THREADS=2 $(BIN)/python notebooks/build.py $(ONLY)
