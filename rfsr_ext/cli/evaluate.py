@@ -22,6 +22,7 @@ from rfsr_ext.evaluation import (
     evaluate_bicubic,
     evaluate_folder,
     evaluate_pairs,
+    evaluate_pairs_bicubic,
     measure_trajectory,
     summarize,
     trajectory_figure,
@@ -194,19 +195,23 @@ def evaluate_on_pairs(
 ) -> None:
     """Upscale the LR images of pairs, keep the pictures and print the table of models and of their differences.
 
+    Bicubic enlargement, by the scale of the first model, stands above them.
+
     Raises:
         ValueError: before any work if no pair fits a model; at the end if a pair was left out.
     """
     check_table(output)
     root = Root(lr=str(pairs[0]), gt=str(pairs[1]))
     suite = Suite(preset or get_preset("basic"), device=default_device())
-    results = {}
+    results, frames = {}, []
     for name in dict.fromkeys(names):
         model = load_model(name, **(options or {}))
         model.to(default_device())
         results[name] = evaluate_pairs(model, root, suite, pictures, seeds, name)
+        frames = frames or [evaluate_pairs_bicubic(root, model.scale, suite)]
+        frames.append(results[name].frame)
         del model  # the next one needs its memory
-    frame = pd.concat([result.frame for result in results.values()], ignore_index=True)
+    frame = pd.concat(frames, ignore_index=True).astype({"seed": "Int64"})  # nullable: bicubic has no seed
     typer.echo(suite.preset.label)
     _print_means(frame, suite)
     base, *others = results

@@ -10,7 +10,7 @@ from rfsr_ext.evaluation.measure import (
     measure_trajectory,
     summarize,
 )
-from rfsr_ext.evaluation.pairs import PairResult, evaluate_pairs
+from rfsr_ext.evaluation.pairs import PairResult, evaluate_pairs, evaluate_pairs_bicubic
 
 __all__ = [
     "FolderResult",
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_bicubic",
     "evaluate_folder",
     "evaluate_pairs",
+    "evaluate_pairs_bicubic",
     "measure_trajectory",
     "summarize",
     "trajectory_figure",

@@ -1,7 +1,7 @@
 """Measuring pictures that are already there: a folder of results, with or without a folder of ground truths."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,7 @@ def measure_pictures(
     truths: Mapping[str, Path] | None = None,
     name: str = "",
     references: str = "",
+    read: Callable[[Path], Tensor] = read_picture,
 ) -> FolderResult:
     """Measure pictures, given by name as their ground truths are; what cannot be measured is named.
 
@@ -99,6 +100,7 @@ def measure_pictures(
         truths: ground truths; None for none.
         name: what the column ``model`` says.
         references: where the ground truths lie, for what is said of a missing one.
+        read: gives the picture of a file, if it is not the file's own.
 
     Raises:
         ValueError: if not one picture could be measured.
@@ -106,7 +108,7 @@ def measure_pictures(
     rows, broken, used = [], {}, {}
     for image, path in tqdm(pictures.items(), desc=f"evaluate {name}", unit="image", leave=False):
         try:
-            sr, gt = read_picture(path), None
+            sr, gt = read(path), None
             if truths is not None:
                 if image not in truths:
                     raise ValueError(f"{references!r} has no picture called {image!r}")

@@ -19,7 +19,7 @@ from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.sampling import generators, inference_condition, sample, trajectory
 
-__all__ = ["Scorer", "compare", "evaluate", "evaluate_bicubic", "measure_trajectory", "summarize"]
+__all__ = ["Scorer", "compare", "enlarge_bicubic", "evaluate", "evaluate_bicubic", "measure_trajectory", "summarize"]
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 """Images ``[N, 3, H, W]`` in [0, 1] and their prompts to ``[N]`` scores: a reward's or a judge's ``score`` is one."""
@@ -99,6 +99,11 @@ def evaluate(
     return _table(parts)
 
 
+def enlarge_bicubic(lr: Tensor, scale: int) -> Tensor:
+    """``[N, 3, H, W]`` in [0, 1] to ``[N, 3, scale·H, scale·W]``."""
+    return F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(0, 1)
+
+
 def evaluate_bicubic(
     samples: Sequence[Sample],
     scorers: dict[str, Scorer],
@@ -110,7 +115,7 @@ def evaluate_bicubic(
     """The same table for bicubic interpolation, the floor any model must beat; its ``seed`` is `pandas.NA`."""
     parts = []
     for _, images, gt, lr, prompts in _batches(samples, batch_size, f"evaluate {name}".strip(), [None]):
-        sr = F.interpolate(lr, scale_factor=scale, mode="bicubic").clamp(0, 1)
+        sr = enlarge_bicubic(lr, scale)
         parts.append(_rows(sr, gt, prompts, scorers, suite, model=name, image=images, seed=pd.NA))
     return _table(parts)
 

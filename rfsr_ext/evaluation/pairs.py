@@ -9,21 +9,23 @@ from pathlib import Path
 
 import pandas as pd
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from rfsr_ext.data import Root
 from rfsr_ext.data.check import check_root
 from rfsr_ext.data.folders import Entry
-from rfsr_ext.data.images import to_image
+from rfsr_ext.data.images import from_uint8, to_image, to_tensor
 from rfsr_ext.data.manifest import Manifest, versions
 from rfsr_ext.data.prompts import read_prompt
 from rfsr_ext.evaluation.folders import measure_pictures, read_picture
+from rfsr_ext.evaluation.measure import enlarge_bicubic
 from rfsr_ext.files import sha256
 from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.sampling import upscale
 
-__all__ = ["PairResult", "evaluate_pairs"]
+__all__ = ["PairResult", "evaluate_pairs", "evaluate_pairs_bicubic"]
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,7 @@ def evaluate_pairs(
         FileNotFoundError: if a folder does not exist.
         ValueError: if no pair fits the model, or not one picture could be measured; see also `Manifest`.
     """
-    report = check_root(root, 0, model.scale, decode=False)
-    if not report.headers:
-        path, reason = next(iter(report.faults.items()), (str(root), "holds no picture"))
-        raise ValueError(
-            f"ground truths must be {model.scale} times as large as their LR images, which is the scale of {name}, and "
-            f"none of {len(report.listing.entries)} pairs in {root} is so; {path} {reason}"
-        )
-    left_out = dict(report.faults)
-    entries = {
-        os.path.splitext(os.path.relpath(entry.gt, root.gt))[0]: entry
-        for k, entry in enumerate(report.listing.entries) if k not in report.skipped
-    }  # fmt: skip
+    entries, left_out = _fitting(root, model.scale, name)
     frames, folders = [], []
     label = re.sub(r"[^\w.-]+", "_", name).strip("_.")
     for seed in seeds:
@@ -89,6 +80,42 @@ def evaluate_pairs(
         folders.append(folder)
         left_out |= failed | {str(path): reason for path, reason in result.broken.items()}
     return PairResult(pd.concat(frames, ignore_index=True), left_out, folders)
+
+
+def evaluate_pairs_bicubic(root: Root, scale: int, suite: Suite, name: str = "bicubic") -> pd.DataFrame:
+    """The same table for bicubic enlargement in 8 bits, the floor any model must beat; its ``seed`` is `pandas.NA`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `evaluate_pairs`.
+    """
+
+    def enlarged(path: Path) -> Tensor:
+        return to_tensor(from_uint8(to_image(enlarge_bicubic(read_picture(path)[None], scale)[0])))
+
+    entries, _ = _fitting(root, scale, name)
+    truths = {image: Path(entry.gt) for image, entry in entries.items()}
+    pictures = {image: Path(str(entry.lr)) for image, entry in entries.items()}
+    return measure_pictures(pictures, suite, truths, name, str(root.gt), enlarged).frame.assign(seed=pd.NA)
+
+
+def _fitting(root: Root, scale: int, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Pairs of this scale by image, and why others are left out.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    report = check_root(root, 0, scale, decode=False)
+    if not report.headers:
+        path, reason = next(iter(report.faults.items()), (str(root), "holds no picture"))
+        raise ValueError(
+            f"ground truths must be {scale} times as large as their LR images, which is the scale of {name}, and "
+            f"none of {len(report.listing.entries)} pairs in {root} is so; {path} {reason}"
+        )
+    entries = {
+        os.path.splitext(os.path.relpath(entry.gt, root.gt))[0]: entry
+        for k, entry in enumerate(report.listing.entries) if k not in report.skipped
+    }  # fmt: skip
+    return entries, report.faults
 
 
 def _upscale(

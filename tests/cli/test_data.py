@@ -129,7 +129,13 @@ def test_evaluate_on_pairs(rfsr, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out" / "mini-seed0").glob("*.png")) == ["0.png", "1.png"]
     before = (tmp_path / "out" / "mini-seed0" / "0.png").stat().st_ino
     table = (tmp_path / "table.csv").read_text()
-    assert table.splitlines()[0] == "model,image,preset,psnr,ssim,seed" and len(table.splitlines()) == 3
+    header, *rows = table.splitlines()
+    assert header == "model,image,preset,psnr,ssim,seed"
+    assert [row.split(",")[0] for row in rows] == ["bicubic", "bicubic", "mini", "mini"]
+    bicubic, mini = (
+        next(line for line in printed.out.splitlines() if line.startswith(name)) for name in ("bicubic", "mini")
+    )
+    assert printed.out.index(bicubic) < printed.out.index(mini) and "±" in bicubic
     assert rfsr(*arguments)[0] == 0 and (tmp_path / "table.csv").read_text() == table
     assert (tmp_path / "out" / "mini-seed0" / "0.png").stat().st_ino == before
     (tmp_path / "gt" / "2.png").write_bytes((tmp_path / "gt" / "1.png").read_bytes())

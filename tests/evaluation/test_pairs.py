@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rfsr_ext.data import Root
 from rfsr_ext.data.images import read_image, to_image, to_tensor
-from rfsr_ext.evaluation import evaluate_pairs, summarize
+from rfsr_ext.evaluation import evaluate_pairs, evaluate_pairs_bicubic, summarize
 from rfsr_ext.evaluation import pairs as module
 from rfsr_ext.metrics import Preset, Suite, psnr
 from rfsr_ext.sampling import upscale
@@ -63,6 +64,15 @@ def test_pictures_are_those_of_upscale_and_measured_as_written(tmp_path, root, m
         "HR/lonely.png": f"has no LR image in {tmp_path / 'LR'}",
     }
     assert (summarize(result.frame).n == 2).all()
+
+
+def test_bicubic_is_measured_on_the_same_pairs_in_8_bits(root, tmp_path, model):
+    frame = evaluate_pairs_bicubic(root, model.scale, Suite(FIDELITY))
+    assert list(frame.image) == [f"a_x{model.scale}", f"sub/b_x{model.scale}"] and (frame.model == "bicubic").all()
+    assert frame.seed.isna().all() and not (tmp_path / "out").exists()
+    lr, gt = (to_tensor(read_image(tmp_path / path))[None] for path in ("LR/a_x1.png", f"HR/a_x{model.scale}.png"))
+    enlarged = torch.nn.functional.interpolate(lr, scale_factor=model.scale, mode="bicubic").clamp(0, 1)
+    assert frame.psnr[0] == pytest.approx(psnr((enlarged * 255).round() / 255, gt, "y", 2).item())
 
 
 def test_finished_pictures_are_not_made_again(tmp_path, root, model, monkeypatch):
