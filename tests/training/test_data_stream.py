@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,24 +37,48 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(settings):
-    """Read one by one, the last first."""
+def streamed(settings, tmp_path_factory):
+    """As many pictures as samples, in eight shards."""
+    pytest.importorskip("datasets", reason="the extra stream is not installed")
+    root = tmp_path_factory.mktemp("shards")
+    for shard in range(8):
+        (root / f"{shard}").mkdir()
+        for k in range(COUNT // 8):
+            pixels = np.random.default_rng((shard, k)).integers(0, 256, (40, 48, 3), np.uint8)
+            Image.fromarray(pixels).save(root / f"{shard}" / f"{k}.png")
+            (root / f"{shard}" / f"{k}.txt").write_text(f"picture {k} of shard {shard}")
+        shutil.make_archive(str(root / f"{shard}"), "tar", root / f"{shard}")
+    return settings | {"data": {"stream": f"{root}/*.tar", "lanes": 8}}
+
+
+def read_backwards(settings):
+    """Fingerprints of the samples, read one by one, the last first."""
     dataset = build_dataset(RunConfig(**settings))
     samples = {i: watch_data.fingerprint(dataset[i]) for i in reversed(range(COUNT))}
     assert len(set(samples.values())) == COUNT
     return samples
 
 
+@pytest.fixture(scope="module")
+def expected(settings):
+    return read_backwards(settings)
+
+
 def arguments(settings, **changes):
     return [f"{key}={json.dumps(value)}" for key, value in (settings | changes).items()]
 
 
+def rows(log, rank):
+    """What a process wrote down: indices and fingerprints."""
+    return [json.loads(line) for line in Path(f"{log}-{rank}").read_text().splitlines()]
+
+
 def seen(log, processes=1):
     """Samples by index, of all processes; none was given twice."""
-    rows = [[json.loads(line) for line in Path(f"{log}-{rank}").read_text().splitlines()] for rank in range(processes)]
-    assert all(rows)
-    together = dict(sum(rows, []))
-    assert len(together) == sum(map(len, rows))
+    found = [rows(log, rank) for rank in range(processes)]
+    assert all(found)
+    together = dict(sum(found, []))
+    assert len(together) == sum(map(len, found))
     return together
 
 
@@ -81,17 +106,36 @@ def test_resumed_in_the_middle(tmp_path, settings, expected):
     assert first | second == expected
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path, settings, expected):
-    """They are two, as the script asserts; the second half is read by a resumed run of two."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+def run_on_two(folder, settings):
+    """Rows of both processes of a run, and of one that resumes it; that they are two the script asserts."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                                 "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = {}
     for log, iterations, workers in (("first", 2, 0), ("second", 4, 1)):
-        command = [str(ROOT / "tests/training/watch_data.py"), str(tmp_path / "run"), str(tmp_path / log), "2"]
+        command = [str(ROOT / "tests/training/watch_data.py"), str(folder / "run"), str(folder / log), "2"]
         command += arguments(settings, num_workers=workers, batch_size=8, iterations=iterations)
         ended = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
-        together |= seen(tmp_path / log, processes=2)
-    assert together == expected
+    return seen(folder / "first", processes=2), seen(folder / "second", processes=2)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path, settings, expected):
+    first, second = run_on_two(tmp_path, settings)
+    assert sorted(first) == list(range(16)) and sorted(second) == list(range(16, 32))
+    assert first | second == expected
+
+
+@pytest.mark.slow
+def test_two_processes_read_shards(tmp_path, streamed):
+    """No picture twice and none lost, shards of their own, and the resumed run goes on at the very next sample."""
+    first, second = run_on_two(tmp_path, streamed)
+    assert sorted(first) == list(range(16)) and sorted(second) == list(range(16, 32))
+    assert first | second == read_backwards(streamed)
+    dataset = build_dataset(RunConfig(**streamed))
+    assert {dataset[i]["prompt"] for i in range(COUNT)} == {
+        f"picture {k} of shard {shard}" for shard in range(8) for k in range(COUNT // 8)
+    }
+    lanes = [{index % 8 for index, _ in rows(tmp_path / log, rank)} for rank in (0, 1) for log in ("first", "second")]
+    assert lanes == [{0, 1, 2, 3}] * 2 + [{4, 5, 6, 7}] * 2
