@@ -270,16 +270,20 @@ def test_converted(folder, name):
 
 
 def test_all_at_once_with_loader_processes(folder):
-    """Every fault in one folder: training goes on, each is counted once and all samples come of good files."""
+    """Every fault in one training: it goes on, each is counted once and all samples come of good files."""
+    for kind in ("skipped", "converted"):
+        (folder / kind).mkdir()
+    (folder / "good.png").rename(folder / "skipped" / "good.png")
     for name, (content, _) in SKIPPED.items():
-        (folder / name).write_bytes(content)
+        (folder / "skipped" / name).write_bytes(content)
     for name, (content, _, _) in CONVERTED.items():
-        (folder / name).write_bytes(content)
-    dataset = ImageFolder(folder, SIZE, degradation=DEGRADATION)
-    loader = DataLoader(dataset, batch_size=8, sampler=range(160), num_workers=2)
-    assert sum(len(batch["gt"]) for batch in loader) == 160
+        (folder / "converted" / name).write_bytes(content)
+    roots = [Root(str(folder / "skipped"), weight=5), Root(str(folder / "converted"))]
+    dataset = ImageFolder(roots, SIZE, degradation=DEGRADATION)
+    loader = DataLoader(dataset, batch_size=8, sampler=range(80), num_workers=2)
+    assert sum(len(batch["gt"]) for batch in loader) == 80
     assert {path.name for path in dataset.skipped} <= SKIPPED.keys()
-    train(dataset, 450)
+    train(dataset, 100)
     assert {path.name for path in dataset.skipped} == SKIPPED.keys()
     assert len(dataset) == 1 + len(CONVERTED)
 

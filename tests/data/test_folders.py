@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from rfsr_ext.data import Degradation, ImageFolder, Root
-from rfsr_ext.data.degradation import Round
 from rfsr_ext.data.folders import list_root
 from rfsr_ext.data.pairs import match
 
@@ -60,19 +59,19 @@ def test_tags_lie_beside_their_pictures(tmp_path):
     assert {ImageFolder(tmp_path, 32)[i]["prompt"] for i in range(10)} == {"", "cat, fur"}
 
 
-def test_roots_are_drawn_by_weight_and_number(tmp_path):
+def test_roots_are_drawn_by_weight_and_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(Degradation, "__call__", lambda self, gt, seeds: (gt[..., ::4, ::4], gt))
     for folder, count, level in (("a", 30, 0), ("b", 10, 100), ("c", 20, 200)):
         for i in range(count):
             save(tmp_path / folder / f"{i:02}.png", np.full((8, 8, 3), level, np.uint8))
     roots = [str(tmp_path / "a"), Root(str(tmp_path / "b"), weight=3), Root(str(tmp_path / "c"), limit=5, weight=0.5)]
-    mild = Degradation(first=Round(noise_range=(0, 0)))
-    dataset = ImageFolder(roots, 8, degradation=mild)
+    dataset, draws = ImageFolder(roots, 8), 1000
     assert len(dataset) == 45
-    drawn = Counter(round(dataset[i]["gt"].mean().item() * 255) for i in range(3000))
+    drawn = Counter(round(dataset[i]["gt"].mean().item() * 255) for i in range(draws))
     share = {0: 30, 100: 30, 200: 2.5}
     for level, weight in share.items():
         p = weight / sum(share.values())
-        assert abs(drawn[level] - 3000 * p) < 4 * np.sqrt(3000 * p * (1 - p))
+        assert abs(drawn[level] - draws * p) < 4 * np.sqrt(draws * p * (1 - p))
 
 
 def test_every_root_must_yield_something(tmp_path):
