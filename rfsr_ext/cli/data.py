@@ -37,7 +37,8 @@ def check_data(roots: Sequence[Root], size: int, scale: int, headers: bool) -> N
         if not report.headers:
             empty.append(shown(root))
     if empty:
-        raise ValueError(f"no usable image in {', '.join(empty)}")
+        crops = f" for crops of {size}x{size} pixels (--crop-size)" if size else ""
+        raise ValueError(f"no usable image{crops} in {', '.join(empty)}")
     if faults:
         raise ValueError(f"{faults} files will not be used; the reasons stand above")
 

@@ -40,7 +40,7 @@ def test_check_names_what_is_not_used(rfsr, tmp_path):
     save(tmp_path / "gt" / "2.png")
     pairs = ["--pairs", tmp_path / "lr", tmp_path / "gt", "--crop-size", 32]
     code, printed = rfsr("data", "check", tmp_path / "a", tmp_path / "empty", *pairs)
-    assert code == f"rfsr: no usable image in {tmp_path / 'empty'}"
+    assert code == f"rfsr: no usable image for crops of 32x32 pixels (--crop-size) in {tmp_path / 'empty'}"
     for line in (
         f"{tmp_path}/a: 2 of 3 images can be used",
         "  not looked into: 1 .gif",
