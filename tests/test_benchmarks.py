@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import __main__ as bench
-from benchmarks import end_to_end, measure, peers, report
+from benchmarks import end_to_end, measure, peers, reading, report
 from benchmarks.cases import Case, cases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,3 +154,12 @@ def test_the_orders_of_the_reward_step_are_weighed_and_must_agree(monkeypatch):
     steps["ours"] = lambda: [torch.zeros(3)]
     with pytest.raises(AssertionError, match="both orders must agree"):
         bench.run_rewards("cpu", rounds=1)
+
+
+@pytest.mark.parametrize("name", ["crop.png", "crop.jpg"])
+def test_contestants_read_the_same_crop(tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 256, (520, 530, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name)
+    rows = {row["name"]: row for row in reading.run_file(tmp_path / name, 1)["rows"]}
+    assert {key for key, row in rows.items() if not row["same"]} == ({"Pillow, draft"} if name == "crop.jpg" else set())
+    assert rows["ours"]["median"] > 0 and "Pillow, rows" in rows

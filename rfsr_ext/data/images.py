@@ -76,9 +76,10 @@ def read_image(path: str | Path | bytes, box: Box | None = None) -> np.ndarray:
     Args:
         path: the file, or its content.
         box: called with the upright picture's height and width, gives the part ``(top, left, height, width)`` to read.
-            The pixels are those of the whole picture; it is decoded as far as its format demands, which for PNG, JPEG
-            and WebP is whole, but only the part is turned, converted and made floating point, which takes most of the
-            time.  (JPEG's draft mode would decode less, but other pixels: it scales.)
+            The pixels are those of the whole picture, which is decoded whole, so that damage anywhere in a file is an
+            error whatever the part; only the part is turned, converted and made floating point, which takes most of
+            the time of a large picture.  (What decoding less would save: ``benchmarks/results/reading-*.md``.  JPEG's
+            draft mode gives other pixels, as it scales.)
 
     Raises:
         OSError: if the file cannot be read or decoded as an image, or holds numbers without a known white.
