@@ -63,7 +63,7 @@ def test_roots_are_drawn_by_weight_and_number(tmp_path, monkeypatch):
     monkeypatch.setattr(Degradation, "__call__", lambda self, gt, seeds: (gt[..., ::4, ::4], gt))
     for folder, count, level in (("a", 30, 0), ("b", 10, 100), ("c", 20, 200)):
         for i in range(count):
-            save(tmp_path / folder / f"{i:02}.png", np.full((8, 8, 3), level, np.uint8))
+            save(tmp_path / folder / f"{i:02}.bmp", np.full((8, 8, 3), level, np.uint8))
     roots = [str(tmp_path / "a"), Root(str(tmp_path / "b"), weight=3), Root(str(tmp_path / "c"), limit=5, weight=0.5)]
     dataset, draws = ImageFolder(roots, 8), 1000
     assert len(dataset) == 45
