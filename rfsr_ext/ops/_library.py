@@ -14,6 +14,7 @@ from functools import reduce
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "rfsr_ext"
 MIN_TORCH = (2, 11)
@@ -21,6 +22,7 @@ HERE = Path(__file__).parent
 RECORD = HERE / "_build_record.json"  # written by setup.py: what was built, with what, and why not
 
 _namespace = torch.library.Library(NAMESPACE, "FRAGMENT")  # FRAGMENT: a reloaded module may define it again
+_kernels: dict[str, Callable] = {}  # the operators' PyTorch kernels
 OPERATORS = ("haar_ll", "haar_ll_l1_loss", "gram_matrix", "gram_loss")
 
 
@@ -28,19 +30,40 @@ def define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
     """Registers ``rfsr_ext::name`` with its PyTorch kernel (any device) and its fake kernel (shapes only)."""
     _namespace.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _namespace.impl(name, kernel, "CompositeExplicitAutograd")
+    _kernels[name] = kernel
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_namespace)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def operator(name: str) -> Callable:
+    """``rfsr_ext::name``, or its PyTorch kernel where a transform has to look inside.
+
+    An operator has a gradient and nothing else; what its kernel is made of follows every transform, in any order.
+    """
+    if not is_transformed():
+        return getattr(torch.ops.rfsr_ext, name)
+
+    def kernel(first: torch.Tensor, *rest):
+        with torch.autocast(first.device.type, enabled=False):  # as below an operator: products are not rounded
+            return _kernels[name](first, *rest)
+
+    return kernel
 
 
 def promote_under_autocast(name: str) -> None:
     """Under autocast ``rfsr_ext::name`` takes its tensors as they are; different dtypes become one that holds both."""
-    operator = getattr(torch.ops.rfsr_ext, name)
+    promoted = getattr(torch.ops.rfsr_ext, name)
     for device in ("CPU", "CUDA"):
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
         def kernel(*args, keys=keys):
             dtype = reduce(torch.promote_types, [x.dtype for x in args if isinstance(x, torch.Tensor)])
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return operator(*[x.to(dtype) if isinstance(x, torch.Tensor) else x for x in args])
+                return promoted(*[x.to(dtype) if isinstance(x, torch.Tensor) else x for x in args])
 
         _namespace.impl(name, kernel, f"Autocast{device}")
 

@@ -275,11 +275,20 @@ def test_inputs_are_not_kept_alive_for_backward():
     assert [(t.dtype, t.numel()) for t in saved] == [(torch.uint8, 3 * 32 * 8)]
 
 
-def test_second_derivative_of_the_loss_is_refused(device):
-    x, y = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64, device=device)
-    (g,) = torch.autograd.grad(haar_ll_l1_loss(x.requires_grad_(), y) ** 2, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="haar_ll_l1_loss has no second derivative"):
-        g.sum().backward()
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+def test_second_derivatives_of_the_loss_match_finite_differences(reduction, device):
+    pred, target = (torch.randn(2, 1, 3, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+
+    def loss(x, y):
+        return haar_ll_l1_loss(x, y, mode="reflect", input_range=(-1, 1), reduction=reduction)
+
+    assert torch.autograd.gradgradcheck(loss, (pred, target))
+    half = pred.detach().half().requires_grad_()  # whose gradients round to 0 where they are not scaled
+    value = haar_ll_l1_loss(half, torch.zeros_like(half), reduction=reduction).sum() * 2**-20
+    factor = torch.tensor(1.0, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(value * factor, half, create_graph=True)
+    (again,) = torch.autograd.grad((grad * half.detach()).sum(), factor)
+    torch.testing.assert_close(again, value.detach(), rtol=1e-6, atol=0)
 
 
 # --------------------------------------------------------------------------------------------- NaN

@@ -243,23 +243,86 @@ print("served")
     assert run.returncode == 0 and "served" in run.stdout, run.stderr
 
 
-# ------------------------------------------------------------------------------------ forward mode
+# ------------------------------------------------------------------- derivatives of every kind and order
 
-FORWARD = {
-    "haar_ll": lambda x: haar_ll(x),
-    "haar_ll_l1_loss": lambda x: haar_ll_l1_loss(x, torch.zeros(2, 3, 6, 5)),
-    "its target": lambda x: haar_ll_l1_loss(torch.zeros(2, 3, 6, 5), x),
-    "gram_matrix": lambda x: gram_matrix(x),
-    "gram_loss": lambda x: gram_loss(x, torch.ones(2, 3, 6, 5)),
+
+def band(x):
+    return 2 * torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+
+
+def gram(x, layer_norm=False):
+    if layer_norm:  # by hand: torch's own layer_norm has a wrong third derivative
+        x = (x - x.mean((1, 2, 3), keepdim=True)) / (x.var((1, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+    return torch.einsum("nchw,ndhw->ncd", x, x) / x[0].numel()
+
+
+DERIVED = {  # ours, and the formula
+    "haar_ll": (lambda x, y: haar_ll(x).pow(3).sum(), lambda x, y: band(x).pow(3).sum()),
+    "haar_ll_l1_loss": (lambda x, y: haar_ll_l1_loss(x, y) ** 3, lambda x, y: band(x - y).abs().mean() ** 3),
+    "its target": (lambda x, y: haar_ll_l1_loss(y, x) ** 3, lambda x, y: band(x - y).abs().mean() ** 3),
+    "gram_matrix": (lambda x, y: gram_matrix(x).square().sum(), lambda x, y: gram(x).square().sum()),
+    "gram_loss": (gram_loss, lambda x, y: (gram(x) - gram(y)).square().sum((1, 2)).mean()),
+    "gram_loss, fro, layer norm": (
+        lambda x, y: gram_loss(x, y, criterion="fro", joint_layer_norm=True),
+        lambda x, y: (gram(x, True) - gram(y, True)).square().sum((1, 2)).sqrt().mean(),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", FORWARD)
-def test_forward_mode_is_refused_and_never_zero(name):
-    x, tangent = torch.rand(2, 3, 6, 5), torch.rand(2, 3, 6, 5)
-    with pytest.raises(NotImplementedError, match="must carry no forward-mode tangent .* use reverse mode"):
-        torch.func.jvp(FORWARD[name], (x,), (tangent,))
+def reverse_over_reverse(function, x, v):
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(function(x), x, create_graph=True)
+    return torch.autograd.grad((slope * v).sum(), x)[0]
+
+
+def dual_numbers(function, x, v):
     with torch.autograd.forward_ad.dual_level():
-        with pytest.raises(NotImplementedError, match="must carry no forward-mode tangent"):
-            FORWARD[name](torch.autograd.forward_ad.make_dual(x, tangent))
-        FORWARD[name](x)  # without a tangent nothing is lost
+        return torch.autograd.forward_ad.unpack_dual(function(torch.autograd.forward_ad.make_dual(x, v))).tangent
+
+
+def third(function, x, v):
+    def along_v(function):
+        return lambda x: (torch.func.grad(function)(x) * v).sum()
+
+    return torch.func.grad(along_v(along_v(function)))(x)
+
+
+KINDS = {
+    "reverse over reverse": reverse_over_reverse,
+    "dual numbers": dual_numbers,
+    "jvp": lambda function, x, v: torch.func.jvp(function, (x,), (v,)),
+    "forward over reverse": lambda function, x, v: torch.func.jvp(torch.func.grad(function), (x,), (v,))[1],
+    "reverse over forward": lambda function, x, v: torch.func.grad(lambda x: KINDS["jvp"](function, x, v)[1])(x),
+    "gradient of each": lambda function, x, v: torch.vmap(torch.func.grad(function))(torch.stack([x, v])),
+    "third": third,
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_derivatives_of_every_kind_are_those_of_the_formula(name, device):
+    x, y, v = torch.rand(3, 2, 3, 6, 5, dtype=torch.float64, device=device)
+    ours, formula = DERIVED[name]
+    for derivative in KINDS.values():
+        found, wanted = (derivative(lambda x, f=f: f(x, y), x, v) for f in (ours, formula))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+        assert all(t.abs().max() > 0 for t in (found if isinstance(found, tuple) else [found]))
+
+
+def test_a_transform_rounds_nothing_under_autocast(device):
+    x = torch.rand(2, 1, 3, 6, 5, device=device)
+    plain = torch.vmap(gram_matrix)(x)
+    with torch.autocast(device, torch.bfloat16):
+        torch.testing.assert_close(torch.vmap(gram_matrix)(x), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jvp", "forward over reverse", "gradient of each"])
+def test_derivatives_compile(kind, device):
+    x, y, v = (torch.rand(2, 3, 6, 5, device=device) for _ in range(3))
+
+    def function(x):
+        return gram_loss(x, y, criterion="fro", joint_layer_norm=True) + haar_ll_l1_loss(x, y) ** 2 + haar_ll(x).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: KINDS[kind](function, x, v), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), KINDS[kind](function, x, v))
