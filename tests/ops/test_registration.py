@@ -66,11 +66,15 @@ def reference_total(pred, target):
     )
 
 
-@pytest.mark.parametrize(("function", "backend"), [(total, "aot_eager"), (reference_total, "eager")])
-def test_compiles_without_a_graph_break(function, backend, device):
+@pytest.mark.parametrize(
+    ("function", "backend", "shapes"),
+    [(total, "aot_eager", [(2, 3, 8, 8), (3, 3, 7, 10)]), (reference_total, "eager", [(3, 3, 7, 10)])],
+    ids=["operators", "twins"],
+)
+def test_compiles_without_a_graph_break(function, backend, shapes, device):
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
-    for shape in [(2, 3, 8, 8), (3, 3, 7, 10)]:
+    compiled = torch.compile(function, fullgraph=True, dynamic=len(shapes) > 1, backend=backend)
+    for shape in shapes:
         x, y = images(device, *shape)
         compiled(x, y).backward()
         grads = x.grad, y.grad
