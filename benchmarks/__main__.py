@@ -162,7 +162,7 @@ def describe(device: str) -> dict:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    served = rfsr_ext.build_info()["operators"]["gram_loss"][device]
+    served = rfsr_ext.build_info()["devices"][device]
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "rfsr_ext": f"{rfsr_ext.__version__}, {served['backend']}: {served['why']}",

@@ -23,7 +23,6 @@ RECORD = HERE / "_build_record.json"  # written by setup.py: what was built, wit
 
 _namespace = torch.library.Library(NAMESPACE, "FRAGMENT")  # FRAGMENT: a reloaded module may define it again
 _kernels: dict[str, Callable] = {}  # the operators' PyTorch kernels
-OPERATORS = ("haar_ll", "haar_ll_l1_loss", "gram_matrix", "gram_loss")
 
 
 def define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
@@ -115,17 +114,20 @@ _OTHER = Backend("reference", None, "the PyTorch implementation serves every dev
 
 
 def build_info() -> dict:
-    """Which implementation serves each operator on each device, why, and what to do about it.
+    """Which implementation serves all operators on each device, why, and what to do about it.
 
     Returns:
-        ``{"torch": ..., "torch_cuda": ..., "record": {...}, "operators": {name: {device: {"backend":
-        "native" | "reference", "library": path or None, "why": sentence, "remedy": sentence or None}}}}`` with
-        the devices ``cpu``, ``cuda`` and ``other``. ``record`` is what setup.py noted when it built.
+        ``{"torch": version, "torch_cuda": version or None, "devices": {device: {"backend": "native" | "reference",
+        "library": path or None, "why": sentence, "remedy": sentence or None, "build": {...}}}}`` with the devices
+        ``cpu``, ``cuda`` and ``other``. ``build`` is what setup.py noted of a library that it built.
     """
-    devices = {**_backends, "other": _OTHER}
+    devices, record = {**_backends, "other": _OTHER}, build_record()
     return {
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "record": build_record(),
-        "operators": {name: {device: vars(b).copy() for device, b in devices.items()} for name in OPERATORS},
+        "devices": {
+            device: vars(served)
+            | {"build": {key: x for key, x in record.get(device, {}).items() if key not in ("why", "remedy")}}
+            for device, served in devices.items()
+        },
     }
