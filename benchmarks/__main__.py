@@ -212,6 +212,8 @@ def main() -> None:
         + f" ({source})",
         "started": f"{measure.now()}, load {measure.load()}",
     }
+    if args.match or args.peers:
+        machine["narrowed to"] = f"cases '{args.match}', peers '{args.peers}'".replace("|", "\\|")
     result, winners = {"machine": machine, "cases": []}, {"haar": ["avg_pool2d"], "gram": ["bmm"]}
 
     def add(case: dict) -> None:
@@ -236,6 +238,7 @@ def main() -> None:
         add(run_rewards(args.device, min(args.rounds, 3)))
     if result["cases"]:
         print("\n".join(["", *report.summary_lines(result["cases"])]))
+        print("\n".join(["", "For the README:", "", *report.comparison_lines(report.read(args.output))]))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ def test_a_peer_that_wins_is_shown():
     assert report.summary_lines([case])[-1].endswith("| 2.00× | 1.0 / 2.0 |  |")
 
 
+def test_the_readme_compares_the_results_that_are_there():
+    results = report.read(ROOT / "benchmarks/results")
+    assert "\n".join(report.comparison_lines(results)) in (ROOT / "README.md").read_text()
+
+
 def test_floors_count_what_must_be_moved_and_multiplied():
     haar = Case("haar", "", ((1, 1, 100, 100),), torch.float32, backward=True)
     assert haar.floor(bandwidth=12e4, flops=1) == pytest.approx(1.0)  # 2 reads and 1 write of 40 kB
