@@ -13,7 +13,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -50,7 +50,10 @@ def in_fp64(entry: tuple) -> tuple:
     return tuple(convert(x) for x in entry)
 
 
-def run_case(case: Case, device: str, rounds: int, wanted: re.Pattern, cache: int, rates: tuple) -> dict:
+def run_case(
+    case: Case, device: str, rounds: int, wanted: re.Pattern, cache: int, rates: tuple, slow: Sequence[torch.dtype] = ()
+) -> dict:
+    """``slow``: dtypes in which a matrix product takes the device minutes, so that no peer multiplies in them."""
     torch._dynamo.reset()  # a contestant compiled for another shape must not count against this one
     bandwidth, flops = rates
     generator = torch.Generator(device).manual_seed(0)
@@ -63,6 +66,9 @@ def run_case(case: Case, device: str, rounds: int, wanted: re.Pattern, cache: in
         rows[name] = {"name": name, "other_loss": "released" in name}
         if isinstance(loss, str):
             rows[name]["note"] = loss
+            continue
+        if case.dtype in slow and peers.multiplies_in_its_dtype(case.operator, name):
+            rows[name]["note"] = f"left out: no units for {str(case.dtype).removeprefix('torch.')} here"
             continue
         same = peers.reference(case.operator, name)
         if same not in expected:
@@ -151,7 +157,8 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
-    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
+    capability = torch.backends.cpu.get_cpu_capability()  # also what ATEN_CPU_CAPABILITY makes of it
+    return f"{name or platform.machine()}, {capability}, {torch.get_num_threads()} threads"
 
 
 def describe(device: str) -> dict:
@@ -162,7 +169,7 @@ def describe(device: str) -> dict:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    served = rfsr_ext.build_info()["operators"]["gram_loss"][device]
+    served = rfsr_ext.build_info()["devices"][device]
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "rfsr_ext": f"{rfsr_ext.__version__}, {served['backend']}: {served['why']}",
@@ -177,7 +184,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     dtypes = [str(d).removeprefix("torch.") for d in DTYPES]
-    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help="default: those the device has units for")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--match", default="", help="regular expression that a case's title must contain")
     parser.add_argument("--peers", default="", help="regular expression that a peer's name must contain")
     parser.add_argument("--rounds", type=int, default=15)
@@ -194,21 +201,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     match, wanted = re.compile(args.match), re.compile(args.peers)
-    dtypes = [getattr(torch, name) for name in args.dtypes or []] or measure.fast_dtypes(args.device, DTYPES)
-    if left_out := [str(d).removeprefix("torch.") for d in DTYPES if not args.dtypes and d not in dtypes]:
-        print(
-            f"left out, as this processor has no units for them: {', '.join(left_out)}; --dtypes runs them", flush=True
-        )
-    described = describe(args.device) | ({"left out": f"{', '.join(left_out)}, without units here"} if left_out else {})
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    slow = measure.slow_dtypes(args.device, dtypes)
     cache = args.cache_mib << 20 if args.cache_mib else measure.last_level_cache(args.device)
     bandwidth, flops, source = measure.floors(args.device, dtypes, cache)
-    machine = described | {
+    machine = describe(args.device) | {
         "last-level cache": f"{cache / 2**20:.0f} MiB",
         "floor": f"{bandwidth / 1e9:.1f} GB/s; "
         + ", ".join(f"{str(d).removeprefix('torch.')} {flops[d] / 1e9:.0f} GFLOP/s" for d in dtypes)
         + f" ({source})",
         "started": f"{measure.now()}, load {measure.load()}",
     }
+    if args.match or args.peers:
+        machine["narrowed to"] = f"cases '{args.match}', peers '{args.peers}'".replace("|", "\\|")
     result, winners = {"machine": machine, "cases": []}, {"haar": ["avg_pool2d"], "gram": ["bmm"]}
 
     def add(case: dict) -> None:
@@ -219,7 +224,7 @@ def main() -> None:
 
     for case in cases():
         if case.operator in args.operators and case.dtype in dtypes and match.search(case.title):
-            measured = run_case(case, args.device, args.rounds, wanted, cache, (bandwidth, flops))
+            measured = run_case(case, args.device, args.rounds, wanted, cache, (bandwidth, flops), slow)
             add(measured)
             peer = report.best_peer(measured)
             if peer and case.dtype == torch.float32 and case.backward and peer["name"] not in winners[case.operator]:
@@ -233,6 +238,7 @@ def main() -> None:
         add(run_rewards(args.device, min(args.rounds, 3)))
     if result["cases"]:
         print("\n".join(["", *report.summary_lines(result["cases"])]))
+        print("\n".join(["", "For the README:", "", *report.comparison_lines(report.read(args.output))]))
 
 
 if __name__ == "__main__":

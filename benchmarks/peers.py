@@ -153,6 +153,11 @@ def line_up(operator: str, dtype: torch.dtype, device: str) -> dict[str, Loss | 
     return found
 
 
+def multiplies_in_its_dtype(operator: str, name: str) -> bool:
+    """Whether a contestant multiplies matrices of the features' own dtype."""
+    return operator == "gram" and name != "ours" and not name.endswith("fp32") and "released" not in name
+
+
 def reference(operator: str, name: str) -> Loss:
     """What a contestant must agree with: our operator, on the features it sees."""
     if operator == "haar":

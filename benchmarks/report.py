@@ -84,6 +84,35 @@ def summary_lines(cases: list[dict]) -> list[str]:
     return table(header, body)
 
 
+# Of a result what the README repeats: the losses as they are trained with, what a step gains, and where a peer wins.
+COMPARED = re.compile(
+    r"fwd\+bwd, 8x3x512x512, (float32|bfloat16)|fwd, 1x3x64x64, float32|5 layers, (float32|bfloat16)|iteration|Reward"
+)
+
+
+def comparison_lines(results: list[dict]) -> list[str]:
+    """Results of several machines side by side: how much faster ours is than the best peer."""
+    found = [
+        {
+            case["title"]: (peer["median"] / base["median"], peer["name"])
+            for case in result["cases"]
+            if COMPARED.search(case["title"]) and (base := ours(case)) and (peer := best_peer(case))
+        }
+        for result in results
+    ]
+    rows = [
+        [title, *(f"{row[title][0]:.2f}× {row[title][1]}" if title in row else "not run" for row in found)]
+        for title in dict.fromkeys(title for row in found for title in row)
+    ]
+    return table(["", *(result["machine"]["device"] for result in results)], rows)
+
+
+def read(folder: Path) -> list[dict]:
+    """The results in a folder, by name."""
+    files = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("degradation-")]
+    return [json.loads(path.read_text()) for path in files]
+
+
 def markdown(result: dict) -> str:
     lines = [
         f"# {result['machine']['device']}",

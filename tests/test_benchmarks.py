@@ -44,6 +44,15 @@ def test_a_peer_that_disagrees_is_not_timed(monkeypatch):
     assert rows["avg_pool2d"]["note"].startswith("disagrees: relative error 1e-01")
 
 
+def test_no_peer_multiplies_in_a_type_without_units():
+    wanted = bench.re.compile("^bmm( fp32)?$")
+    case = small("gram", torch.bfloat16)
+    measured = bench.run_case(case, "cpu", 2, wanted, 1 << 12, (1e9, {case.dtype: 1e9}), [case.dtype])
+    rows = {row["name"]: row for row in measured["rows"]}
+    assert rows["bmm"]["note"] == "left out: no units for bfloat16 here"
+    assert "median" in rows["bmm fp32"] and "median" in rows["ours"]
+
+
 def test_a_peer_that_wins_is_shown():
     rows = [
         {"name": "ours", "median": 2e-3, "q20": 2e-3, "q80": 2e-3, "error": 0.0, "peak_bytes": 1 << 20},
@@ -62,6 +71,11 @@ def test_a_peer_that_wins_is_shown():
     assert report.summary_lines([case])[-1].endswith("| level |")
     rows[0] |= {"median": 5e-4, "q20": 4e-4, "q80": 6e-4}
     assert report.summary_lines([case])[-1].endswith("| 2.00× | 1.0 / 2.0 |  |")
+
+
+def test_the_readme_compares_the_results_that_are_there():
+    results = report.read(ROOT / "benchmarks/results")
+    assert "\n".join(report.comparison_lines(results)) in (ROOT / "README.md").read_text()
 
 
 def test_floors_count_what_must_be_moved_and_multiplied():
@@ -91,7 +105,7 @@ def test_a_floors_product_is_as_large_as_time_allows(monkeypatch, rate, side):
 def test_a_half_type_without_units(monkeypatch, half, runs):
     rates = {torch.float32: 100e9, torch.bfloat16: half}
     monkeypatch.setattr(measure, "product_rate", lambda dtype, device: rates[dtype])
-    assert (torch.bfloat16 in measure.fast_dtypes("cpu", tuple(rates))) == runs
+    assert measure.slow_dtypes("cpu", list(rates)) == ([] if runs else [torch.bfloat16])
     _, flops, source = measure.floors("cpu", list(rates), 1 << 12)
     assert flops == {torch.float32: 100e9, torch.bfloat16: max(half, 100e9)}
     assert ("no units for bfloat16" in source) == (half < 100e9)

@@ -175,15 +175,13 @@ show(
 # ## 2 · What computes here?
 #
 # Two of RFSR's four losses are compiled for CPU and CUDA: the structure loss and the Gram loss of the style loss. The
-# table below lists each after the transform it is built on. Where a compiler was missing, PyTorch serves instead,
-# slower but to the same result. In the table *native* is a compiled kernel and *reference* is PyTorch. The right column
-# says what was compiled, which needs no GPU: the machine that stored this page has none. `rfsr doctor` says how to get
-# what is missing.
+# table below says what serves them on each device. Where a compiler was missing, PyTorch serves instead, slower but to
+# the same result: *native* is a compiled kernel and *reference* is PyTorch. The line *cuda* says what was compiled, which
+# needs no GPU: the machine that stored this page has none. `rfsr doctor` says how to get what is missing.
 
 # %% tags=["nbval-ignore-output"]
-print(f"{'operator':16s} {'on the CPU':12s} on a GPU")
-for name, devices in build_info()["operators"].items():
-    print(f"{name:16s} {devices['cpu']['backend']:12s} {devices['cuda']['backend']}")
+for device, served in build_info()["devices"].items():
+    print(f"{device:8s} {served['backend']}")
 
 # %% [markdown]
 # Whatever serves, the formulas are the same. The structure loss compares averages of 2×2 pixels (notebook 02), the Gram
@@ -344,7 +342,7 @@ caught(lambda: check("structure loss", wrong_loss(before, gt), haar_ll_l1_loss(b
 # stops at an open one.
 #
 # **Exercise 1 (warm-up).** Which backend serves `gram_loss` on the CPU of *this* machine? Return its name.
-# <details><summary>Hint</summary>Look at the report in section 2, or ask `build_info()["operators"]`.</details>
+# <details><summary>Hint</summary>Look at the report in section 2, or ask `build_info()["devices"]`.</details>
 
 
 # %%
@@ -353,8 +351,8 @@ def gram_backend():
 
 
 def verify_backend():
-    wanted = build_info()["operators"]["gram_loss"]["cpu"]["backend"]
-    assert gram_backend() == wanted, "look again at the line gram_loss in section 2"
+    wanted = build_info()["devices"]["cpu"]["backend"]
+    assert gram_backend() == wanted, "look again at the line cpu in section 2"
 
 
 exercise(1, verify_backend)
@@ -363,7 +361,7 @@ exercise(1, verify_backend)
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution to exercise 1 (expand to read)
 def gram_backend():
-    return build_info()["operators"]["gram_loss"]["cpu"]["backend"]
+    return build_info()["devices"]["cpu"]["backend"]
 
 
 exercise(1, verify_backend)

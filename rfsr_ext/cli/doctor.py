@@ -41,10 +41,9 @@ def examine() -> None:
     _line("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU")
     _line("free disk here", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB")
     typer.echo("\noperators")
-    for name, devices in rfsr_ext.build_info()["operators"].items():
-        for device, served in devices.items():
-            remedy = f"; {served['remedy']}" if served["remedy"] else ""
-            _line(f"{name} on {device}", f"{served['backend']}: {served['why']}{remedy}")
+    for device, served in rfsr_ext.build_info()["devices"].items():
+        remedy = f"; {served['remedy']}" if served["remedy"] else ""
+        _line(f"on {device}", f"{served['backend']}: {served['why']}{remedy}")
     typer.echo("\nweights")
     for name in ("model/unet", "model/controlnet", "model/vae", "rewards", "judge"):
         files = list((WEIGHTS / name).glob("*.safetensors"))

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -19,11 +18,6 @@ def image_like(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {_dtype(x)}")
     if x.ndim != 4:
         raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # else it would be lost: zero
-        raise NotImplementedError(
-            f"{name} must carry no forward-mode tangent (torch.func.jvp, jacfwd, forward_ad), got one; "
-            f"use reverse mode: backward, torch.func.vjp or jacrev"
-        )
     if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{name} must have C, H and W of at least 1, got shape {tuple(x.shape)}")
 

@@ -14,6 +14,7 @@ from functools import reduce
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "rfsr_ext"
 MIN_TORCH = (2, 11)
@@ -21,26 +22,47 @@ HERE = Path(__file__).parent
 RECORD = HERE / "_build_record.json"  # written by setup.py: what was built, with what, and why not
 
 _namespace = torch.library.Library(NAMESPACE, "FRAGMENT")  # FRAGMENT: a reloaded module may define it again
-OPERATORS = ("haar_ll", "haar_ll_l1_loss", "gram_matrix", "gram_loss")
+_kernels: dict[str, Callable] = {}  # the operators' PyTorch kernels
 
 
 def define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
     """Registers ``rfsr_ext::name`` with its PyTorch kernel (any device) and its fake kernel (shapes only)."""
     _namespace.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _namespace.impl(name, kernel, "CompositeExplicitAutograd")
+    _kernels[name] = kernel
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_namespace)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def operator(name: str) -> Callable:
+    """``rfsr_ext::name``, or its PyTorch kernel where a transform has to look inside.
+
+    An operator has a gradient and nothing else; what its kernel is made of follows every transform, in any order.
+    """
+    if not is_transformed():
+        return getattr(torch.ops.rfsr_ext, name)
+
+    def kernel(first: torch.Tensor, *rest):
+        with torch.autocast(first.device.type, enabled=False):  # as below an operator: products are not rounded
+            return _kernels[name](first, *rest)
+
+    return kernel
 
 
 def promote_under_autocast(name: str) -> None:
     """Under autocast ``rfsr_ext::name`` takes its tensors as they are; different dtypes become one that holds both."""
-    operator = getattr(torch.ops.rfsr_ext, name)
+    promoted = getattr(torch.ops.rfsr_ext, name)
     for device in ("CPU", "CUDA"):
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
         def kernel(*args, keys=keys):
             dtype = reduce(torch.promote_types, [x.dtype for x in args if isinstance(x, torch.Tensor)])
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return operator(*[x.to(dtype) if isinstance(x, torch.Tensor) else x for x in args])
+                return promoted(*[x.to(dtype) if isinstance(x, torch.Tensor) else x for x in args])
 
         _namespace.impl(name, kernel, f"Autocast{device}")
 
@@ -92,17 +114,20 @@ _OTHER = Backend("reference", None, "the PyTorch implementation serves every dev
 
 
 def build_info() -> dict:
-    """Which implementation serves each operator on each device, why, and what to do about it.
+    """Which implementation serves all operators on each device, why, and what to do about it.
 
     Returns:
-        ``{"torch": ..., "torch_cuda": ..., "record": {...}, "operators": {name: {device: {"backend":
-        "native" | "reference", "library": path or None, "why": sentence, "remedy": sentence or None}}}}`` with
-        the devices ``cpu``, ``cuda`` and ``other``. ``record`` is what setup.py noted when it built.
+        ``{"torch": version, "torch_cuda": version or None, "devices": {device: {"backend": "native" | "reference",
+        "library": path or None, "why": sentence, "remedy": sentence or None, "build": {...}}}}`` with the devices
+        ``cpu``, ``cuda`` and ``other``. ``build`` is what setup.py noted of a library that it built.
     """
-    devices = {**_backends, "other": _OTHER}
+    devices, record = {**_backends, "other": _OTHER}, build_record()
     return {
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "record": build_record(),
-        "operators": {name: {device: vars(b).copy() for device, b in devices.items()} for name in OPERATORS},
+        "devices": {
+            device: vars(served)
+            | {"build": {key: x for key, x in record.get(device, {}).items() if key not in ("why", "remedy")}}
+            for device, served in devices.items()
+        },
     }

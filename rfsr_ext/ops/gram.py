@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
-from ._library import NAMESPACE, define, promote_under_autocast
+from ._library import NAMESPACE, define, operator, promote_under_autocast
 from .reference import CRITERIA
 
 
@@ -26,8 +26,9 @@ def gram_matrix(features: Tensor, *, joint_layer_norm: bool = False) -> Tensor:
 
     taken of features less their mean at the centre pixel, so that a large mean costs no digits.
 
-    Half types are added up in fp32 and the result stays fp32, so large activations do not overflow. Twice
-    differentiable. Bitwise reproducible for any number of threads. Under autocast the features keep their dtype.
+    Half types are added up in fp32 and the result stays fp32, so large activations do not overflow. Differentiable any
+    number of times, in reverse and forward mode and under ``torch.func``. Bitwise reproducible for any number of
+    threads. Under autocast the features keep their dtype.
 
     Args:
         features: ``[N, C, H, W]``, fp64, fp32, bf16 or fp16, any strides.
@@ -69,9 +70,9 @@ def gram_loss(
 
     Of two features the two Gram matrices are not written, only their difference is, and it is what is kept for
     backward (beside the features). With ``target_gram`` the features' own is written too; with ``joint_layer_norm``
-    one per side is kept as well. Differentiable in either or both inputs, and a second time, under any criterion;
-    where D is 0 the derivative of l1 and of fro is 0. Finite in fp16 at activations of several hundred. An empty
-    batch gives NaN, as ``torch.mean`` does. Bitwise reproducible for any number of threads.
+    one per side is kept as well. Differentiable in either or both inputs, as :func:`gram_matrix` is, under any
+    criterion; where D is 0 the derivative of l1 and of fro is 0. Finite in fp16 at activations of several hundred. An
+    empty batch gives NaN, as ``torch.mean`` does. Bitwise reproducible for any number of threads.
 
     Under autocast the features keep their dtypes, and two different ones are promoted to one that holds both.
 
@@ -122,7 +123,7 @@ def gram_loss(
         else:
             _check_gram(target, f"{name}{suffix}", layer, f"features{suffix}")
         if target_gram is None and not joint_layer_norm:
-            loss = torch.ops.rfsr_ext.gram_distance(layer, target, CRITERIA.index(criterion))[0]
+            loss = operator("gram_distance")(layer, target, CRITERIA.index(criterion))[0]
         else:
             gram = target if target_gram is not None else _gram(target, joint_layer_norm)
             loss = reference.distance(_gram(layer, joint_layer_norm) - gram, criterion)
@@ -132,11 +133,11 @@ def gram_loss(
 
 def _gram(features: Tensor, joint_layer_norm: bool) -> Tensor:
     if not joint_layer_norm:
-        return torch.ops.rfsr_ext.gram_moments(features, None)[0]
+        return operator("gram_moments")(features, None)[0]
     # The result does not depend on the shift, so the shift needs no gradient.
     centre = features.detach()[:, :, features.shape[2] // 2, features.shape[3] // 2]
     shift = centre.to(reference.acc_dtype(features.dtype)).mean(1)
-    gram, means = torch.ops.rfsr_ext.gram_moments(features, shift)
+    gram, means = operator("gram_moments")(features, shift)
     mean = means.mean(1, keepdim=True)
     variance = gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) - mean.square()
     half = mean / means.shape[1] * (means - mean / 2)  # of the correction: half[i] + half[j]
@@ -236,7 +237,7 @@ def _gram_moments_grad(ctx, grad: Tensor, grad_means: Tensor) -> tuple:
     s, bias = _pull_back(grad, _size(features)), None
     if shift is not None:
         bias = grad_means / (features.shape[2] * features.shape[3]) - shift.unsqueeze(1) * s.sum(2)
-    return torch.ops.rfsr_ext.gram_backward(s, features, bias), None
+    return operator("gram_backward")(s, features, bias), None
 
 
 def _slope(difference: Tensor, criterion: str, grad: Tensor) -> Tensor:
@@ -271,8 +272,8 @@ def _gram_distance_grad(ctx, grad: Tensor | None, grad_difference: Tensor | None
     if grad_difference is not None:
         s = s + _pull_back(grad_difference, ctx.size)
     return (
-        torch.ops.rfsr_ext.gram_backward(s, features, None) if wants_features else None,
-        torch.ops.rfsr_ext.gram_backward(-s, target, None) if wants_target else None,
+        operator("gram_backward")(s, features, None) if wants_features else None,
+        operator("gram_backward")(-s, target, None) if wants_target else None,
         None,
     )
 
@@ -287,7 +288,7 @@ def _gram_backward_grad(ctx, grad: Tensor) -> tuple:
     wants_s, wants_features, wants_bias = ctx.needs_input_grad
     return (
         features.to(s.dtype).flatten(2) @ grad.to(s.dtype).flatten(2).mT if wants_s else None,
-        torch.ops.rfsr_ext.gram_backward(s.mT, grad, None) if wants_features else None,
+        operator("gram_backward")(s.mT, grad, None) if wants_features else None,
         grad.sum((2, 3), dtype=s.dtype) if wants_bias else None,
     )
 
@@ -295,39 +296,4 @@ def _gram_backward_grad(ctx, grad: Tensor) -> tuple:
 torch.library.register_autograd(f"{NAMESPACE}::gram_moments", _gram_moments_grad, setup_context=_gram_moments_setup)
 torch.library.register_autograd(f"{NAMESPACE}::gram_distance", _gram_distance_grad, setup_context=_gram_distance_setup)
 torch.library.register_autograd(f"{NAMESPACE}::gram_backward", _gram_backward_grad, setup_context=_gram_backward_setup)
-
-
-# Under vmap the mapped dimension joins the samples.
-
-
-def _fold(x: Tensor | None, dim: int | None, info) -> Tensor | None:
-    if x is None:
-        return None
-    x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.flatten(0, 1)
-
-
-def _unfold(x: Tensor, info) -> Tensor:
-    return x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size))
-
-
-def _gram_moments_vmap(info, in_dims, features: Tensor, shift: Tensor | None) -> tuple:
-    gram, means = torch.ops.rfsr_ext.gram_moments(_fold(features, in_dims[0], info), _fold(shift, in_dims[1], info))
-    return (_unfold(gram, info), means if shift is None else _unfold(means, info)), (0, None if shift is None else 0)
-
-
-def _gram_distance_vmap(info, in_dims, features: Tensor, target_features: Tensor, criterion: int) -> tuple:
-    folded = _fold(features, in_dims[0], info), _fold(target_features, in_dims[1], info)
-    difference = _unfold(torch.ops.rfsr_ext.gram_distance(*folded, criterion)[1], info)
-    return (reference.distance(difference, CRITERIA[criterion]), difference), (0, 0)
-
-
-def _gram_backward_vmap(info, in_dims, s: Tensor, features: Tensor, bias: Tensor | None) -> tuple:
-    folded = [_fold(x, dim, info) for x, dim in zip((s, features, bias), in_dims, strict=True)]
-    return _unfold(torch.ops.rfsr_ext.gram_backward(*folded), info), 0
-
-
-torch.library.register_vmap(f"{NAMESPACE}::gram_moments", _gram_moments_vmap)
-torch.library.register_vmap(f"{NAMESPACE}::gram_distance", _gram_distance_vmap)
-torch.library.register_vmap(f"{NAMESPACE}::gram_backward", _gram_backward_vmap)
 promote_under_autocast("gram_distance")

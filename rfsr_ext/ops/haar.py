@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
-from ._library import NAMESPACE, define
+from ._library import NAMESPACE, define, is_transformed, operator
 
 _MODES = {name: number for number, name in enumerate(reference.MODES)}
 _REDUCTIONS = {name: number for number, name in enumerate(reference.REDUCTIONS)}
@@ -21,7 +21,8 @@ def haar_ll(x: Tensor, mode: str = "symmetric", level: int = 1) -> Tensor:
 
     An odd height or width is extended by one sample as ``pywt.dwt2(x, "haar", mode)`` does; ``mode`` makes no
     difference to even ones. Level 2 is the LL band of the LL band, and so on, as ``pywt.wavedec2``. Half types are
-    added up in fp32, also between levels, and rounded once. Differentiable any number of times. Bitwise reproducible.
+    added up in fp32, also between levels, and rounded once. Differentiable any number of times, in reverse and
+    forward mode and under ``torch.func``. Bitwise reproducible.
 
     Args:
         x: ``[N, C, H, W]``, fp64, fp32, bf16 or fp16, any strides.
@@ -64,9 +65,9 @@ def haar_ll_l1_loss(
 
     Differentiable in either or both inputs, and in ``weight``; the gradient of :math:`|d|` at 0 is 0. Only two bits
     per LL coefficient are kept for backward, so neither input is kept alive. An empty batch gives NaN, as
-    ``torch.mean`` does. Bitwise reproducible for any number of threads. There is no second derivative (it is zero
-    almost everywhere): the gradient has no graph, and where one is asked through it, a sentence refuses. Forward-mode
-    tangents are refused as well.
+    ``torch.mean`` does. Bitwise reproducible for any number of threads. Differentiable any number of times,
+    in reverse and forward mode and under ``torch.func``; as the loss is straight almost everywhere, its gradient has a
+    graph, in reverse mode, only where the gradient that comes in has one.
 
     Above level 1 the lower bands, and clamped inputs, are written in the dtype of the sums; the last level is fused
     with the distance.
@@ -118,11 +119,11 @@ def haar_ll_l1_loss(
             pred, target = (reference.clamp(x.to(wide), low, high) for x in (pred, target))
             low, high, factor = 0.0, 0.0, 1 / (high - low)
         pred, target = (_bands(x, mode, level - 1, wide) for x in (pred, target))
-    grads = torch.is_grad_enabled()
+    grads = torch.is_grad_enabled() and not is_transformed()  # which differentiates the kernel itself
     number = _REDUCTIONS[reduction if weight is None else "none"]
     options = _MODES[mode], low, high, number, grads and pred.requires_grad, grads and target.requires_grad
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        loss = torch.ops.rfsr_ext.haar_ll_l1(pred, target, *options)[0]
+    if torch.compiler.is_compiling() or is_transformed():
+        loss = operator("haar_ll_l1")(pred, target, *options)[0]
     else:
         loss = _EagerL1.apply(pred, target, options)
     if factor != 1:
@@ -162,7 +163,7 @@ def _bands(x: Tensor, mode: str, level: int, dtype: torch.dtype) -> Tensor:
     """The LL band of any level in ``dtype``; nothing is rounded to a half type between levels."""
     wide = reference.acc_dtype(x.dtype) if level > 1 else dtype
     for _ in range(level):
-        x = torch.ops.rfsr_ext.haar_ll(x, _MODES[mode], wide)
+        x = operator("haar_ll")(x, _MODES[mode], wide)
     return x.to(dtype)
 
 
@@ -232,7 +233,7 @@ def _haar_ll_setup(ctx, inputs, output) -> None:
 
 
 def _haar_ll_grad(ctx, grad: Tensor) -> tuple:
-    return torch.ops.rfsr_ext.haar_ll_backward(grad, ctx.mode, *ctx.size, ctx.dtype), None, None
+    return operator("haar_ll_backward")(grad, ctx.mode, *ctx.size, ctx.dtype), None, None
 
 
 def _haar_ll_backward_setup(ctx, inputs, output) -> None:
@@ -241,7 +242,7 @@ def _haar_ll_backward_setup(ctx, inputs, output) -> None:
 
 def _haar_ll_backward_grad(ctx, grad: Tensor) -> tuple:
     # The transform is linear, so the gradient of its gradient is the transform.
-    return torch.ops.rfsr_ext.haar_ll(grad, ctx.mode, ctx.dtype), None, None, None, None
+    return operator("haar_ll")(grad, ctx.mode, ctx.dtype), None, None, None, None
 
 
 def _remember(ctx, pred: Tensor, kept: Tensor, options: tuple) -> None:
@@ -258,7 +259,7 @@ def _gradients(ctx, grad: Tensor, kept: Tensor) -> tuple[Tensor | None, Tensor |
         raise RuntimeError(
             "rfsr_ext::haar_ll_l1 has a gradient only for inputs it was told of by pred_grad, target_grad"
         )
-    backward = torch.ops.rfsr_ext.haar_ll_l1_backward
+    backward = operator("haar_ll_l1_backward")
     return (
         backward(grad, kept, *ctx.options, ctx.masks[0]) if to_pred else None,
         backward(-grad, kept, *ctx.options, ctx.masks[1]) if to_target else None,
@@ -288,84 +289,30 @@ class _EagerL1(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
         (grad,), (kept,) = grads, ctx.saved_tensors  # not below autograd: unpacking may run a checkpointed forward pass
-        if torch.is_grad_enabled():  # a second derivative is asked for, and refused by the operator
+        if torch.is_grad_enabled() or is_transformed():  # a second derivative may be asked for
             return *_gradients(ctx, grad, kept), None
         with torch._C._AutoDispatchBelowAutograd():
             return *_gradients(ctx, grad, kept), None
 
 
+def _haar_ll_l1_backward_setup(ctx, inputs, output) -> None:
+    grad, kept, *ctx.options = inputs
+    ctx.save_for_backward(grad, kept)
+
+
 def _haar_ll_l1_backward_grad(ctx, grad: Tensor) -> tuple:
-    raise RuntimeError("haar_ll_l1_loss has no second derivative: it is zero almost everywhere, so use the first only")
+    # The gradient of the loss is a factor, one for all or one for each sample, times what the signs give.
+    factor, kept = ctx.saved_tensors
+    *options, _, mask = ctx.options
+    slope = operator("haar_ll_l1_backward")(torch.ones_like(factor), kept, *options, factor.dtype, mask)
+    product = (grad.to(factor.dtype) * slope).sum((1, 2, 3))
+    return product.sum() if factor.ndim == 0 else product, *[None] * 10
 
 
 for _name, _grad, _setup in (
     ("haar_ll", _haar_ll_grad, _haar_ll_setup),
     ("haar_ll_backward", _haar_ll_backward_grad, _haar_ll_backward_setup),
     ("haar_ll_l1", _haar_ll_l1_grad, _haar_ll_l1_setup),
-    ("haar_ll_l1_backward", _haar_ll_l1_backward_grad, None),
+    ("haar_ll_l1_backward", _haar_ll_l1_backward_grad, _haar_ll_l1_backward_setup),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _grad, setup_context=_setup)
-
-
-# -------------------------------------------------------------------------------------------- vmap
-# The mapped dimension is folded into the batch: every operator treats samples alike.
-
-
-def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-
-def _folded(operator):
-    def rule(info, in_dims, x, *options):
-        return operator(_fold(x, in_dims[0], info.batch_size), *options).unflatten(0, (info.batch_size, -1)), 0
-
-    return rule
-
-
-def _haar_ll_l1_vmap(info, in_dims, pred, target, mode, low, high, reduction, pred_grad, target_grad):
-    if torch.is_grad_enabled():  # inside vmap tensors do not say that they require a gradient outside
-        pred_grad, target_grad = pred_grad or pred.requires_grad, target_grad or target.requires_grad
-    pred, target = (_fold(x, dim, info.batch_size) for x, dim in zip((pred, target), in_dims, strict=False))
-    per_sample, kept = torch.ops.rfsr_ext.haar_ll_l1(
-        pred, target, mode, low, high, _REDUCTIONS["none"], pred_grad, target_grad
-    )
-    loss, kept = (x.unflatten(0, (info.batch_size, -1)) for x in (per_sample, kept))
-    if reference.REDUCTIONS[reduction] == "mean":
-        loss = loss.mean(1)
-    elif reference.REDUCTIONS[reduction] == "sum":
-        loss = loss.sum(1) * math.prod((pred.shape[1], *_band(*pred.shape[2:])))
-    return (loss, kept), (0, 0)
-
-
-def _haar_ll_l1_backward_vmap(
-    info, in_dims, grad, kept, mode, low, high, reduction, channels, height, width, dtype, mask
-):
-    kept = _fold(kept, in_dims[1], info.batch_size)
-    n = kept.shape[0] // info.batch_size
-    if reference.REDUCTIONS[reduction] != "none":  # the gradient of each sample's mean instead
-        grad = grad.unsqueeze(-1).expand(*grad.shape, n)
-        mean = reference.REDUCTIONS[reduction] == "mean"
-        grad = grad / n if mean else grad * (channels * math.prod(_band(height, width)))
-    out = torch.ops.rfsr_ext.haar_ll_l1_backward(
-        _fold(grad, in_dims[0], info.batch_size),
-        kept,
-        mode,
-        low,
-        high,
-        _REDUCTIONS["none"],
-        channels,
-        height,
-        width,
-        dtype,
-        mask,
-    )
-    return out.unflatten(0, (info.batch_size, n)), 0
-
-
-for _name, _rule in (
-    ("haar_ll", _folded(torch.ops.rfsr_ext.haar_ll)),
-    ("haar_ll_backward", _folded(torch.ops.rfsr_ext.haar_ll_backward)),
-    ("haar_ll_l1", _haar_ll_l1_vmap),
-    ("haar_ll_l1_backward", _haar_ll_l1_backward_vmap),
-):
-    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _rule)

@@ -203,7 +203,7 @@ def haar_ll_l1(
     if low != high:
         inside = [~((x <= low) | (x >= high)) for x, wanted in ((pred, pred_grad), (target, target_grad)) if wanted]
         kept = [_pack(bits, 1) for bits in inside]
-        pred, target, factor = pred.clamp(low, high), target.clamp(low, high), 1 / (high - low)
+        pred, target, factor = clamp(pred, low, high), clamp(target, low, high), 1 / (high - low)
     d = haar_ll(pred - target, _name(mode))
     if pred_grad or target_grad:
         kept = [_pack((d > 0) * _PLUS + (d < 0) * _MINUS + d.isnan() * _NAN, 2), *kept]

@@ -63,7 +63,7 @@ def test_cuda_kernels_pass_the_operator_tests_on_the_host(tmp_path):
     assert compiled.returncode == 0, compiled.stderr
 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    check = "from rfsr_ext.ops import build_info; print(build_info()['operators']['haar_ll']['cpu']['library'])"
+    check = "from rfsr_ext.ops import build_info; print(build_info()['devices']['cpu']['library'])"
     served = subprocess.run(
         [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, env=environment
     )

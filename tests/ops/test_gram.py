@@ -125,21 +125,22 @@ def test_large_half_activations_stay_finite(criterion, layer_norm, device):
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 4, 4), (3, 5, 3), (17, 1, 3)], ids=str)
 def test_gradients_match_finite_differences(shape, layer_norm, device):
     f, t = (torch.randn(2, *shape, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda x: gram_matrix(x, joint_layer_norm=layer_norm), (f,))
+    # Along drawn directions: an error in any entry of the Jacobian shows.
+    assert torch.autograd.gradcheck(lambda x: gram_matrix(x, joint_layer_norm=layer_norm), (f,), fast_mode=True)
     for criterion in CRITERIA:
         options = {"criterion": criterion, "joint_layer_norm": layer_norm}
-        assert torch.autograd.gradcheck(lambda *x, o=options: gram_loss(*x, **o), (f, t))
+        assert torch.autograd.gradcheck(lambda *x, o=options: gram_loss(*x, **o), (f, t), fast_mode=True)
     gram = gram_matrix(t, joint_layer_norm=layer_norm).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, g, o=options: gram_loss(x, target_gram=g, **o), (f, gram))
+    assert torch.autograd.gradcheck(lambda x, g, o=options: gram_loss(x, target_gram=g, **o), (f, gram), fast_mode=True)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True], ids=["raw", "layer_norm"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_second_derivatives_match_finite_differences(criterion, layer_norm, device):
     f, t = (torch.randn(2, 3, 3, 2, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradgradcheck(lambda x: gram_matrix(x, joint_layer_norm=layer_norm), (f,))
+    assert torch.autograd.gradgradcheck(lambda x: gram_matrix(x, joint_layer_norm=layer_norm), (f,), fast_mode=True)
     options = {"criterion": criterion, "joint_layer_norm": layer_norm}
-    assert torch.autograd.gradgradcheck(lambda *x: gram_loss(*x, **options), (f, t))
+    assert torch.autograd.gradgradcheck(lambda *x: gram_loss(*x, **options), (f, t), fast_mode=True)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -217,13 +218,9 @@ def test_vmap_is_a_loop(criterion, layer_norm, device):
     torch.testing.assert_close(shared, torch.stack([loss(f.select(2, i), t.select(2, 0)) for i in range(2)]))
 
 
-def test_vmap_of_the_matrix_and_of_its_gradient(device):
+def test_vmap_of_the_matrix(device):
     f = torch.randn(3, 2, 4, 5, 6, device=device)
     torch.testing.assert_close(torch.vmap(gram_matrix)(f), torch.stack([gram_matrix(x) for x in f]))
-    s, bias = torch.randn(3, 2, 4, 4, device=device), torch.randn(2, 4, device=device)
-    backward = torch.ops.rfsr_ext.gram_backward
-    looped = torch.stack([backward(*x, bias) for x in zip(s, f, strict=True)])
-    torch.testing.assert_close(torch.vmap(backward, in_dims=(0, 0, None))(s, f, bias), looped)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True], ids=["raw", "layer_norm"])
@@ -257,7 +254,7 @@ def results(f, t):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 200, 9, 17), (3, 37, 33, 65), (1, 66, 65, 66)], ids=str)
 def test_bits_do_not_depend_on_threads(shape, dtype, device):
-    if device != "cpu" or build_info()["operators"]["gram_loss"]["cpu"]["backend"] != "native":
+    if device != "cpu" or build_info()["devices"]["cpu"]["backend"] != "native":
         pytest.skip("threads are the CPU library's; the PyTorch implementation promises no order of sums")
     f, t = torch.randn(2, *shape).to(dtype)
     before = torch.get_num_threads()
@@ -301,29 +298,6 @@ print("clean")
     environment = {**os.environ, "MALLOC_PERTURB_": "1"}  # bytes 0xfe: -1.7e38
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert run.stdout.strip() == "clean", run.stderr
-
-
-def test_smaller_processors_get_the_same_numbers(tmp_path):
-    """Without AVX-512 and AMX, which a larger processor leaves alone where PyTorch's own variable says so."""
-    script = """
-import torch
-from rfsr_ext.ops import gram_loss
-found = []
-for f, t in torch.load("inputs.pt"):
-    loss = gram_loss(f.requires_grad_(), t)
-    found += [loss.detach(), *torch.autograd.grad(2**12 * loss, f)]
-torch.save(found, "found.pt")
-"""
-    inputs = [torch.randn(2, 1, 70, 33, 40).to(dtype).unbind() for dtype in DTYPES]
-    torch.save(inputs, tmp_path / "inputs.pt")
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=tmp_path)
-    wide = []
-    for f, t in inputs:
-        loss = gram_loss(f.requires_grad_(), t)
-        wide += [loss.detach(), *torch.autograd.grad(2**12 * loss, f)]
-    for x, y in zip(torch.load(tmp_path / "found.pt", weights_only=True), wide, strict=True):
-        assert (x.double() - y.double()).abs().max() <= ROUNDING[y.dtype] * y.double().abs().max()
 
 
 # ---------------------------------------------------------------------------------------- mistakes

@@ -39,7 +39,7 @@ haar, gram = rfsr_ext.haar_ll_l1_loss(a, 0 * b), rfsr_ext.gram_loss(a, b)
 info = rfsr_ext.build_info()
 print(json.dumps({"file": rfsr_ext.__file__, "torch": torch.__version__, "cuda_version": torch.version.cuda,
                   "haar": haar.item(), "gram": gram.item(), "finite": a.grad.isfinite().all().item(),
-                  **info["operators"]["haar_ll_l1_loss"]}))
+                  **info["devices"]}))
 """
 
 

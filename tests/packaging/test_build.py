@@ -153,7 +153,7 @@ def served(tree, python=sys.executable, cwd=None, **changes):
         "import json, sys, torch\n"
         "from rfsr_ext import ops\n"
         "loss = ops.haar_ll_l1_loss(torch.ones(1, 1, 3, 3), torch.zeros(1, 1, 3, 3))\n"
-        "print(json.dumps([ops.__file__, loss.item(), ops.build_info()['operators']['haar_ll_l1_loss']]))"
+        "print(json.dumps([ops.__file__, loss.item(), ops.build_info()['devices']]))"
     )
     run = subprocess.run(
         [python, "-c", script], cwd=cwd or tree, capture_output=True, text=True, env=environment(**changes)
