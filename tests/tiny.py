@@ -6,10 +6,11 @@ from torch import nn
 
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import ControlNetISRModel, ISRModel, Recipe
+from tests.once import built_once
 
 
-def tiny_parts(seed: int = 0, scheduler=None, **scheduler_options) -> dict:
-    """The parts of a Stable-Diffusion-like model: 4 latent channels, 2 pixels per latent, text in both networks."""
+@built_once
+def _networks(seed: int) -> dict:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = architecture.tokenizer()
@@ -38,11 +39,15 @@ def tiny_parts(seed: int = 0, scheduler=None, **scheduler_options) -> dict:
         for parameter in controlnet.parameters():
             if not parameter.any():  # zero convolutions, which would hide the condition
                 nn.init.normal_(parameter, std=0.1)
+    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "controlnet": controlnet}
+
+
+def tiny_parts(seed: int = 0, scheduler=None, **scheduler_options) -> dict:
+    """The parts of a Stable-Diffusion-like model: 4 latent channels, 2 pixels per latent, text in both networks."""
     scheduler = architecture.scheduler() if scheduler is None else scheduler
     if scheduler_options:
         scheduler = type(scheduler).from_config(scheduler.config, **scheduler_options)
-    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "controlnet": controlnet,
-            "scheduler": scheduler}  # fmt: skip
+    return _networks(seed) | {"scheduler": scheduler}
 
 
 def tiny_model(

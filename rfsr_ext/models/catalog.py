@@ -4,6 +4,7 @@ Nothing is downloaded: whoever wants one puts its files into a folder, in the la
 that folder as ``weights``, or has it as ``RFSR_WEIGHTS/<name>``.
 """
 
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from rfsr_ext.importing import import_object
 from rfsr_ext.models.base import ISRModel
 
 __all__ = ["PUBLISHED", "PublishedModel", "WantedFile", "open_published", "weights_folder"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -271,4 +274,12 @@ def open_published(
             from rfsr_ext.networks.taggers import load_tagger  # here, because most models have no use for it
 
             options["tagger"] = load_tagger("dape", folder)
+        else:
+            logger.warning(
+                "prompts of %s stay without tags, because %s is not in %r; `rfsr models %s` says where it is",
+                name,
+                ram.path,
+                str(folder),
+                name,
+            )
     return kind.from_released(inner if inner.is_dir() else folder, base=base, **published.options | options)

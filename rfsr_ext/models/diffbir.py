@@ -122,26 +122,36 @@ def diffbir_scheduler(version: str) -> SchedulerMixin:
     v1 and v2 are sampled by DDPM at n timesteps round(999 i / (n - 1)), from 999 to 0, with the smaller of its two
     variances: the authors' ``spaced``, equal to it in every step.
 
-    v2.1's schedule ends without any signal (ᾱ_999 = 0) and its network predicts velocity.  Its authors take
-    ``edm_dpm++_3m_sde``, of third order; this is their ``edm_dpm++_2m_sde``, of second order, because diffusers'
-    stochastic step of third order does not agree with theirs.  They replace ᾱ_999 by 10⁻⁸, diffusers by 2⁻²⁴; and the
-    noise of each step is drawn anew instead of from one Brownian path, which is the same in distribution.  Timesteps
-    are theirs where the number of steps divides 1000; else they may differ by one.
+    v2.1's schedule ends without signal, ᾱ_999 = 10⁻⁸ as its authors have it, and its network predicts velocity.  They
+    take ``edm_dpm++_3m_sde``, of third order; this is their ``edm_dpm++_2m_sde``, of second order, because diffusers'
+    stochastic step of third order is another: with h the step in log(α/σ), D2's factor is φ − 1/2 instead of φ + 1/2,
+    φ = (1 − exp(−2h) − 2h) / (2h)², and so does not vanish with h.  The noise of each step is drawn anew instead of
+    from one Brownian path, which is the same in distribution.  Timesteps are theirs where the number of steps divides
+    1000; else they may differ by one.
     """
     if version != "v2.1":
         return DDPMScheduler(
             **compvis.SCHEDULE, timestep_spacing="linspace", clip_sample=False, variance_type="fixed_small"
         )
     return DPMSolverMultistepScheduler(
-        **compvis.SCHEDULE,
+        trained_betas=_betas_without_terminal_signal(),  # rescale_betas_zero_snr= would leave ᾱ_999 at 2⁻²⁴
         prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
         algorithm_type="sde-dpmsolver++",
         solver_order=2,
         solver_type="midpoint",
         timestep_spacing="trailing",
         lower_order_final=False,
     )
+
+
+def _betas_without_terminal_signal() -> list[float]:
+    """Stable Diffusion's β, with √ᾱ shifted and stretched to end at 0 (Lin et al., arXiv 2305.08891, algorithm 1)."""
+    ends = (compvis.SCHEDULE[name] ** 0.5 for name in ("beta_start", "beta_end"))
+    roots = (1 - torch.linspace(*ends, 1000, dtype=torch.float64).square()).cumprod(0).sqrt()
+    alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
+    alphas_cumprod[-1] = 1e-8
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return (1 - alphas_cumprod / before).tolist()
 
 
 class DiffBIRModel(LatentControlNetISRModel):

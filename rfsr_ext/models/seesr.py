@@ -1,6 +1,7 @@
 """SeeSR (Wu et al., CVPR 2024, arXiv 2311.16518): Stable Diffusion 2 attending to what RAM sees in LR images."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Self
@@ -13,11 +14,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from rfsr_ext.models.base import Recipe
 from rfsr_ext.models.controlnet import ControlNetISRModel
 from rfsr_ext.models.folders import open_part, open_plain_part, quiet
-from rfsr_ext.networks.ram import RAM
+from rfsr_ext.networks.ram import RAM, TAGS_FILE, THRESHOLDS_FILE
 from rfsr_ext.networks.seesr import SeeSRControlNet, SeeSRUNet
 from rfsr_ext.weights.reading import open_network, read_tensors
 
 __all__ = ["SEESR", "SEESR_TURBO", "SeeSRModel"]
+
+logger = logging.getLogger(__name__)
 
 SEESR = Recipe(
     num_inference_steps=50,
@@ -80,6 +83,13 @@ class SeeSRModel(ControlNetISRModel):
     def __init__(self, *parts, ram: RAM, recipe: Recipe | None = None, **more):
         super().__init__(*parts, recipe=recipe or SEESR, **more)
         self.networks["ram"] = ram.eval().requires_grad_(False)
+        if self.tagger is None and not ram.has_tags:
+            logger.warning(
+                "prompts stay without tags, because %s and %s were not beside the weights of RAM; `rfsr weights fetch "
+                "ram-tags ram-thresholds` gets them",
+                TAGS_FILE,
+                THRESHOLDS_FILE,
+            )
 
     @property
     def ram(self) -> nn.Module:
@@ -109,8 +119,9 @@ class SeeSRModel(ControlNetISRModel):
         Args:
             weights: the authors' ``preset/models``, which holds ``seesr/unet``, ``seesr/controlnet``, ``DAPE.pth`` and
                 ``ram_swin_large_14m.pth``; or a folder such as RFSR's ``pretrained_models``, which holds ``unet``,
-                ``controlnet`` and ``DAPE.pth``.  RAM's files are also looked for beside ``weights``, beside ``base``
-                and in ``RFSR_WEIGHTS``, see `RAM.from_released`.
+                ``controlnet`` and ``DAPE.pth``, or its ``checkpoint-N``, of which ``unet_target`` and
+                ``controlnet_target`` (moving averages) are taken if these are all there is.  RAM's files are also
+                looked for beside ``weights``, beside ``base`` and in ``RFSR_WEIGHTS``, see `RAM.from_released`.
             base: a diffusers folder of Stable Diffusion 2 base; by default ``stable-diffusion-2-base`` in ``weights``,
                 beside it, or in ``preset/models`` beside it.
             base_unet: take the U-Net of ``base`` and only ``image_attentions`` from SeeSR's file.  Over SD-Turbo, which
@@ -127,16 +138,16 @@ class SeeSRModel(ControlNetISRModel):
         merged = (SEESR_TURBO if base_unet else SEESR).replace(**recipe)
         weights = Path(weights)
         own = weights / "seesr" if (weights / "seesr").is_dir() else weights
-        for part in ("unet", "controlnet"):
-            if not (own / part).is_dir():
-                raise FileNotFoundError(
-                    f"weights must be a folder that holds seesr/unet and seesr/controlnet, or unet and controlnet, got "
-                    f"{str(weights)!r} without {part}; {_WHERE}"
-                )
+        suffix = next((s for s in ("", "_target") if not _missing(own, s)), None)
+        if suffix is None:
+            raise FileNotFoundError(
+                f"weights must be a folder that holds seesr/unet and seesr/controlnet, or unet and controlnet, or "
+                f"RFSR's unet_target and controlnet_target, got {str(weights)!r} without {_missing(own)[0]}; {_WHERE}"
+            )
         base = _base(weights, "sd-turbo" if base_unet else "stable-diffusion-2-base") if base is None else Path(base)
         with _says_where():
-            unet = _open_unet(own / "unet", base / "unet", base_unet, torch_dtype)
-            controlnet = open_part(SeeSRControlNet, own / "controlnet", torch_dtype, "controlnet")
+            unet = _open_unet(own / f"unet{suffix}", base / "unet", base_unet, torch_dtype)
+            controlnet = open_part(SeeSRControlNet, own / f"controlnet{suffix}", torch_dtype, "controlnet")
         ram = RAM.from_released([weights, weights.parent, base.parent], dape=True, torch_dtype=torch_dtype)
         with quiet():  # of a folder made for another scheduler, which is what it says
             tokenizer = open_plain_part(CLIPTokenizer, base / "tokenizer")
@@ -153,6 +164,10 @@ class SeeSRModel(ControlNetISRModel):
             recipe=merged,
             trained=trained,
         )
+
+
+def _missing(folder: Path, suffix: str = "") -> list[str]:
+    return [part for part in ("unet", "controlnet") if not (folder / f"{part}{suffix}").is_dir()]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import torch
 from rfsr_ext.models import check_model, load_model
 from rfsr_ext.sampling import generators, sample, upscale
 from tests.models.released.reduced import REDUCED
+from tests.once import built_once
 from tests.tiny import PixelModel, tiny_model
 
 MODELS = {
@@ -15,7 +16,7 @@ MODELS = {
     "tiny, attention only": lambda: tiny_model(trained={"unet": "attentions", "controlnet": ""}),
     "tiny, decoder": lambda: tiny_model(trained={"unet": "", "vae": r"^decoder\."}),
     "pixels": PixelModel,
-    "mini": load_model,
+    "mini": built_once(load_model),
     **REDUCED,
 }
 

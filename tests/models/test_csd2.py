@@ -61,9 +61,10 @@ def model(released):
     return CSD2ISRModel.from_released(released / "dp2o-sd2", tagger=tags)
 
 
-def test_the_authors_recipe(model, released):
+def test_the_authors_recipe(model, released, caplog):
     assert model.recipe == CSD2_RECIPE
     assert load_model("dp2o-sd2", weights=released).fingerprint() == model.fingerprint()
+    assert [r.getMessage().partition(",")[0] for r in caplog.records] == ["prompts of dp2o-sd2 stay without tags"]
     process = model.process()
     assert process.timesteps.tolist() == list(range(981, 0, -20)) and type(model.scheduler) is DDPMScheduler
     assert model.trained == {"unet": "", "controlnet": ""}

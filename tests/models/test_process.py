@@ -11,7 +11,7 @@ import torch
 
 from rfsr_ext.models import NonUniformProcess, Process, check_scheduler
 from rfsr_ext.sampling import TimestepWindows, denoise, generators, rollout, sample, trajectory, upscale
-from tests.tiny import tiny_model, tiny_parts
+from tests.tiny import PixelModel, tiny_model, tiny_parts
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
@@ -157,6 +157,13 @@ def test_the_scheduler_given_is_never_changed(name):
 # -- the three faults, through a whole model --------------------------------------------------------------------------
 
 
+def pixel_model(scheduler) -> PixelModel:
+    """A model of one convolution: what is asked is what scheduler and loop do, not what a network does."""
+    model = PixelModel(STEPS, start="lr")
+    model.scheduler = scheduler
+    return model
+
+
 @pytest.fixture(scope="module")
 def lr():
     return torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -164,10 +171,10 @@ def lr():
 
 def test_a_rollout_starts_at_the_first_timesteps_noise_level(name, lr):
     """start="lr" is α z_lr + σ ε with the level of the first timestep, whatever the scheduler."""
-    model = tiny_model(scheduler=SCHEDULERS[name](), num_inference_steps=STEPS)
+    model = pixel_model(SCHEDULERS[name]())
     condition = model.condition(lr, ["cat", ""])
     state = rollout(model, condition, 1, generators(0, [0, 1]))
-    noise = torch.cat([torch.randn(1, 4, 16, 16, generator=g) for g in generators(0, [0, 1])])
+    noise = torch.cat([torch.randn(1, 3, 32, 32, generator=g) for g in generators(0, [0, 1])])
     alpha, sigma = closed_form(name, state.process, 0)
     torch.testing.assert_close(
         state.latents, alpha * model.encode(condition.image) + sigma * noise, rtol=1e-4, atol=1e-3
@@ -177,7 +184,7 @@ def test_a_rollout_starts_at_the_first_timesteps_noise_level(name, lr):
 
 def test_training_shows_the_network_what_sampling_shows_it(name, lr):
     """The step with gradient and the rollout's own step feed the network the same latents."""
-    model = tiny_model(scheduler=SCHEDULERS[name](), num_inference_steps=STEPS)
+    model = pixel_model(SCHEDULERS[name]())
     condition = model.condition(lr, ["cat", ""])
     seen = []
     predict = model.predict
@@ -197,7 +204,7 @@ def test_training_shows_the_network_what_sampling_shows_it(name, lr):
 
 def test_upscaling_takes_every_evaluation(name, lr):
     """PNDM evaluates the network once more than it was asked for, Heun almost twice as often."""
-    model = tiny_model(scheduler=SCHEDULERS[name](), num_inference_steps=STEPS)
+    model = pixel_model(SCHEDULERS[name]())
     evaluations = len(model.process())
     assert evaluations == {"PNDM": STEPS + 1, "PNDM, Runge-Kutta": STEPS + 9, "Heun": 2 * STEPS - 1}.get(name, STEPS)
     calls = []
@@ -211,11 +218,11 @@ def test_upscaling_takes_every_evaluation(name, lr):
 
 def test_the_loop_is_the_schedulers_own(name, lr):
     """Our trajectory is what anybody would write with diffusers alone."""
-    model = tiny_model(scheduler=SCHEDULERS[name](), num_inference_steps=6)
+    model = pixel_model(SCHEDULERS[name]())
     condition = model.condition(lr, ["cat", ""])
     scheduler, noise = SCHEDULERS[name](), generators(5, [0, 1])
     scheduler.set_timesteps(6)
-    latents = model.initial_latents(condition, model.process(), noise)
+    latents = model.initial_latents(condition, model.process(6), noise)
     options = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents

@@ -314,7 +314,12 @@ def test_rfsr_layout(weights, tmp_path):
     assert same(SeeSRModel.from_released(own), expected)
     elsewhere = tmp_path / "elsewhere"
     weights.rename(elsewhere)
+    for part in ("unet", "controlnet"):
+        (own / part).rename(own / f"{part}_target")
     assert same(SeeSRModel.from_released(own, base=elsewhere / "stable-diffusion-2-base"), expected)
+    (own / "unet_target").rename(own / "unet")  # one of each is no model
+    with pytest.raises(FileNotFoundError, match="unet_target and controlnet_target, got .* without controlnet; http"):
+        SeeSRModel.from_released(own, base=elsewhere / "stable-diffusion-2-base")
 
 
 def test_a_file_of_image_attentions_alone(weights):
@@ -353,11 +358,12 @@ def test_half_precision_files_open_in_any_type(tmp_path, stored, wanted):
     assert output.dtype == wanted and output.isfinite().all()
 
 
-def test_without_lists_of_tags_there_are_tokens(weights):
+def test_without_lists_of_tags_there_are_tokens(weights, caplog):
     for path in weights.glob("ram_tag_list*"):
         path.unlink()
     model = SeeSRModel.from_released(weights)
     assert model.describe(LR) == ["", ""]
+    assert [r.getMessage().partition(",")[0] for r in caplog.records] == ["prompts stay without tags"]
     assert relative(model.ram.tokens(LR)[..., ::16].detach(), EXPECTED["dape.tokens"]) < 1e-5
 
 

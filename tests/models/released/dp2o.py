@@ -19,6 +19,7 @@ from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 from rfsr_ext.mini import architecture
 from rfsr_ext.models.csd2 import CSD2_RECIPE, CSD2ISRModel
 from rfsr_ext.models.flux import FLUX_RECIPE, FluxISRModel
+from tests.once import built_once
 from tests.tiny import tiny_parts
 
 T5_WIDTH = 24
@@ -31,6 +32,7 @@ def tiny_csd2(seed: int = 0, num_inference_steps: int = 5, **options) -> CSD2ISR
     return CSD2ISRModel(**tiny_parts(seed, scheduler), recipe=recipe, **options)
 
 
+@built_once
 def t5_tokenizer() -> T5TokenizerFast:
     """A unigram tokenizer of T5's format: the letters, and a few words."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -56,6 +58,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     )  # fmt: skip
 
 
+@built_once
 def tiny_flux_parts(
     seed: int = 0, layers: int = 3, single_layers: int = 2, heads: int = 2, controlnet_layers: int = 2,
     guidance_embeds: bool = True,

@@ -15,6 +15,7 @@ REDUCED: dict[str, Callable[[], ISRModel]] = {
     "PASD-light": lambda: pasd("pasd_light_rrdb"),
     "DiffBIR v1": lambda: diffbir("v1", min_side=0, num_inference_steps=10),
     "DiffBIR v2": lambda: diffbir("v2", min_side=0, num_inference_steps=10),
+    "DiffBIR v2.1": lambda: diffbir("v2.1", min_side=0),
     "CCSR v1": tiny_ccsr_v1,
     "CCSR v2": tiny_ccsr_v2,
     "C-SD2": tiny_csd2,

@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from tests.models.released.seeded import seeded
+from tests.once import written_once
 
 HERE = Path(__file__).parent
 PROMPT = "clean, high-resolution, 8k"
@@ -99,6 +100,7 @@ def write_base(folder: Path, parts: dict) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+@written_once
 def write_v2(folder: Path) -> Path:
     """CCSR v2's ``preset/models``: the fine-tuned VAE and the ControlNet beside Stable Diffusion's folder."""
     parts = keys("v2")["parts"]

@@ -11,9 +11,11 @@ from torch import nn
 from rfsr_ext.models.ccsr import CCSRv1Model, CCSRv2Model
 from rfsr_ext.networks.controlnet import LatentControlNetModel
 from tests.models.released.ccsr import layout
+from tests.once import built_once
 from tests.tiny import tiny_parts
 
 
+@built_once
 def tiny_ccsr_v1(**options) -> CCSRv1Model:
     """The parts of the tiny model under a ControlNet over latents; that of the fixtures takes larger images."""
     parts = tiny_parts(scheduler=DDPMScheduler(**layout.NOISE, clip_sample=False))
@@ -27,6 +29,7 @@ def tiny_ccsr_v1(**options) -> CCSRv1Model:
     return CCSRv1Model(**parts | {"controlnet": controlnet}, recipe=recipe, **options)
 
 
+@built_once
 def tiny_ccsr_v2(**options) -> CCSRv2Model:
     """Its fixture's model, from its authors' folders."""
     with tempfile.TemporaryDirectory() as folder:

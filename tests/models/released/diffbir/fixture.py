@@ -13,6 +13,7 @@ from rfsr_ext.models.diffbir import DiffBIRModel
 from rfsr_ext.networks.swinir import SwinIR
 from tests.models.released.diffbir.inputs import tokenizer
 from tests.models.released.seeded import seeded
+from tests.once import built_once, written_once
 
 HERE = Path(__file__).parent
 KEYS = json.loads((HERE / "keys.json").read_text())
@@ -61,9 +62,9 @@ RELEASES = {
 }
 
 
+@written_once
 def release(folder: Path, version: str, dtype: torch.dtype = torch.float32) -> Path:
     """Write a version's files as its authors publish them, and a tokenizer; "v1 full" is the older layout of v1."""
-    folder.mkdir(exist_ok=True)
 
     def save(name: str, tensors: dict[str, Tensor], wrapped: bool = False) -> None:
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
@@ -81,6 +82,7 @@ def release(folder: Path, version: str, dtype: torch.dtype = torch.float32) -> P
     return folder
 
 
+@built_once
 def diffbir(version: str, **options) -> DiffBIRModel:
     """The tiny model of a version, opened from its files."""
     with tempfile.TemporaryDirectory() as folder:

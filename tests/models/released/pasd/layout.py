@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.models.released.layouts import VOCABULARY, uniform, write_plain_parts
 from tests.models.released.seeded import seeded
+from tests.once import written_once
 
 HERE = Path(__file__).parent
 LENGTH = 24  # of prompts, in tokens
@@ -81,6 +82,7 @@ def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) 
     write_plain_parts(folder, SCHEDULER, LENGTH, index)
 
 
+@written_once
 def write(root: Path, variant: str = "pasd", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """The authors' repository with one of their models in it; gives the model's folder."""
     place, unet, controlnet = VARIANTS[variant]

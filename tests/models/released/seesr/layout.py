@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.models.released.layouts import VOCABULARY, uniform, write_plain_parts
 from tests.models.released.seeded import seeded
+from tests.once import written_once
 
 HERE = Path(__file__).parent
 LENGTH = 16  # of prompts, in tokens
@@ -86,7 +87,8 @@ def write_ram(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -
     (folder / "ram_tag_list_threshold.txt").write_text("".join(f"{x}\n" for x in THRESHOLDS))
 
 
-def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, turbo: bool = False) -> None:
+@written_once
+def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, turbo: bool = False) -> Path:
     """Stable Diffusion 2 base as a diffusers folder, or SD-Turbo, whose schedule is another."""
     known = keys()
     file = "diffusion_pytorch_model.safetensors"
@@ -106,8 +108,10 @@ def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, 
         "safety_checker": [None, None],
     }  # fmt: skip
     write_plain_parts(folder, TURBO if turbo else SCHEDULER, LENGTH, index, {"do_lower_case": True})
+    return folder
 
 
+@written_once
 def write_layout(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """``preset/models`` of the authors: the base, SeeSR's two networks, RAM and DAPE."""
     known = keys()

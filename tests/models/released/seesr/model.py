@@ -1,21 +1,15 @@
 """SeeSR at the width of layout.py, opened from its authors' layout."""
 
-import copy
-import functools
 import tempfile
 from pathlib import Path
 
 from rfsr_ext.models.seesr import SeeSRModel
 from tests.models.released.seesr import layout
+from tests.once import built_once
 
 
-@functools.cache
-def _opened() -> SeeSRModel:
+@built_once
+def seesr_model() -> SeeSRModel:
     with tempfile.TemporaryDirectory() as folder:
         # 512 pixels, to which smaller results are enlarged, are too many for a test
         return SeeSRModel.from_released(layout.write_layout(Path(folder)), min_side=0, num_inference_steps=10)
-
-
-def seesr_model() -> SeeSRModel:
-    """A model of its own for each test."""
-    return copy.deepcopy(_opened())
