@@ -120,8 +120,8 @@ class SeeSRModel(ControlNetISRModel):
             weights: the authors' ``preset/models``, which holds ``seesr/unet``, ``seesr/controlnet``, ``DAPE.pth`` and
                 ``ram_swin_large_14m.pth``; or a folder such as RFSR's ``pretrained_models``, which holds ``unet``,
                 ``controlnet`` and ``DAPE.pth``, or its ``checkpoint-N``, of which ``unet_target`` and
-                ``controlnet_target`` (moving averages) are taken if these are all there is.  RAM's files are also
-                looked for beside ``weights``, beside ``base`` and in ``RFSR_WEIGHTS``, see `RAM.from_released`.
+                ``controlnet_target`` are taken if these are all there is.  RAM's files are also looked for beside
+                ``weights``, beside ``base`` and in ``RFSR_WEIGHTS``, see `RAM.from_released`.
             base: a diffusers folder of Stable Diffusion 2 base; by default ``stable-diffusion-2-base`` in ``weights``,
                 beside it, or in ``preset/models`` beside it.
             base_unet: take the U-Net of ``base`` and only ``image_attentions`` from SeeSR's file.  Over SD-Turbo, which

@@ -4,17 +4,14 @@ The tiles share one noise and are blended at every sampling step, as in MultiDif
 so that neighbors agree on what they draw and no seam appears.
 """
 
-import contextlib
 import copy
 import itertools
 import math
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rfsr_ext.models import Condition, ISRModel, Process
 
@@ -85,93 +82,6 @@ class Tiles:
                 weights[self.part(corner, factor)] += window
         return (result / weights).to(outputs.dtype)
 
-    def _owned(self, start: int, starts: list[int], length: int) -> slice:
-        """What of a tile belongs to no other one: up to the middle of its overlaps; counted from the tile's start."""
-        side, place = min(self.tile, length), starts.index(start)
-        middles = [(a + b + side) // 2 // self.unit * self.unit for a, b in itertools.pairwise(starts)]
-        first, *_, last = [0, *middles, length][place : place + 2]
-        return slice(first - start, last - start)
-
-    def owned(self, corner: tuple[int, int], x: Tensor) -> Tensor:
-        """The part of a tile's features ``[1, C, h, w]`` or ``[1, C, h·w]`` that belongs to no other tile."""
-        lengths = self.height, self.width
-        sides = [min(self.tile, n) for n in lengths]
-        factor = round(math.sqrt(math.prod(sides) / x[0, 0].numel()))
-        cuts = (self._owned(a, self._starts(n), n) for a, n in zip(corner, lengths, strict=True))
-        rows, columns = (slice(cut.start // factor, cut.stop // factor) for cut in cuts)
-        return x.reshape(*x.shape[:2], *(n // factor for n in sides))[..., rows, columns]
-
-    def join(self, x: Tensor, function: Callable[[Tensor], Tensor], network: nn.Module) -> Tensor:
-        """Outputs of the tiles of ``x``, whose group norms in ``network`` have the whole image's mean and variance.
-
-        Every tile runs in a thread of its own, one at a time. At a group norm all wait for one another, and what
-        overlaps counts once. Of each output the part that belongs to no other tile is taken, so that the result is that
-        of the whole image wherever the network sees no further than half an overlap; self-attention does. All tiles'
-        features at one norm are in memory together.
-        """
-        corners, baton, seen = self.corners(), threading.Lock(), threading.local()
-        sums: dict[tuple[int, int], Tensor] = {}
-        total: list[Tensor] = []
-
-        def add_up() -> None:
-            total[:] = torch.stack([sums[corner] for corner in corners]).sum(0)[..., None]
-
-        arrived = threading.Barrier(len(corners), add_up)
-
-        def normalize(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-            if not hasattr(seen, "corner"):  # a call from elsewhere
-                return type(norm).forward(norm, x)
-            grouped = self.owned(seen.corner, x).reshape(len(x), norm.num_groups, -1).double()
-            size = torch.full_like(grouped[..., 0], grouped.shape[-1])
-            sums[seen.corner] = torch.stack([size, grouped.sum(-1), grouped.square().sum(-1)])
-            baton.release()
-            try:
-                arrived.wait()
-            finally:
-                baton.acquire()
-            count, values, squares = total  # nobody changes it before all have come to the next norm
-            mean = values / count
-            scale = (squares / count - mean.square() + norm.eps).rsqrt()
-            result = ((x.reshape(len(x), norm.num_groups, -1) - mean) * scale).to(x.dtype).reshape(x.shape)
-            if norm.affine:
-                weight, bias = (p.reshape(-1, *[1] * (x.ndim - 2)) for p in (norm.weight, norm.bias))
-                result = result * weight + bias
-            return result
-
-        @torch.no_grad()
-        def run(corner: tuple[int, int]) -> Tensor:
-            seen.corner = corner
-            with baton:
-                try:
-                    output = function(x[self.part(corner, self.height // x.shape[-2])])
-                    return self.owned(corner, output).clone()
-                except BaseException:
-                    arrived.abort()  # the others wait no longer
-                    raise
-
-        with _replaced(network, normalize), ThreadPoolExecutor(len(corners)) as threads:
-            futures = [threads.submit(run, corner) for corner in corners]
-        broken = [f.exception() for f in futures if f.exception() is not None]
-        if broken:
-            raise next((e for e in broken if not isinstance(e, threading.BrokenBarrierError)), broken[0])
-        columns = len(self._starts(self.width))
-        parts = [future.result() for future in futures]
-        rows = [torch.cat(parts[k : k + columns], -1) for k in range(0, len(parts), columns)]
-        return torch.cat(rows, -2)
-
-
-@contextlib.contextmanager
-def _replaced(network: nn.Module, normalize: Callable[[nn.GroupNorm, Tensor], Tensor]) -> Iterator[None]:
-    """``normalize`` in the place of each group norm."""
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
-    for norm in norms:
-        norm.forward = lambda x, norm=norm: normalize(norm, x)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
-
 
 class Tiled(ISRModel):
     """A model whose networks see one image through tiles; the model itself is untouched.
@@ -179,13 +89,11 @@ class Tiled(ISRModel):
     Args:
         model: any base model.
         tiles: of the image's size; the batch must hold one image.
-        share_statistics: normalize in the autoencoder with the statistics of the whole image (`Tiles.join`) instead of
-            each tile's; it costs memory, not time.
     """
 
-    def __init__(self, model: ISRModel, tiles: Tiles, share_statistics: bool = False):
+    def __init__(self, model: ISRModel, tiles: Tiles):
         # no super().__init__(): networks and scheduler are the model's, which has checked them
-        self.model, self.tiles, self.share_statistics = model, tiles, share_statistics
+        self.model, self.tiles = model, tiles
         self.networks, self.trained, self.recipe = model.networks, model.trained, model.recipe
         self.scheduler, self.scale, self.multiple = model.scheduler, model.scale, model.multiple
         self.latent_channels, self.vae_scale_factor = model.latent_channels, model.vae_scale_factor
@@ -224,12 +132,7 @@ class Tiled(ISRModel):
         return self.tiles.blend(part)
 
     def encode(self, images: Tensor) -> Tensor:
-        return self._through_autoencoder(images, self.model.encode)
+        return self.tiles.blend(lambda cut, count: self.model.encode(cut(images)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._through_autoencoder(latents, self.model.decode)
-
-    def _through_autoencoder(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.share_statistics:
-            return self.tiles.join(x, function, self.networks["vae"])
-        return self.tiles.blend(lambda cut, count: function(cut(x)))
+        return self.tiles.blend(lambda cut, count: self.model.decode(cut(latents)))

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import ISRModel, Recipe
-from rfsr_ext.sampling import Tiled, Tiles, adain_color_fix, generators, sample, upscale, wavelet_color_fix
+from rfsr_ext.sampling import Tiles, adain_color_fix, generators, sample, upscale, wavelet_color_fix
 from rfsr_ext.sampling.upscale import _pad
-from tests.tiny import tiny_model
 
 
 class PixelwiseModel(ISRModel):
@@ -172,38 +171,6 @@ def test_progress_counts_steps(model, capsys):
 def test_rejects(model, image, options, error, message):
     with pytest.raises(error, match=message):
         upscale(model, image, **options, **QUIET)
-
-
-def test_tiles_with_shared_statistics_are_the_whole_image():
-    """Overlaps are twice as wide as what the autoencoder sees, which has no attention."""
-    model = tiny_model()
-    tiles = Tiles(96, 160, tile=96, overlap=48, unit=4, batch_size=2)
-    image = torch.rand(1, 3, 96, 160, generator=torch.Generator().manual_seed(0)) * torch.linspace(
-        0.1, 1, 160
-    )  # its statistics are not a tile's
-    latents = 3 * model.encode(image)
-    for x, function in ((image, "encode"), (latents, "decode")):
-        with torch.no_grad():
-            whole = getattr(model, function)(x)
-        shared, apart = (getattr(Tiled(model, tiles, share), function)(x) for share in (True, False))
-        assert (shared - whole).abs().max() < 5e-6 * whole.abs().max() < 0.02 * (apart - whole).abs().max()
-    assert all("forward" not in vars(m) for m in model.networks["vae"].modules())
-
-
-def test_a_fault_in_one_tile_stops_all():
-    model = tiny_model()
-    tiled, calls = Tiled(model, Tiles(32, 96, tile=32, overlap=8, unit=4, batch_size=1), share_statistics=True), []
-
-    def decode(latents):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
-        return type(model).decode(model, latents)
-
-    model.decode = decode
-    with pytest.raises(RuntimeError, match="out of memory"):
-        tiled.decode(torch.zeros(1, 4, 16, 48))
-    assert all("forward" not in vars(m) for m in model.networks["vae"].modules())
 
 
 # -- padding and colors ----------------------------------------------------------------------------------------------
