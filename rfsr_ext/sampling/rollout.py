@@ -1,7 +1,5 @@
 """Denoising from x_T with the model's own noise process: up to a step, or all the way; never with gradient."""
 
-import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from rfsr_ext.models import Condition, ISRModel, Process
 
-__all__ = ["State", "denoise", "generators", "inference_condition", "rollout", "sample", "trajectory"]
+__all__ = ["Rollout", "State", "denoise", "generators", "inference_condition", "rollout", "sample", "trajectory"]
 
 
 def generators(seed: int, indices: list[int] | range, device: torch.device | str = "cpu") -> list[torch.Generator]:
@@ -75,18 +73,69 @@ def denoise(
     return negative + guidance_scale * (output - negative)
 
 
-def _states(model: ISRModel, condition: Condition, generator, num_inference_steps: int | None, guidance_scale: float):
-    """Yield every state with a function that gives the network's output there; asking for the next takes the step."""
-    height, width = condition.image.shape[-2:]
-    process = model.process(num_inference_steps, (height, width))
-    latents = model.initial_latents(condition, process, generator)
-    for step, timestep in enumerate(process.timesteps, start=1):
-        predict = functools.cache(
-            functools.partial(denoise, model, process, latents, timestep, condition, guidance_scale)
-        )
-        yield State(step, timestep, latents, process), predict
-        latents = process.step(predict(), timestep, latents, generator)
-    yield State(step + 1, torch.zeros_like(timestep), latents, process), None
+class Rollout:
+    """x_T → … → z_t without gradient: a trajectory that can be left at any step and gone on with later.
+
+    Args:
+        model: taken as it is at every step, so that a trajectory may begin before its weights change and end after it.
+        condition: of every step.
+        generator: noise of x_T and of a stochastic sampler, one or a list with one per image.
+        num_inference_steps: of the whole trajectory; None takes the recipe's.
+        guidance_scale: see `denoise`.
+
+    Attributes:
+        state: before the next sampling step; after the last one ``step`` is one past it and ``latents`` are the result.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: ISRModel,
+        condition: Condition,
+        generator: list[torch.Generator] | torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+    ):
+        self.model, self.condition, self.generator = model, condition, generator
+        self.guidance_scale = guidance_scale
+        height, width = condition.image.shape[-2:]
+        process = model.process(num_inference_steps, (height, width))
+        latents = model.initial_latents(condition, process, generator)
+        self.state = State(1, process.timesteps[0], latents, process)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last sampling step has been taken."""
+        return self.state.step > len(self.state.process)
+
+    @torch.no_grad()
+    def predict(self) -> Tensor:
+        """The network's output at the state."""
+        state = self.state
+        return denoise(self.model, state.process, state.latents, state.timestep, self.condition, self.guidance_scale)
+
+    @torch.no_grad()
+    def advance(self, output: Tensor | None = None) -> None:
+        """Take one sampling step; ``output`` is the network's at the state where that is known already."""
+        state, process = self.state, self.state.process
+        output = self.predict() if output is None else output.detach()
+        latents = process.step(output, state.timestep, state.latents, self.generator)
+        rest = process.timesteps[state.step :]
+        timestep = rest[0] if len(rest) else torch.zeros_like(state.timestep)
+        self.state = State(state.step + 1, timestep, latents, process)
+
+    def to(self, step: int) -> State:
+        """Go on to the state before sampling step ``step``.
+
+        Raises:
+            ValueError: if ``step`` is not one of the sampling steps ahead.
+        """
+        last = len(self.state.process)
+        if not self.state.step <= step <= last:
+            raise ValueError(f"step must be a sampling step from {self.state.step} to {last}, got {step}")
+        while self.state.step < step:
+            self.advance()
+        return self.state
 
 
 @torch.no_grad()
@@ -101,14 +150,14 @@ def trajectory(
 
     The last item is the end: ``step`` one past the last sampling step, and the final latents in both places.
     """
-    for state, predict in _states(model, condition, generator, num_inference_steps, guidance_scale):
-        if predict is None:
-            yield state, state.latents
-        else:
-            yield state, state.process.pred_original_sample(predict(), state.timestep, state.latents)
+    run = Rollout(model, condition, generator, num_inference_steps, guidance_scale)
+    while not run.finished:
+        state, output = run.state, run.predict()
+        yield state, state.process.pred_original_sample(output, state.timestep, state.latents)
+        run.advance(output)
+    yield run.state, run.state.latents
 
 
-@torch.no_grad()
 def rollout(
     model: ISRModel,
     condition: Condition,
@@ -124,11 +173,7 @@ def rollout(
     Raises:
         ValueError: if ``step`` is not one of the sampling steps.
     """
-    last = len(model.process(num_inference_steps))
-    if not 1 <= step <= last:
-        raise ValueError(f"step must be a sampling step from 1 to {last}, got {step}")
-    states = _states(model, condition, generator, num_inference_steps, guidance_scale)
-    return next(itertools.islice(states, step - 1, None))[0]
+    return Rollout(model, condition, generator, num_inference_steps, guidance_scale).to(step)
 
 
 def inference_condition(

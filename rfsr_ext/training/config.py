@@ -271,6 +271,11 @@ class RFSRConfig(RunConfig):
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="sampling steps of the rollout; null takes the model's own"
     )
+    points_per_rollout: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1,
+        description="iterations in a row that train on one batch, at as many steps of its trajectory, which goes on "
+        "from each to the next; 1 is the paper's; iterations and checkpoint_every must be multiples of it",
+    )
     guidance_scale: Annotated[float, Field(gt=0, le=100)] | None = Field(
         None, description="of classifier-free guidance in the rollout; null for none"
     )
@@ -317,6 +322,16 @@ class RFSRConfig(RunConfig):
         if not isinstance(rewards, Mapping) or not all(str(name).strip() for name in rewards):
             raise _Unusable
         return {str(name): _check_reward(f"rewards.{name}", term) for name, term in rewards.items()}
+
+    @model_validator(mode="after")
+    def _check_points(self) -> Self:
+        for name in ("iterations", "checkpoint_every"):  # no checkpoint then stands in the middle of a trajectory
+            if getattr(self, name) % self.points_per_rollout:
+                raise ValueError(
+                    f"{name} must be a multiple of points_per_rollout ({self.points_per_rollout}), got "
+                    f"{getattr(self, name)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:

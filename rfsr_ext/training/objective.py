@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rfsr_ext.models import Condition, ISRModel
 from rfsr_ext.rewards import WeightedReward, check_rewards, reward_loss
-from rfsr_ext.sampling import State, TimestepWindows, denoise, rollout
+from rfsr_ext.sampling import Rollout, State, TimestepWindows, denoise
 
 __all__ = ["Prediction", "RFSRObjective"]
 
@@ -101,8 +101,23 @@ class RFSRObjective:
         with self.disable_adapters():
             return self.predict(self.model, state, condition)
 
+    def begin(self, lr: Tensor, prompts: list[str], generator=None) -> Rollout:
+        """A batch's trajectory, at x_T; arguments as in `__call__`."""
+        if not all(prompts):
+            seen = self.model.describe(lr.to(self.model.device, self.model.dtype))
+            prompts = [prompt or text for prompt, text in zip(prompts, seen, strict=True)]
+        negative = None if self.guidance_scale == 1 else [self.negative_prompt] * len(prompts)
+        condition = self.model.condition(lr, prompts, negative)
+        return Rollout(self.model, condition, generator, self.num_inference_steps, self.guidance_scale)
+
     def __call__(
-        self, lr: Tensor, gt: Tensor, prompts: list[str], step: int, generator=None
+        self,
+        lr: Tensor,
+        gt: Tensor,
+        prompts: list[str],
+        step: int,
+        generator=None,
+        rollout: Rollout | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch at sampling step ``step``, with what to log (detached scalars).
 
@@ -112,6 +127,8 @@ class RFSRObjective:
             prompts: N prompts; in place of an empty one stands what the model itself says of the image.
             step: a sampling step inside one of the windows.
             generator: noise of x_T (and of a stochastic sampler), one or a list of N.
+            rollout: the batch's trajectory, from `begin`, somewhere at or before ``step``; afterwards it stands one
+                step behind, where the output that was trained has taken it.  None begins a new one.
 
         Raises:
             ValueError: if ``gt`` does not fit ``lr`` or ``step`` is in no window.
@@ -122,12 +139,9 @@ class RFSRObjective:
         in_structure, in_reward = self.windows.in_structure(step), self.windows.in_reward(step)
         if not (in_structure or in_reward):
             raise ValueError(f"step must be one of {self.windows.steps()}, got {step}")
-        if not all(prompts):
-            seen = self.model.describe(lr.to(self.model.device, self.model.dtype))
-            prompts = [prompt or text for prompt, text in zip(prompts, seen, strict=True)]
-        negative = None if self.guidance_scale == 1 else [self.negative_prompt] * len(prompts)
-        condition = self.model.condition(lr, prompts, negative)
-        state = rollout(self.model, condition, step, generator, self.num_inference_steps, self.guidance_scale)
+        if rollout is None:
+            rollout = self.begin(lr, prompts, generator)
+        state, condition = rollout.to(step), rollout.condition
         prediction = self.predict(self.model, state, condition)
         loss, logs = prediction.images.new_zeros((), dtype=torch.float32), {}
         if in_structure and self.structure_loss is not None:
@@ -135,7 +149,9 @@ class RFSRObjective:
             loss = loss + self.lambda_structure * logs["structure"]
         if in_reward:
             images = prediction.images.clamp(0, 1)
-            value, scores = reward_loss(self.rewards, images, prompts, step, generator, self.balance_rewards)
+            value, scores = reward_loss(
+                self.rewards, images, condition.prompts, step, rollout.generator, self.balance_rewards
+            )
             loss = loss + value
             logs |= {f"reward/{name}": score.mean() for name, score in scores.items()}
             if self.style_loss is not None or self.kl:
@@ -146,4 +162,5 @@ class RFSRObjective:
                 logs["style"] = F.mse_loss(prediction.model_output.float(), before.model_output.float())
             if "style" in logs:
                 loss = loss + self.lambda_style * logs["style"]
+        rollout.advance(prediction.model_output)
         return loss, {name: value.detach().float() for name, value in logs.items()} | {"loss": loss.detach()}

@@ -19,7 +19,7 @@ from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import WeightedReward
-from rfsr_ext.sampling import generators
+from rfsr_ext.sampling import Rollout, generators
 from rfsr_ext.training import setup
 from rfsr_ext.training.config import RFSRConfig
 from rfsr_ext.training.held_out import HeldOut
@@ -81,18 +81,50 @@ def _disable_adapters(model: ISRModel) -> Iterator[None]:
         yield
 
 
+class FirstOfEvery(Dataset):
+    """Samples for the iterations that begin a trajectory, one after the other; nothing for those that go on with one.
+
+    Args:
+        dataset: indexable by any non-negative integer.
+        batch_size: samples per iteration.
+        points: iterations per trajectory.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, points: int):
+        self.dataset, self.batch_size, self.points = dataset, batch_size, points
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        iteration, place = divmod(index, self.batch_size)
+        if iteration % self.points:
+            return {}
+        return self.dataset[iteration // self.points * self.batch_size + place]
+
+
 class RFSR(Method):
     """Eq. 7 at one drawn sampling step per iteration, the same step for the whole batch (section 3.5).
+
+    With ``points_per_rollout`` above 1 as many iterations share a batch and its trajectory: each goes on from where
+    the last one trained, with the weights as they are now, and the trained output takes the sampling step.
 
     Args:
         config: its seed draws the steps and makes the noise; with ``lora_rank`` adapters are trained, else what
             the model declares as ``trained``.
         objective: the loss of a batch, with the model.
+
+    Raises:
+        ValueError: if the windows have fewer steps than ``points_per_rollout``.
     """
 
     def __init__(self, config: RFSRConfig, objective: RFSRObjective):
         self.seed, self.objective, self.model = config.seed, objective, objective.model
         self.steps = objective.windows.steps()
+        self.batch_size, self.points = config.batch_size, config.points_per_rollout
+        if self.points > len(self.steps):
+            raise ValueError(
+                f"points_per_rollout must be at most the number of steps in the windows ({len(self.steps)}), got "
+                f"{self.points}"
+            )
+        self.rollouts: dict[int, tuple[dict[str, Any], Rollout]] = {}  # by the part of the batch, while they last
         self.base = self.model.fingerprint()
         if config.lora_rank:
             set_seed(config.seed)  # adapters start from random numbers
@@ -105,12 +137,25 @@ class RFSR(Method):
         self.model.networks |= networks
 
     def draw_step(self, iteration: int) -> int:
-        """The sampling step of an iteration: uniform over both windows, the same on every process."""
-        return int(np.random.default_rng((self.seed, iteration, 2)).choice(self.steps))
+        """The sampling step of an iteration, the same on every process.
+
+        A trajectory's steps are evenly spaced over both windows' steps from a uniformly drawn one on, cyclically: each
+        is as likely as any other, as in the paper, and the windows have their shares of every trajectory.
+        """
+        number, point = divmod(iteration, self.points)
+        count = len(self.steps)
+        first = int(np.random.default_rng((self.seed, number, 2)).choice(count))
+        return self.steps[sorted((first + i * count // self.points) % count for i in range(self.points))[point]]
 
     def loss(self, player: str, batch: dict[str, Any], iteration: int, samples: Sequence[int]):
-        noise = generators(self.seed, samples)
-        return self.objective(batch["lr"], batch["gt"], batch["prompt"], self.draw_step(iteration), noise)
+        part = samples[0] - iteration * self.batch_size
+        if iteration % self.points == 0:
+            self.rollouts[part] = (
+                batch,
+                self.objective.begin(batch["lr"], batch["prompt"], generators(self.seed, samples)),
+            )
+        batch, rollout = self.rollouts[part]
+        return self.objective(batch["lr"], batch["gt"], batch["prompt"], self.draw_step(iteration), rollout=rollout)
 
     def describe(self, iteration: int) -> dict[str, Any]:
         step, windows = self.draw_step(iteration), self.objective.windows
@@ -217,6 +262,7 @@ class RFSRTrainer:
             batch_size=config.batch_size,
             num_inference_steps=config.num_inference_steps,
         )
+        dataset = FirstOfEvery(dataset, config.batch_size, config.points_per_rollout)
         self.loop = Loop(config, self.method, dataset, self.held_out, accelerator, name="RFSR")
 
     def train(self, resume: bool = True) -> TrainingResult:

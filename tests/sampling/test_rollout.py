@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfsr_ext.sampling import denoise, generators, rollout, sample, trajectory
+from rfsr_ext.sampling import Rollout, denoise, generators, rollout, sample, trajectory
 
 SCHEDULERS = [DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler, DPMSolverMultistepScheduler]
 
@@ -88,6 +88,22 @@ def test_rollout_calls_the_network_only_before_its_step(model, condition, monkey
     assert calls == []
     rollout(model, condition, 4)
     assert len(calls) == 3
+
+
+def test_a_rollout_goes_on_in_pieces_and_asks_for_no_output_that_it_was_given(any_model, condition, monkeypatch):
+    states = [state.latents for state, _ in trajectory(any_model, condition, generators(0, range(3)))]
+    calls, predict = [], any_model.predict
+    monkeypatch.setattr(any_model, "predict", lambda z, t, c: calls.append(int(t)) or predict(z, t, c))
+    run = Rollout(any_model, condition, generators(0, range(3)))
+    for step in (2, 5, 10):
+        state = run.to(step)
+        assert (state.step, state.timestep) == (step, state.process.timesteps[step - 1])
+        assert torch.equal(state.latents, states[step - 1])
+        run.advance(run.predict().requires_grad_())
+        assert torch.equal(run.state.latents, states[step]) and not run.state.latents.requires_grad
+    assert run.finished and len(calls) == 10  # once at every step
+    with pytest.raises(ValueError, match="step must be a sampling step from 11 to 10, got 10"):
+        run.to(10)
 
 
 @pytest.mark.parametrize("step", [0, 11, -1])

@@ -130,6 +130,11 @@ def test_presets_say_only_what_differs_from_the_defaults(name):
         ),
         ({"model": 5}, "model must be text that is not empty, got 5"),
         ({"lora_targets": "to_q"}, "lora_targets must be a list of text that is not empty, got 'to_q'"),
+        ({"points_per_rollout": 3}, "iterations must be a multiple of points_per_rollout (3), got 10000"),
+        (
+            {"points_per_rollout": 4, "checkpoint_every": 10},
+            "checkpoint_every must be a multiple of points_per_rollout (4), got 10",
+        ),
         # names of version 0.1
         ({"regularization": "kl"}, "unknown key 'regularization'; write style_loss: gram, kl or none"),
         ({"lambda_regularization": 1}, "unknown key 'lambda_regularization'; write lambda_style"),

@@ -93,6 +93,32 @@ def test_reward_window_with_each_way_to_hold_the_style(tiny_model, batch, parts)
     )
 
 
+def test_a_trajectory_goes_on_from_a_trained_step(tiny_model, batch, parts):
+    """z_4 after the weights have changed at step 2: the trained output took that step, the new weights the next."""
+    lr, gt, prompts = batch
+    parameters = trained(tiny_model)
+    objective = RFSRObjective(tiny_model, WINDOWS, structure_loss=HaarLLLoss(), rewards=parts["rewards"])
+    run = objective.begin(lr, prompts, generators(0, range(2)))
+    first, _ = objective(lr, gt, prompts, 2, rollout=run)
+    assert first == objective(lr, gt, prompts, 2, generators(0, range(2)))[0]
+
+    condition, process = tiny_model.condition(lr, prompts), tiny_model.process(5)
+    with torch.no_grad():
+        z = tiny_model.initial_latents(condition, process, generators(0, range(2)))
+        for t in process.timesteps[:2]:
+            z = process.step(tiny_model.predict(z, t, condition), t, z)
+        for parameter in parameters:
+            parameter.add_(0.01)
+        z = process.step(tiny_model.predict(z, process.timesteps[2], condition), process.timesteps[2], z)
+    t = process.timesteps[3]
+    images = tiny_model.decode(process.pred_original_sample(tiny_model.predict(z, t, condition), t, z))
+    expected = -images.clamp(0, 1).mean()
+    loss, _ = objective(lr, gt, prompts, 4, rollout=run)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+
+
 def test_gradient_stays_in_unet_and_controlnet(tiny_model, batch, parts):
     trained(tiny_model)
     loss, _ = RFSRObjective(tiny_model, WINDOWS, rewards=parts["rewards"])(*batch, 4, generators(0, range(2)))

@@ -2,12 +2,14 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -101,6 +103,62 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(settings, parts, tmp_path):
     assert_same_state(end_state(whole.folder), end_state(resumed.folder))
     columns = ["iteration", "step", "loss", "grad_norm"]
     assert whole.history[columns].equals(resumed.history[columns])
+
+
+def count_evaluations(model):
+    """The model, and a list that gets a number of images for every evaluation by it or by its reference."""
+    evaluations, predict = [], type(model).predict
+
+    class Counting(type(model)):
+        def predict(self, latents, timestep, condition):
+            evaluations.append(len(latents))
+            return predict(self, latents, timestep, condition)
+
+    model.__class__ = Counting
+    return model, evaluations
+
+
+def steps_drawn(settings, parts, points, count):
+    config = RFSRConfig.from_dict(settings | {"points_per_rollout": points, "iterations": 1200, "checkpoint_every": 12})
+    method = RFSRTrainer(config, make_tiny_model(), **parts).method
+    method.steps = list(range(101, 101 + count))
+    return np.array([method.draw_step(k) for k in range(1200)])
+
+
+def test_one_point_a_rollout_is_the_papers_draw(settings, parts):
+    wanted = [np.random.default_rng((0, k, 2)).choice(range(101, 131)) for k in range(1200)]
+    assert steps_drawn(settings, parts, 1, 30).tolist() == wanted
+
+
+def test_points_of_a_rollout_are_distributed_as_the_papers(settings, parts):
+    """Each step as likely as any other, in order and never twice within a trajectory, each with its share of both."""
+    for points in (3, 4):
+        steps = steps_drawn(settings, parts, points, 30)
+        counts = np.bincount(steps - 101, minlength=30)
+        assert abs(counts - 40).max() < 25  # 4 standard deviations of independent draws
+        groups = steps.reshape(-1, points)
+        assert (np.diff(groups, axis=1) > 0).all()
+        early = (groups <= 120).sum(axis=1)
+        assert set(early) == ({2} if points == 3 else {2, 3})
+
+
+def test_iterations_share_a_trajectory_and_resume_to_the_same_bits(settings, parts, tmp_path):
+    shared = settings | {"points_per_rollout": 2, "gradient_accumulation_steps": 2}
+    model, evaluations = count_evaluations(make_tiny_model())
+    trainer = RFSRTrainer(RFSRConfig.from_dict(shared | {"output_dir": str(tmp_path / "whole")}), model, **parts)
+    asked, dataset = [], trainer.loop.dataset.dataset
+    trainer.loop.dataset.dataset = type("", (), {"__getitem__": lambda _, i: asked.append(i) or dataset[i]})()
+    trainer.loop.held_out = None
+    history = trainer.loop.train()
+    steps = history["step"].to_numpy().reshape(3, 2)
+    assert (np.diff(steps) > 0).all()
+    # up to the last trained step once each, with one more by the reference in the reward window; 2 parts of one image
+    assert evaluations == [1] * 2 * int(steps[:, 1].sum() + (steps >= 4).sum())
+    assert asked == list(range(6))  # three batches of two
+
+    run(shared, parts, iterations=2)
+    run(shared, parts)
+    assert_same_state(end_state(tmp_path / "whole"), end_state(settings["output_dir"]))
 
 
 def test_resume_refuses_other_settings_and_other_models(settings, parts):
@@ -202,12 +260,16 @@ def test_best_respects_the_psnr_bound(settings, parts):
         ({"crop_size": 30}, "crop_size must be a whole number"),
         ({"structure_window": [1, 4]}, "structure_window must end before reward_window begins"),
         ({"reward_window": [4, 9]}, "reward window must lie within the sampling steps 1 to 5"),
+        (
+            {"points_per_rollout": 6, "checkpoint_every": 6},
+            "points_per_rollout must be at most the number of steps in the windows (4), got 6",
+        ),
         ({"data": "nowhere"}, "data folder 'nowhere' does not exist"),
     ],
 )
 def test_sentences(settings, parts, changes, sentence):
     given = {k: v for k, v in parts.items() if k != "dataset"} if "data" in changes else parts
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence.replace("[", r"\[")):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)):
         RFSRTrainer(RFSRConfig.from_dict(settings | changes), make_tiny_model(), **given)
     assert not Path(settings["output_dir"]).exists()
 
