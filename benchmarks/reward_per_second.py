@@ -1,0 +1,338 @@
+"""How soon a training schedule reaches the reward that the paper's loop reaches, and at what fidelity.
+
+``python -m benchmarks.reward_per_second train`` fine-tunes the mini model by every schedule of `SCHEDULES` from every
+seed, each measured on the same held-out crops; what is finished is kept in the results' JSON and not done again.
+``profile`` says what one iteration's time goes into, ``report`` writes the table and the picture beside the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from benchmarks.__main__ import cpu_name
+from rfsr_ext.data import evaluation_crops, photographs
+from rfsr_ext.models import ControlNetISRModel, load_model
+from rfsr_ext.rewards import reward_loss
+from rfsr_ext.sampling import generators, rollout
+from rfsr_ext.training import RFSRConfig, RFSRTrainer, build_objective, setup
+from rfsr_ext.training.held_out import HeldOut
+from rfsr_ext.training.rfsr import RFSR
+
+CLOCKS = ("evaluations", "processor_seconds", "seconds")
+ABOUT = """\
+Written by `python -m benchmarks.reward_per_second report`; do not edit. The mini model by the preset `mini`, but with
+{batch_size} images per iteration and learning rate {learning_rate:g}, on one thread; schedules took turns, seed by
+seed. Held out are {crops} crops, sampled in {steps} steps with the same noise for all; the reward is the training's own
+sum, the judge is never trained on, and neither measuring nor its evaluations count. An evaluation is one call of the
+network for one image, of the trained model or its reference, with gradient or without. Medians over seeds (range)."""
+RESULTS = Path(__file__).parent / "results" / "reward-per-second.json"
+PLAIN = "plain"
+_NOISE = {"window_unit": "noise", "structure_window": [0.84, 1.0], "reward_window": [0.0, 0.25]}  # steps 1–20, 41–50
+SCHEDULES: dict[str, dict[str, Any]] = {
+    PLAIN: {"iterations": 20, "validate_every": 10},
+    "10 points": {"points_per_rollout": 10, "iterations": 40, "validate_every": 10},
+    "5 points averaged": {"points_per_rollout": 5, "iterations": 20, "validate_every": 10, "averaged": True},
+    "20-step rollouts": {"num_inference_steps": 20, "iterations": 20, "validate_every": 10, **_NOISE},
+}
+SETTING = {"batch_size": 2, "learning_rate": 1e-4, "checkpoint_every": 10}
+
+
+class Averaged(RFSR):
+    """Every iteration begins a trajectory, and takes the mean loss at as many of its steps as the schedule says."""
+
+    def loss(self, player: str, batch: dict[str, Any], iteration: int, samples: Sequence[int]):
+        run = self.objective.begin(batch["lr"], batch["prompt"], generators(self.seed, samples))
+        steps = [self.draw_step(iteration * self.points + point) for point in range(self.points)]
+        losses = [self.objective(batch["lr"], batch["gt"], batch["prompt"], step, rollout=run)[0] for step in steps]
+        loss = torch.stack(losses).mean()
+        return loss, {"loss": loss.detach()}
+
+
+class Clocked:
+    """A held-out monitor that stops the clocks while it measures, and counts the network evaluations between."""
+
+    def __init__(self, held_out: HeldOut):
+        self.held_out, self.evaluations, self.counting = held_out, 0, True
+        self.spent = {"seconds": 0.0, "processor_seconds": 0.0}
+        self._start()
+
+    def _start(self) -> None:
+        self.started = {"seconds": time.perf_counter(), "processor_seconds": time.process_time()}
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        return self.held_out.measured
+
+    def measure(self, iteration: int, log_images) -> bool:
+        now = {"seconds": time.perf_counter(), "processor_seconds": time.process_time()}
+        self.spent = {clock: self.spent[clock] + now[clock] - self.started[clock] for clock in now}
+        self.counting = False
+        best = self.held_out.measure(iteration, log_images)
+        self.measured[-1].update(self.spent, evaluations=self.evaluations)
+        self.counting = True
+        self._start()
+        return best
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.held_out.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.held_out.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def counted(monitor: Clocked) -> Iterator[None]:
+    """Every call of a network on every image counts, trained or reference, with gradient or without."""
+    predict = ControlNetISRModel.predict
+
+    def counting(model, latents, timestep, condition):
+        monitor.evaluations += monitor.counting * len(latents)
+        return predict(model, latents, timestep, condition)
+
+    with mock.patch.object(ControlNetISRModel, "predict", counting):
+        yield
+
+
+def train(name: str, seed: int, base: dict[str, Any] | None, crops: int, steps: int) -> tuple[list[dict], dict]:
+    """The held-out rows of one run, the first that of the base model, and the base model's state for other runs."""
+    changes = dict(SCHEDULES[name])
+    averaged = changes.pop("averaged", False)
+    with tempfile.TemporaryDirectory() as folder:
+        config = RFSRConfig.load("mini", SETTING | changes | {"seed": seed, "output_dir": folder})
+        model = load_model(config.model)
+        validation = evaluation_crops(photographs("validation"), config.validation_size, crops)
+        trainer = RFSRTrainer(config, model, validation=validation)
+        held_out = HeldOut(
+            model, validation, trainer.objective.rewards, trainer.held_out.judges, batch_size=crops,
+            num_inference_steps=steps,
+        )  # fmt: skip
+        if averaged:
+            trainer.method.__class__ = Averaged
+            trainer.loop.dataset = setup.build_dataset(config)
+        if base is not None:
+            held_out.load_state_dict(json.loads(json.dumps(base)))
+        trainer.loop.held_out = monitor = Clocked(held_out)
+        with counted(monitor):
+            trainer.loop.train()
+    state = held_out.state_dict()
+    first = {"measured": state["measured"][:1], "best_iteration": 0, "scales": {}, "base_scores": state["base_scores"]}
+    return state["measured"], first
+
+
+def profile(step: int, batch: int, repeats: int = 3) -> dict[str, float]:
+    """Processor seconds of the parts of one iteration that trains at a sampling step, medians over repeats."""
+    config = RFSRConfig.load("mini", {"batch_size": batch})
+    model = load_model(config.model)
+    objective = build_objective(config, model)
+    parameters = list(model.unfreeze().trained_parameters().values())
+    optimizer = torch.optim.Adam(parameters, 1e-9)
+    dataset, decode, found = setup.build_dataset(config), model.decode, []
+    for repeat in range(repeats + 1):  # the first is slower
+        marks = {"": time.process_time()}
+
+        def mark(part: str, marks=marks) -> None:
+            marks[part] = time.process_time()
+
+        samples = [dataset[repeat * batch + i] for i in range(batch)]
+        lr, gt = (torch.stack([sample[key] for sample in samples]) for key in ("lr", "gt"))
+        mark("data")
+        condition = model.condition(lr, [sample["prompt"] for sample in samples])
+        mark("condition")
+        state = rollout(model, condition, step, generators(0, range(batch)))
+        mark("rollout")
+        with mock.patch.object(model, "decode", side_effect=lambda z, mark=mark: (mark("network"), decode(z))[1]):
+            prediction = objective.predict(model, state, condition)
+        mark("decode")
+        if objective.windows.in_structure(step):
+            loss = objective.lambda_structure * objective.structure_loss(prediction.images, gt)
+            mark("structure loss")
+        else:
+            images = prediction.images.clamp(0, 1)
+            loss, _ = reward_loss(objective.rewards, images, condition.prompts, step, None)
+            mark("rewards")
+            before = objective.predict_reference(state, condition)
+            mark("reference")
+            loss = loss + objective.lambda_style * objective.style_loss(images, before.images.clamp(0, 1))
+            mark("style loss")
+        prediction.images.register_hook(lambda _, mark=mark: mark("losses, backward"))
+        prediction.pred_original_sample.register_hook(lambda _, mark=mark: mark("decode, backward"))
+        loss.backward()
+        mark("network, backward")
+        optimizer.step()
+        optimizer.zero_grad()
+        mark("optimizer")
+        times = list(marks.items())
+        found.append({part: end - start for (_, start), (part, end) in zip(times, times[1:], strict=False)})
+    return {part: float(np.median([row[part] for row in found[1:]])) for part in found[0]}
+
+
+def reached(rows: list[dict], reward: float, clock: str) -> float:
+    """When a run's held-out reward, taken as straight between measurements, first has this value; infinity if never."""
+    for before, after in zip(rows, rows[1:], strict=False):
+        if before["reward"] < reward <= after["reward"]:
+            share = (reward - before["reward"]) / (after["reward"] - before["reward"])
+            return before[clock] + share * (after[clock] - before[clock])
+    return float("inf")
+
+
+def compare(runs: dict[str, list[dict]]) -> list[dict[str, Any]]:
+    """One row per schedule that was run, over the seeds that both it and the plain loop have."""
+    by_schedule: dict[str, dict[int, list[dict]]] = {}
+    for key, rows in runs.items():
+        name, _, seed = key.rpartition(", seed ")
+        by_schedule.setdefault(name, {})[int(seed)] = rows
+    plain, table = by_schedule[PLAIN], []
+    for name in SCHEDULES:
+        seeds = sorted(by_schedule.get(name, {}).keys() & plain.keys())
+        if not seeds:
+            continue
+        own = [by_schedule[name][seed] for seed in seeds]
+        ends = [(rows[0], rows[-1]) for rows in own]
+        row: dict[str, Any] = {"schedule": name, "seeds": len(seeds)}
+        for column in ("reward", "psnr", "ssim", "judge"):
+            row[f"{column}_change"] = [end[column] - first[column] for first, end in ends]
+        for clock in CLOCKS:
+            row[f"{clock}_per_iteration"] = [end[clock] / end["iteration"] for _, end in ends]
+            row[f"gain_per_{clock}"] = [(end["reward"] - first["reward"]) / end[clock] for first, end in ends]
+            goals = [plain[seed][-1] for seed in seeds]
+            times = [reached(rows, goal["reward"], clock) for rows, goal in zip(own, goals, strict=True)]
+            row[f"{clock}_speedup"] = [goal[clock] / spent for goal, spent in zip(goals, times, strict=True)]
+        # fidelity where the plain loop's last reward is reached, against the plain loop's own there
+        for column in ("psnr", "ssim"):
+            row[f"{column}_at_goal"] = [
+                _at(rows, reached(rows, plain[seed][-1]["reward"], "evaluations"), column) - plain[seed][-1][column]
+                for rows, seed in zip(own, seeds, strict=True)
+            ]
+        table.append(row)
+    return table
+
+
+def _at(rows: list[dict], evaluations: float, column: str) -> float:
+    if not np.isfinite(evaluations):
+        return float("nan")
+    return float(np.interp(evaluations, [row["evaluations"] for row in rows], [row[column] for row in rows]))
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The report, as Markdown."""
+
+    def shown(values: list[float], form: str) -> str:
+        middle, low, high = np.median(values), min(values), max(values)
+        return f"{middle:{form}}" if low == high else f"{middle:{form}} ({low:{form}} … {high:{form}})"
+
+    held_out = found["held_out"]
+    text = [
+        "# Reward gained per second", "", ABOUT.format(**held_out, **SETTING), "",
+        "| schedule | seeds | evaluations per iteration | processor s per iteration | reward gained | PSNR, dB | judge "
+        "| gain per 1000 evaluations | per 100 processor s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    table = compare(found["runs"])
+    for row in table:
+        cells = [
+            row["schedule"], str(row["seeds"]), shown(row["evaluations_per_iteration"], ".1f"),
+            shown(row["processor_seconds_per_iteration"], ".2f"), shown(row["reward_change"], "+.4f"),
+            shown(row["psnr_change"], "+.2f"), shown(row["judge_change"], "+.2f"),
+            shown([1000 * gain for gain in row["gain_per_evaluations"]], "+.4f"),
+            shown([100 * gain for gain in row["gain_per_processor_seconds"]], "+.4f"),
+        ]  # fmt: skip
+        text.append(f"| {' | '.join(cells)} |")
+    text += [
+        "", "How much sooner the plain loop's last reward is reached, by three clocks, and the fidelity there against "
+        "the plain loop's; infinity and nan stand for never.", "",
+        "| schedule | by evaluations | by processor time | by wall time | PSNR there, dB | SSIM there |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for row in table[1:]:
+        cells = [row["schedule"], *(f"{shown(row[f'{clock}_speedup'], '.2f')}×" for clock in CLOCKS)]
+        cells += [shown(row["psnr_at_goal"], "+.2f"), shown(row["ssim_at_goal"], "+.4f")]
+        text.append(f"| {' | '.join(cells)} |")
+    if "profile" in found:
+        steps = list(found["profile"])
+        parts = list(dict.fromkeys(part for step in steps for part in found["profile"][step]))
+        text += ["", "One iteration of the plain loop, processor seconds (share):", ""]
+        text += [f"| | {' | '.join(f'step {step}' for step in steps)} |", "| --- |" + " ---: |" * len(steps)]
+        for part in [*parts, "sum"]:
+            cells = []
+            for step in steps:
+                total = sum(found["profile"][step].values())
+                value = total if part == "sum" else found["profile"][step].get(part)
+                cells.append("" if value is None else f"{value:.3f} ({value / total:.0%})")
+            text.append(f"| {part} | {' | '.join(cells)} |")
+    return [*text, "", f"{found['device']}, {found['written']}."]
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """Held-out reward and PSNR against evaluations and processor time: mean over seeds, and the range as a band."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    names = [name for name in SCHEDULES if any(key.startswith(f"{name}, seed") for key in found["runs"])]
+    for name, color in zip(names, ("#222222", "#d1662b", "#2a6fb0", "#3c8d5a"), strict=False):
+        runs = [rows for key, rows in found["runs"].items() if key.startswith(f"{name}, seed")]
+        for axes, (column, clock) in zip(
+            grid.flat, [(c, k) for c in ("reward", "psnr") for k in CLOCKS[:2]], strict=True
+        ):
+            values = np.array([[row[column] - rows[0][column] for row in rows] for rows in runs])
+            times = np.mean([[row[clock] for row in rows] for rows in runs], axis=0)
+            axes.plot(times, values.mean(0), "o-", color=color, ms=3, label=f"{name} ({len(runs)} seeds)")
+            axes.fill_between(times, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+            axes.axhline(0, color="#8a8a8a", lw=0.6)
+    grid[0, 0].set_ylabel("held-out reward, change")
+    grid[1, 0].set_ylabel("held-out PSNR, change in dB")
+    grid[1, 0].set_xlabel("evaluations of the network, times images")
+    grid[1, 1].set_xlabel("processor seconds of training")
+    grid[0, 0].legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("train", "profile", "report"))
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--crops", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20, help="of the held-out sampling")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = json.loads(options.results.read_text()) if options.results.is_file() else {"runs": {}}
+
+    def keep() -> None:
+        found.update(written=measure.now(), device=cpu_name())
+        options.results.write_text(json.dumps(found, indent=1) + "\n")
+
+    if options.what == "profile":
+        found["profile"] = {str(step): profile(step, SETTING["batch_size"]) for step in (10, 45)}
+        keep()
+    if options.what == "train":
+        measured = {"crops": options.crops, "steps": options.steps}
+        if found.setdefault("held_out", measured) != measured:
+            raise SystemExit(f"--crops and --steps must be those of {options.results}, {found['held_out']}")
+        for seed in options.seeds:  # seeds outside: every schedule meets the same neighbors
+            for name in options.schedules:
+                key = f"{name}, seed {seed}"
+                if key not in found["runs"]:
+                    rows, found["base"] = train(name, seed, found.get("base"), options.crops, options.steps)
+                    found["runs"][key] = rows
+                    keep()
+    if options.what == "report":
+        options.results.with_suffix(".md").write_text("\n".join(lines(found)) + "\n")
+        picture(found, options.results.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
