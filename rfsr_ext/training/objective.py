@@ -127,8 +127,8 @@ class RFSRObjective:
             prompts: N prompts; in place of an empty one stands what the model itself says of the image.
             step: a sampling step inside one of the windows.
             generator: noise of x_T (and of a stochastic sampler), one or a list of N.
-            rollout: the batch's trajectory, from `begin`, somewhere at or before ``step``; afterwards it stands one
-                step behind, where the output that was trained has taken it.  None begins a new one.
+            rollout: the batch's trajectory, from `begin` (with that generator), at ``step`` or before it; afterwards it
+                stands one step past it, where the trained output has taken it.  None begins a new one.
 
         Raises:
             ValueError: if ``gt`` does not fit ``lr`` or ``step`` is in no window.
