@@ -34,9 +34,10 @@ CLOCKS = ("evaluations", "processor_seconds", "seconds")
 ABOUT = """\
 Written by `python -m benchmarks.reward_per_second report`; do not edit. The mini model by the preset `mini`, but with
 {batch_size} images per iteration and learning rate {learning_rate:g}, on one thread; schedules took turns, seed by
-seed. Held out are {crops} crops, sampled in {steps} steps with the same noise for all; the reward is the training's own
-sum, the judge is never trained on, and neither measuring nor its evaluations count. An evaluation is one call of the
-network for one image, of the trained model or its reference, with gradient or without. Medians over seeds (range)."""
+seed. Held out are {crops} crops, sampled in {steps} steps with the same noise for all. The reward is the training's own
+sum, the judge is never trained on, and neither measuring nor its evaluations count. An evaluation is one call of the network for one image, of the trained
+model or its reference, with gradient or without. Changes are those from the base model to the run's last iteration.
+Medians over seeds (range)."""
 RESULTS = Path(__file__).parent / "results" / "reward-per-second.json"
 PLAIN = "plain"
 _NOISE = {"window_unit": "noise", "structure_window": [0.84, 1.0], "reward_window": [0.0, 0.25]}  # steps 1–20, 41–50
@@ -251,13 +252,15 @@ def lines(found: dict[str, Any]) -> list[str]:
         text.append(f"| {' | '.join(cells)} |")
     text += [
         "", "How much sooner the plain loop's last reward is reached, by three clocks, and the fidelity there against "
-        "the plain loop's; infinity and nan stand for never.", "",
+        "the plain loop's.", "",
         "| schedule | by evaluations | by processor time | by wall time | PSNR there, dB | SSIM there |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for row in table[1:]:
         cells = [row["schedule"], *(f"{shown(row[f'{clock}_speedup'], '.2f')}×" for clock in CLOCKS)]
         cells += [shown(row["psnr_at_goal"], "+.2f"), shown(row["ssim_at_goal"], "+.4f")]
+        if missed := row["evaluations_speedup"].count(0):
+            cells[1:] = [f"not reached in {missed} of {row['seeds']} seeds", *["–"] * 4]
         text.append(f"| {' | '.join(cells)} |")
     if "profile" in found:
         steps = list(found["profile"])
@@ -288,7 +291,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
         ):
             values = np.array([[row[column] - rows[0][column] for row in rows] for rows in runs])
             times = np.mean([[row[clock] for row in rows] for rows in runs], axis=0)
-            axes.plot(times, values.mean(0), "o-", color=color, ms=3, label=f"{name} ({len(runs)} seeds)")
+            axes.plot(times, values.mean(0), "o-", color=color, ms=3, label=f"{name}, seeds: {len(runs)}")
             axes.fill_between(times, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
             axes.axhline(0, color="#8a8a8a", lw=0.6)
     grid[0, 0].set_ylabel("held-out reward, change")
