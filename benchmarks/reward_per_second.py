@@ -35,9 +35,9 @@ ABOUT = """\
 Written by `python -m benchmarks.reward_per_second report`; do not edit. The mini model by the preset `mini`, but with
 {batch_size} images per iteration and learning rate {learning_rate:g}, on one thread; schedules took turns, seed by
 seed. Held out are {crops} crops, sampled in {steps} steps with the same noise for all. The reward is the training's own
-sum, the judge is never trained on, and neither measuring nor its evaluations count. An evaluation is one call of the network for one image, of the trained
-model or its reference, with gradient or without. Changes are those from the base model to the run's last iteration.
-Medians over seeds (range)."""
+sum, the judge is never trained on, and neither measuring nor its evaluations count. An evaluation is one call of the
+network for one image, of the trained model or its reference, with gradient or without. Changes are those from the base
+model to the run's last iteration. Medians over seeds (range)."""
 RESULTS = Path(__file__).parent / "results" / "reward-per-second.json"
 PLAIN = "plain"
 _NOISE = {"window_unit": "noise", "structure_window": [0.84, 1.0], "reward_window": [0.0, 0.25]}  # steps 1–20, 41–50
