@@ -22,7 +22,8 @@
 //
 // Any strides are right; planes of contiguous pixels that begin at multiples of 16 bytes are fast. Compiled for
 // sm_80, sm_90 and sm_120, not run on a GPU yet; the tests run these lines on the host (tests/ops/cuda_on_host).
-// Limits: the workspace takes up to some 20 MB, or 3% of large features; N * C^2 / 4096 tiles must stay below 2^31.
+// Limits: the workspace takes up to some 10 MB, twice the result, or 6 % of the features, whichever is most;
+// N * C^2 / 4096 tiles must stay below 2^31.
 
 #include "../gram.h"
 #include "packs.cuh"
@@ -34,15 +35,22 @@ namespace {
 
 // ---------------------------------------------------------------------------------------- forward
 
-constexpr int kRow = 64;           // bytes of a row of a panel: four lanes with 16 each
-constexpr int kRing = 8;           // panels in shared memory
-constexpr i64 kMinRange = 256;     // pixels a block takes at least ...
-constexpr i64 kMaxRange = 8192;    // ... and at most, so that sums stay short
+constexpr int kRow = 64;         // bytes of a row of a panel: four lanes, 16 each
+constexpr int kRing = 8;         // panels in shared memory
+constexpr i64 kMinRange = 256;   // pixels a block takes at least ...
+constexpr i64 kMaxRange = 8192;  // ... and at most, so that sums stay short
 template <class S>
 constexpr int kDepth = kRow / sizeof(S);  // pixels of a panel
 
 // Tiles of 64 x 64, four warps, or 128 x 128, sixteen, each with its 32 x 32.
 constexpr int threads_of(int tile) { return tile * tile / kWarpTile; }
+
+// Blocks that a multiprocessor's registers are to hold: 16 warps with 128 for each lane, in fp64 8 with twice as many.
+// Left to themselves the compilers save registers, and spill.
+template <class T>
+constexpr int blocks_at_once(int threads) {
+  return (std::is_same_v<T, double> ? 256 : 512) / threads;
+}
 
 // How a lane keeps its 16 bytes of a row: fp32 as three bf16 numbers.
 template <class S>
@@ -54,53 +62,57 @@ struct RowOf<float> {
   using type = Slice<BFloat16, 3, 1>;
 };
 
-// Features of a sample.
+// Planes of numbers in any layout.
 template <class T>
 struct Source {
   const T* x;  // [N, C, H, W], any strides
   Strided4 v;
   bool packs;  // planes_of_packs
-
-  // Up to Count pixels of a channel from pixel k on, as S and less the shift; zeros beyond.
-  template <class S, int Count>
-  __device__ Pack<S, Count> load(const T* plane, i64 k, int count, acc_t<T> shift) const {
-    Pack<T, Count> from;
-    Pack<S, Count> result;
-    if (packs && count == Count) {
-      from = *reinterpret_cast<const Pack<T, Count>*>(plane + k);
-    } else {
-#pragma unroll
-      for (int q = 0; q < Count; ++q) from.v[q] = q < count ? plane[v.flat() ? (k + q) * v.sw : v.pixel(k + q)] : T(0);
-    }
-#pragma unroll
-    for (int q = 0; q < Count; ++q)
-      result.v[q] = q < count ? static_cast<S>(static_cast<acc_t<T>>(from.v[q]) - shift) : S(0);
-    return result;
-  }
 };
 
-// panel[r] = channel + r of sample n, pixels k0 ... k0 + kDepth, less the shift; zeros beyond C and beyond `end`.
+// 16 bytes of numbers of channel c of sample n from pixel k on, less the shift; zeros beyond C and beyond pixel `end`.
 // S is T, or float where a shift is taken off half types.
+template <class T, class S>
+__device__ void load_pack(const Source<T>& source, i64 n, i64 c, i64 k, i64 end, const acc_t<T>* shift, S* to) {
+  constexpr int count = kPerPack<S>;
+  const Strided4& v = source.v;
+  const int inside = c < v.c ? static_cast<int>(max(0, min(count, end - k))) : 0;
+  const T* plane = source.x + n * v.sn + c * v.sc;
+  if constexpr (std::is_same_v<S, T>)
+    if (source.packs && !shift) {
+      copy_async(to, inside ? plane + k : source.x, inside * int(sizeof(T)));
+      return;
+    }
+  // What cannot be copied as it is goes through registers.
+  Pack<T, count> from;
+  if (source.packs && inside == count) {
+    from = *reinterpret_cast<const Pack<T, count>*>(plane + k);
+  } else {
+    i64 row = k / v.w, column = k % v.w;
+#pragma unroll
+    for (int q = 0; q < count; ++q) {
+      from.v[q] = q < inside ? plane[row * v.sh + column * v.sw] : T(0);
+      if (++column == v.w) column = 0, ++row;
+    }
+  }
+  Pack<S, count> pack;
+#pragma unroll
+  for (int q = 0; q < count; ++q)
+    pack.v[q] = q < inside && shift ? static_cast<S>(static_cast<acc_t<T>>(from.v[q]) - *shift)
+                                    : static_cast<S>(from.v[q]);
+  *reinterpret_cast<Pack<S, count>*>(to) = pack;
+}
+
+// panel[r] = channel c0 + r of sample n, pixels k ... k + kDepth.
 template <class T, class S, int kTile>
-__device__ void load_panel(const Source<T>& source, i64 n, i64 channel, i64 k0, i64 end, const acc_t<T>* shift,
+__device__ void load_panel(const Source<T>& source, i64 n, i64 c0, i64 k, i64 end, const acc_t<T>* shift,
                            S (*panel)[kDepth<S>]) {
   constexpr int count = kPerPack<S>, packs = kDepth<S> / count;
-  const Strided4& v = source.v;
-  const bool across = v.sc == 1;  // threads run along memory: the pixels, or the channels of channels_last
+  const bool across = source.v.sc == 1;  // threads run along memory: the pixels, or the channels of channels_last
 #pragma unroll
   for (int e = threadIdx.x; e < kTile * packs; e += threads_of(kTile)) {
     const int r = across ? e % kTile : e / packs, p = (across ? e / kTile : e % packs) * count;
-    const i64 k = k0 + p;
-    const int inside = channel + r < v.c ? static_cast<int>(max(0, min(count, end - k))) : 0;
-    const T* plane = source.x + n * v.sn + (channel + r) * v.sc;
-    S* to = panel[r] + p;
-    if constexpr (std::is_same_v<S, T>)
-      if (source.packs && !shift) {
-        copy_async(to, inside ? plane + k : source.x, inside * int(sizeof(T)));
-        continue;
-      }
-    *reinterpret_cast<Pack<S, count>*>(to) =
-        source.template load<S, count>(plane, k, inside, shift ? *shift : acc_t<T>(0));
+    load_pack(source, n, c0 + r, k + p, end, shift, panel[r] + p);
   }
 }
 
@@ -113,12 +125,12 @@ __device__ void load_row(const S* row, int t, typename RowOf<S>::type& slice) {
 }
 
 template <class T, class S, int kTile>
-__global__ void __launch_bounds__(threads_of(kTile))
-    gram_partial_kernel(Source<T> x, Source<T> other,               // other.x is null for a plain Gram
-                        const acc_t<T>* shift, i64 stride,          // [N] or null: taken off x
-                        i64 range, i64 tiles,                       // pixels per block; tiles of the triangle
-                        acc_t<T>* partials,                         // [N, tiles, ranges, kTile, kTile]
-                        acc_t<T>* rows) {                           // [N, tiles, ranges, kTile] or null: row sums
+__global__ void __launch_bounds__(threads_of(kTile), blocks_at_once<T>(threads_of(kTile)))
+    gram_partial_kernel(Source<T> x, Source<T> other,       // other.x is null for a plain Gram
+                        const acc_t<T>* shift, i64 stride,  // [N] or null: taken off x
+                        i64 range, i64 tiles,               // pixels per block; tiles of the triangle
+                        acc_t<T>* partials,                 // [N, tiles, ranges, kTile, kTile]
+                        acc_t<T>* rows) {                   // [N, tiles, ranges, kTile] or null: row sums
   using Acc = acc_t<T>;
   constexpr int depth = kDepth<S>;
   using Panel = S[kTile][depth];
@@ -132,44 +144,46 @@ __global__ void __launch_bounds__(threads_of(kTile))
   // Nobody reads what lies above the diagonal or beyond C.
   const bool wanted = pair.i * kTile + row < x.v.c && (!diagonal || row >= column);
 
-  // A stage is the next pixels of x or, in turn, of other.
-  const int sides = other.x ? 2 : 1, panels = diagonal ? 1 : 2, ahead = kRing / panels - 1;
-  const int stages = static_cast<int>(ceil_div(end - k0, depth)) * sides;
-  const auto load = [&](int stage) {
-    if (stage < stages) {
-      Source<T> source = x;  // by value: a reference to one of two would be an address, and they in local memory
-      if (stage % sides) source = other;
-      const i64 k = k0 + stage / sides * depth;
-      Panel* to = ring + stage * panels % kRing;
-      load_panel<T, S, kTile>(source, n, pair.i * kTile, k, end, shift ? shift + n * stride : nullptr, to[0]);
-      if (!diagonal)
-        load_panel<T, S, kTile>(source, n, pair.j * kTile, k, end, shift ? shift + n * stride : nullptr, to[1]);
-    }
-    commit_copies();
-  };
-
+  // A stage is the next pixels of x or, in turn, of other: of the channels of the tile's rows and of its columns.
+  const int in_turn = other.x ? 1 : 0, panels = diagonal ? 1 : 2, ahead = kRing / panels - 1;
+  const int stages = static_cast<int>(ceil_div(end - k0, depth)) << in_turn;
   Tile<Acc> total;
   Acc row_total = 0;
-  for (int stage = 0; stage < ahead; ++stage) load(stage);
-  for (int stage = 0; stage < stages; ++stage) {
-    if (diagonal)  // this stage is there; those after it may be under way
-      wait_copies<kRing - 2>();
-    else
-      wait_copies<kRing / 2 - 2>();
-    __syncthreads();  // ... for all threads, and all are done with the stage before, whose place is free
-    load(stage + ahead);
+  for (int stage = -ahead; stage < stages; ++stage) {
+    if (stage >= 0) {
+      if (diagonal)  // this stage is there; those after it may be under way
+        wait_copies<kRing - 2>();
+      else
+        wait_copies<kRing / 2 - 2>();
+      __syncthreads();  // ... for all threads, and all are done with the stage before, whose place is free
+    }
+    if (const int next = stage + ahead; next < stages) {
+      Source<T> source = x;  // by value: a reference to one of two would be an address, and they in local memory
+      if (next & in_turn) source = other;
+#pragma unroll 1
+      for (int p = 0; p < panels; ++p)
+        load_panel<T, S, kTile>(source, n, (p ? pair.j : pair.i) * kTile, k0 + (next >> in_turn) * depth, end,
+                                shift ? shift + n * stride : nullptr, ring[(next * panels + p) % kRing]);
+    }
+    commit_copies();
+    if (stage < 0) continue;
+
     const Panel& left = ring[stage * panels % kRing];
-    const Panel& right = ring[stage * panels % kRing + panels - 1];
+    const Panel& right = ring[(stage * panels + panels - 1) % kRing];
     if (wanted) {
       typename RowOf<S>::type a[4], b[4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) load_row(left[row + 8 * q + g], t, a[q]);
 #pragma unroll
       for (int q = 0; q < 4; ++q) load_row(right[column + 8 * q + g], t, b[q]);
-      total.add(a, b, stage % sides ? Acc(-1) : Acc(1));
+      total.add(a, b, stage & in_turn ? Acc(-1) : Acc(1));
     }
-    if (rows && diagonal && threadIdx.x < kTile)
-      for (int p = 0; p < depth; ++p) row_total += static_cast<Acc>(left[threadIdx.x][p]);
+    if constexpr (std::is_same_v<S, Acc>)  // means go with a shift
+      if (rows && diagonal && threadIdx.x < kTile) {
+        Acc sum = 0;
+        for (int p = 0; p < depth; ++p) sum += left[threadIdx.x][p];
+        row_total += sum;
+      }
   }
 
   const i64 place = blockIdx.x * i64(gridDim.y) + blockIdx.y;
@@ -307,32 +321,26 @@ __device__ void load_columns(const T (&slab)[kSlab][kWidth], int t, int column, 
       columns[q].set(r / 2, static_cast<Number>(rows[r].v[q]), static_cast<Number>(rows[r + 1].v[q]));
 }
 
-// slab[p] = row p0 + p of the source, a plane of `v.pixels()` numbers, from number k0 on; zeros beyond.
+// slab[p] = channel p0 + p of sample n, pixels k ... k + kColumns.
 template <class T, int kColumns, int kThreadsUsed>
-__device__ void load_slab(const Source<T>& source, i64 n, i64 p0, i64 k0, Slab<T, kColumns>& slab) {
+__device__ void load_slab(const Source<T>& source, i64 n, i64 p0, i64 k, Slab<T, kColumns>& slab) {
   constexpr int count = kPerPack<T>, packs = kColumns / count;
-  const Strided4& v = source.v;
+  const acc_t<T>* no_shift = nullptr;
 #pragma unroll
   for (int e = threadIdx.x; e < kSlab * packs; e += kThreadsUsed) {
     const int p = e / packs, q = e % packs * count;
-    const int inside = p0 + p < v.c ? static_cast<int>(max(0, min(count, v.pixels() - k0 - q))) : 0;
-    const T* plane = source.x + n * v.sn + (p0 + p) * v.sc;
-    T* to = slab[p] + q;
-    if (source.packs)
-      copy_async(to, inside ? plane + k0 + q : source.x, inside * int(sizeof(T)));
-    else
-      *reinterpret_cast<Pack<T, count>*>(to) = source.template load<T, count>(plane, k0 + q, inside, acc_t<T>(0));
+    load_pack(source, n, p0 + p, k + q, source.v.pixels(), no_shift, slab[p] + q);
   }
 }
 
 // out[n, c, k] = bias[n, c] + sum_p s[n, p, c] F[n, p, k], kChannels x kPixels of it
 template <class T, int kChannels, int kPixels>
-__global__ void __launch_bounds__(kChannels* kPixels / kWarpTile)
-    gram_backward_kernel(Source<acc_t<T>> s,                      // [N, C, 1, C]: p and c
-                         Source<T> x,                             // [N, C, H, W], any strides
-                         const acc_t<T>* bias, i64 bn, i64 bc,    // [N, C] or null
-                         i64 row_tiles, bool packs,               // packs: rows of out begin at multiples of 16 bytes
-                         T* out) {                                // [N, C, H, W], contiguous
+__global__ void __launch_bounds__(kChannels* kPixels / kWarpTile, blocks_at_once<T>(kChannels* kPixels / kWarpTile))
+    gram_backward_kernel(Source<acc_t<T>> s,                    // [N, C, 1, C]: p and c
+                         Source<T> x,                           // [N, C, H, W], any strides
+                         const acc_t<T>* bias, i64 bn, i64 bc,  // [N, C] or null
+                         i64 row_tiles, bool packs,             // packs: planes of out begin at multiples of 16 bytes
+                         T* out) {                              // [N, C, H, W], contiguous
   using Acc = acc_t<T>;
   constexpr int threads = kChannels * kPixels / kWarpTile;
   struct Stage {
@@ -343,25 +351,23 @@ __global__ void __launch_bounds__(kChannels* kPixels / kWarpTile)
 
   const i64 n = blockIdx.y / row_tiles, c0 = blockIdx.y % row_tiles * kChannels, k0 = blockIdx.x * i64(kPixels);
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int row = warp / (kPixels / kWarpTile) * kWarpTile + 4 * g;     // the lane's first channel of A ...
-  const int column = warp % (kPixels / kWarpTile) * kWarpTile;          // ... and the warp's first pixel
+  const int row = warp / (kPixels / kWarpTile) * kWarpTile + 4 * g;  // the lane's first channel, and ...
+  const int column = warp % (kPixels / kWarpTile) * kWarpTile;       // ... the warp's first pixel
 
   const int stages = static_cast<int>(ceil_div(x.v.c, kSlab));
-  const auto load = [&](int stage) {
-    if (stage < stages) {
-      Stage& to = ring[stage % kStages];
-      load_slab<Acc, kChannels, threads>(s, n, stage * kSlab, c0, to.s);
-      load_slab<T, kPixels, threads>(x, n, stage * kSlab, k0, to.x);
+  Tile<Acc> total;
+  for (int stage = 1 - kStages; stage < stages; ++stage) {
+    if (stage >= 0) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+    }
+    if (const int next = stage + kStages - 1; next < stages) {
+      Stage& to = ring[next % kStages];
+      load_slab<Acc, kChannels, threads>(s, n, next * kSlab, c0, to.s);
+      load_slab<T, kPixels, threads>(x, n, next * kSlab, k0, to.x);
     }
     commit_copies();
-  };
-
-  Tile<Acc> total;
-  for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
-  for (int stage = 0; stage < stages; ++stage) {
-    wait_copies<kStages - 2>();
-    __syncthreads();
-    load(stage + kStages - 1);
+    if (stage < 0) continue;
     typename ColumnOf<T>::S a[4];
     typename ColumnOf<T>::F b[4];
     load_columns(ring[stage % kStages].s, t, row, a);
@@ -441,8 +447,8 @@ void gram_launch(const Tensor& features, const Strided4& vx, const Tensor* targe
              finishing, mutable_data<Acc>(out), loss ? mutable_data<double>(terms) : nullptr);
       if (means)
         launch("gram_means_kernel", gram_means_kernel<Acc>,
-               static_cast<unsigned>(ceil_div(vx.n * vx.c * share, kThreads)), stream, data<Acc>(rows), tile, vx.n, vx.c,
-               tiles, ranges, share, pixels, mutable_data<Acc>(*means));
+               static_cast<unsigned>(ceil_div(vx.n * vx.c * share, kThreads)), stream, data<Acc>(rows), tile, vx.n,
+               vx.c, tiles, ranges, share, pixels, mutable_data<Acc>(*means));
     }
     if (loss)
       launch("gram_loss_kernel", gram_loss_kernel<Acc>, 1, stream, data<double>(terms), vx.n, i64(finishing), criterion,

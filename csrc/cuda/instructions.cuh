@@ -4,6 +4,10 @@
 
 #include "launch.cuh"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the CUDA kernels need compute capability 8.0 or newer: take older ones out of TORCH_CUDA_ARCH_LIST"
+#endif
+
 namespace rfsr {
 
 using torch::headeronly::BFloat16;

@@ -20,7 +20,7 @@
 #define __global__
 #define __device__
 #define __shared__ static  // one block at a time
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 
 struct dim3 {
   unsigned x, y;
