@@ -23,24 +23,11 @@
 // Limits: one level (rfsr_ext/ops/haar.py repeats it); gradients come out contiguous.
 
 #include "../haar.h"
+#include "packs.cuh"
 #include "sums.cuh"
 
 namespace rfsr {
 namespace {
-
-// `Count` neighbouring numbers, moved 16 bytes at a time.
-template <class T, int Count>
-struct alignas(16) Pack {
-  T v[Count];
-};
-
-// True when every row of the view begins at a multiple of 16 bytes and is contiguous.
-template <class T>
-bool rows_of_packs(const T* x, const Strided4& v) {
-  constexpr i64 kPerPack = 16 / sizeof(T);
-  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && v.sw == 1 && v.sh % kPerPack == 0 && v.sc % kPerPack == 0 &&
-         v.sn % kPerPack == 0;
-}
 
 // ------------------------------------------------------------------------------------- forward
 

@@ -12,7 +12,7 @@
 
 namespace rfsr {
 
-constexpr int kThreads = 256;  // per block, in every kernel
+constexpr int kThreads = 256;  // per block, unless a launch says otherwise
 
 // Makes the tensor's GPU current for the life of the guard and knows the stream the caller is on.
 //
@@ -43,10 +43,26 @@ class OnDevice {
 
 inline bool on_gpu(const Tensor& x) { return x.is_cuda(); }
 
-// kernel(args...) on grid.x * grid.y blocks of kThreads threads.
+// Blocks of a launch, the threads of each, and its bytes of dynamic shared memory.
+struct Grid {
+  dim3 blocks;
+  unsigned threads, shared;
+  Grid(dim3 blocks, unsigned threads = kThreads, unsigned shared = 0)
+      : blocks(blocks), threads(threads), shared(shared) {}
+  Grid(unsigned blocks) : Grid(dim3(blocks)) {}
+};
+
+// The dynamic shared memory of a block.
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+
 template <class Kernel, class... Args>
-void launch(const char* name, Kernel kernel, dim3 grid, cudaStream_t stream, Args... args) {
-  kernel<<<grid, kThreads, 0, stream>>>(args...);
+void launch(const char* name, Kernel kernel, Grid grid, cudaStream_t stream, Args... args) {
+  if (grid.shared > 48 * 1024)  // more than every GPU has: asked for by kernel
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
+  kernel<<<grid.blocks, grid.threads, grid.shared, stream>>>(args...);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, name, " did not launch: ", cudaGetErrorString(error),
                   " (if no kernel image is available, set TORCH_CUDA_ARCH_LIST to this GPU's and install again)");

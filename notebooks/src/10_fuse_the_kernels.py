@@ -544,13 +544,12 @@ print(f"{kept.nbytes} bytes are kept for backward; x and y would be {x13.nbytes 
 # its sign in one go: neither Gram matrix is ever written. In the CUDA kernel that is
 #
 # ```cpp
-# // csrc/cuda/gram.cu
-# total[a][b] += sum[0][a][b] - sum[1][a][b];
-# sum[0][a][b] = sum[1][a][b] = Acc(0);
+# // csrc/cuda/products.cuh
+# for (int e = 0; e < 4; ++e) v[m][n][e] += sign * sum[n][e];
 # ```
 #
-# once every 128 pixels, for each of the 4×4 results `[a][b]` that a thread has. The two inputs have sums of their own
-# until then, so equal features give exactly 0.
+# once every 16 pixels (32 of a half type), with `sign` 1 and -1 in turn, for each of the 32 results `v` that a thread has.
+# Tensor cores made `sum`, of one input alone, so equal features give exactly 0.
 #
 # `gram_loss` knows three distances: the squared norm of $D$ (`l2`, equation 6), the sum of its absolute values (`l1`)
 # and the norm itself (`fro`). Backward, one small matrix $S$ serves all three: $\partial L/\partial F_1=SF_1/(CHWN)$,
@@ -653,8 +652,8 @@ show(*draw(64))
 # %% [markdown]
 # **What to see.** Small tiles load everything again and again and are limited by memory. From 64 on, arithmetic limits,
 # and a larger tile gains nothing but leaves fewer blocks to share out among the GPU's processors. The package's CUDA kernel
-# takes 64, its CPU kernel 8×32, or 32×32 for bfloat16 on a processor with a matrix unit. (Caches help small tiles, so
-# reality is kinder than this count.)
+# takes 64, or 128 beyond 64 channels, its CPU kernel 8×32, or 32×32 for bfloat16 on a processor with a matrix unit.
+# (Caches help small tiles, so reality is kinder than this count.)
 #
 # ## 9 · Build it here
 #

@@ -1,7 +1,8 @@
 """The CUDA kernels, run on the host: their indices, edges and sums are tested where there is no GPU too.
 
-The sources are compiled as C++ with another launch.cuh, which runs a block's threads as fibers, and registered
-for the CPU in a copy of the package. A copy of the ordinary operator tests then runs against it.
+The sources are compiled as C++ with another launch.cuh, which runs a block's threads as fibers, and another
+instructions.cuh, which copies as late as it may and multiplies from the registers PTX names. They are registered for
+the CPU in a copy of the package. A copy of the ordinary operator tests then runs against it.
 """
 
 import os
@@ -14,7 +15,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+VALUES = [(3, 5, 7), (17, 4, 65), (70, 9, 1)]  # of test_gram.py's: a tile in part, more than one stage, larger tiles
 TESTS = [
+    *[f"test_gram.py::test_values_match_fp64[cpu-{shape}-{dtype}]" for shape in VALUES for dtype in DTYPES],
+    "test_gram.py::test_wide_layers_of_aligned_planes",
+    "test_gram.py::test_fp32_products_keep_what_one_rounding_keeps",
     "test_gram.py::test_layer_norm_keeps_its_digits_under_a_large_mean",
     "test_gram.py::test_large_half_activations_stay_finite",
     "test_gram.py::test_close_features_keep_their_difference",
@@ -38,7 +44,7 @@ TESTS = [
 def test_cuda_kernels_pass_the_operator_tests_on_the_host(tmp_path):
     sources, package = tmp_path / "csrc", tmp_path / "rfsr_ext"
     shutil.copytree(ROOT / "csrc", sources)
-    shutil.copy(ROOT / "tests/ops/cuda_on_host/launch.cuh", sources / "cuda")
+    shutil.copytree(ROOT / "tests/ops/cuda_on_host", sources / "cuda", dirs_exist_ok=True)
     shutil.copytree(ROOT / "rfsr_ext/ops", package / "ops", ignore=shutil.ignore_patterns("_C_*", "_build_record.json"))
     (package / "__init__.py").touch()
     kernels = [sources / "cuda/haar.cu", sources / "cuda/gram.cu"]
@@ -55,6 +61,7 @@ def test_cuda_kernels_pass_the_operator_tests_on_the_host(tmp_path):
         "-shared",
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-Wno-unknown-pragmas",
+        "-U_FORTIFY_SOURCE",  # which takes a jump to another fiber for a mistake
     ]
     library = package / "ops/_C_cpu.so"
     command = ["g++", *flags, f"-I{root / 'include'}", "-x", "c++", *kernels, "-x", "none"]

@@ -86,6 +86,31 @@ def test_any_shape_dtype_layout_and_option(shape, dtype, names, criterion, layer
     assert error <= (5e-6 if layer_norm else 1e-6) * (size(wanted, criterion) + size(other, criterion)) + 1e-12
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_layers_of_aligned_planes(dtype, device):
+    """Several tiles on CUDA, and planes of whole 16 bytes: forward and backward by the fast copies."""
+    f, t = (torch.randn(2, 130, 6, 8, device=device).to(dtype) for _ in range(2))
+    torch.testing.assert_close(gram_loss(f, t).double(), exact_loss(f, t), rtol=1e-6, atol=0)
+    s = torch.randn(2, 130, 130, device=device, dtype=reference.acc_dtype(dtype))
+    wanted = torch.einsum("npc,npk->nck", s.double(), f.double().flatten(2))
+    error = (torch.ops.rfsr_ext.gram_backward(s, f, None).flatten(2) - wanted).abs().max() / wanted.abs().max()
+    assert error <= ROUNDING[dtype]
+
+
+def test_fp32_products_keep_what_one_rounding_keeps(device):
+    """CUDA takes six products of bf16 numbers for one of fp32: they leave out 2^-24 of it, and would, were one of them
+    missing, 2^-18 or more. The rest of the bound is for sums, which tensor cores may cut off 16 times."""
+    wide = [2.0 ** torch.randint(-12, 12, size, device=device) for size in ((1, 40, 4, 4), (1, 16, 16), (1, 16, 4, 4))]
+    f, s, x = (torch.randn_like(scale) * scale for scale in wide)
+    p, q = f.flatten(2).double(), x.flatten(2).double()
+    pairs = [
+        (gram_matrix(f).double() * f.numel(), p, p.mT),
+        (torch.ops.rfsr_ext.gram_backward(s, x, None).flatten(2), s.mT.double(), q),
+    ]
+    for result, a, b in pairs:
+        assert ((result - a @ b).abs() <= 2**-20 * (a.abs() @ b.abs())).all()
+
+
 def test_long_sums_keep_six_digits(device):
     f, t = torch.rand(2, 1, 24, 300, 301, device=device)
     torch.testing.assert_close(gram_loss(f, t).double(), exact_loss(f, t), rtol=1e-6, atol=0)

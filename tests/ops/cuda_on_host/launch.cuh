@@ -1,20 +1,26 @@
 // Stands in for csrc/cuda/launch.cuh: runs the CUDA kernels on the host.
 //
-// A block is a set of fibers on one thread. Each runs until __syncthreads() or its end, then the next has its
-// turn; once all have, the round begins again. That is slow and says nothing about speed, but every index, edge
-// and sum of the kernels is computed by the lines a GPU would run.
+// A block is a set of fibers on one thread. Each runs until it has to wait for others: at __syncthreads() for those
+// of its block, at a product of a warp for those of its warp. Then the next has its turn. That is slow and says
+// nothing about speed, but every index, edge and sum of the kernels is computed by the lines a GPU would run.
 #pragma once
 
-#include <ucontext.h>
-
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
+
+#include <ucontext.h>
 
 #include "../tensors.h"
 
 #define __global__
 #define __device__
 #define __shared__ static  // one block at a time
+#define __launch_bounds__(threads, blocks)
 
 struct dim3 {
   unsigned x, y;
@@ -33,48 +39,118 @@ struct OnDevice {
 };
 inline bool on_gpu(const Tensor&) { return true; }
 
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 16);
-  bool done = false;
+inline void check(bool fine, const char* mistake) {
+  if (fine) return;
+  std::fprintf(stderr, "%s in block %u, %u\n", mistake, blockIdx.x, blockIdx.y);
+  std::abort();
+}
+
+// ---------------------------------------------------------------------------------------- fibers
+
+enum class State { kReady, kAtProduct, kAtBarrier, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
 };
-inline ucontext_t scheduler;
+
+struct Fiber {
+  explicit Fiber(int thread) : thread(thread), lane(thread % 32) {}
+  const int thread, lane;
+  State state = State::kDone;
+  bool begun = false;
+  jmp_buf context;
+  ucontext_t start;
+  std::unique_ptr<char[]> stack{new char[1 << 16]};
+  std::vector<Copy> copies;  // under way, and how many groups of them are closed
+  int groups = 0;
+};
+inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline Fiber* running;
+inline jmp_buf scheduler;
 inline std::function<void()> work;
 
-inline void run_fiber() {
-  work();
-  running->done = true;
-  swapcontext(&running->context, &scheduler);
+// Contexts only begin a fiber: changing to one asks the system, for signal masks, and jumps do not.
+inline void wait_as(State state) {
+  running->state = state;
+  if (_setjmp(running->context) == 0) _longjmp(scheduler, 1);
 }
-inline void synchronise() { swapcontext(&running->context, &scheduler); }
+inline void run_fiber() {
+  for (;;) {
+    work();
+    check(running->copies.empty(), "a copy that nobody waited for");
+    wait_as(State::kDone);
+  }
+}
+inline void go_on(Fiber& fiber) {
+  running = &fiber;
+  threadIdx = dim3(fiber.thread);
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.context, 1);
+  fiber.begun = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = 1 << 16;
+  makecontext(&fiber.start, run_fiber, 0);
+  setcontext(&fiber.start);
+}
+
+inline void synchronise() { wait_as(State::kAtBarrier); }
 #define __syncthreads() ::rfsr::synchronise()
 
+// True for the lane that comes to a product of its warp last, which computes it before the others go on.
+inline int arrived;
+inline bool last_of_warp() {
+  if (++arrived < 32) {
+    wait_as(State::kAtProduct);
+    return false;
+  }
+  arrived = 0;
+  for (int t = running->thread - running->lane, end = t + 32; t < end; ++t) fibers[t]->state = State::kReady;
+  return true;
+}
+
+// Runs the lanes of a warp until all are at a barrier or done.
+inline void run_warp(int first) {
+  for (bool again = true; again;) {
+    again = false;
+    for (int t = first; t < first + 32; ++t)
+      if (fibers[t]->state == State::kReady) go_on(*fibers[t]), again = true;
+  }
+  check(arrived == 0, "a product that some lanes of the warp miss");
+}
+
+// ---------------------------------------------------------------------------------------- launch
+
+struct Grid {
+  dim3 blocks;
+  unsigned threads, shared;
+  Grid(dim3 blocks, unsigned threads = kThreads, unsigned shared = 0)
+      : blocks(blocks), threads(threads), shared(shared) {}
+  Grid(unsigned blocks) : Grid(dim3(blocks)) {}
+};
+
+alignas(16) inline unsigned char dynamic_memory[96 * 1024];
+inline unsigned char* shared_memory() { return dynamic_memory; }
+
 template <class Kernel, class... Args>
-void launch(const char*, Kernel kernel, dim3 grid, cudaStream_t, Args... args) {
-  static std::vector<Fiber> fibers(kThreads);
+void launch(const char*, Kernel kernel, Grid grid, cudaStream_t, Args... args) {
   work = [&] { kernel(args...); };
-  gridDim = grid;
-  blockDim = dim3(kThreads);
-  for (unsigned block = 0; block < grid.x * grid.y; ++block) {
-    blockIdx = dim3(block % grid.x, block / grid.x);
-    for (Fiber& fiber : fibers) {
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, run_fiber, 0);
-      fiber.done = false;
-    }
-    for (bool unfinished = true; unfinished;) {
+  gridDim = grid.blocks;
+  blockDim = dim3(grid.threads);
+  const int threads = static_cast<int>(grid.threads);
+  check(grid.shared <= sizeof dynamic_memory, "more shared memory than every GPU has");
+  while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>(fibers.size()));
+  for (unsigned block = 0; block < gridDim.x * gridDim.y; ++block) {
+    blockIdx = dim3(block % gridDim.x, block / gridDim.x);
+    std::memset(dynamic_memory, 0xff, grid.shared);  // NaN
+    bool unfinished = true;
+    while (unfinished) {
       unfinished = false;
-      for (int t = 0; t < kThreads; ++t) {
-        if (fibers[t].done) continue;
-        running = &fibers[t];
-        threadIdx = dim3(t);
-        swapcontext(&scheduler, &running->context);
-        unfinished |= !running->done;
-      }
+      for (int t = 0; t < threads; ++t) fibers[t]->state = State::kReady;
+      for (int t = 0; t < threads; t += 32) run_warp(t);
+      for (int t = 0; t < threads; ++t) unfinished |= fibers[t]->state != State::kDone;
     }
   }
 }
