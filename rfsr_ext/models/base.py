@@ -340,6 +340,25 @@ class ISRModel(ABC):
             parameter.requires_grad_(True)
         return self
 
+    def enable_gradient_checkpointing(self) -> Self:
+        """Recompute activations in the backward pass instead of keeping them, in every network of diffusers.
+
+        Gradients stay the same, a backward pass takes about one forward pass longer, and passes without gradient are as
+        before.  To be called before adapters are added.
+
+        Raises:
+            ValueError: if no network can.
+        """
+        found = [m for m in self.networks.values() if getattr(m, "_supports_gradient_checkpointing", False)]
+        if not found:
+            raise ValueError(
+                f"gradient_checkpointing must be false for a {type(self).__name__}, because none of its networks is "
+                "a diffusers model that supports it, got true"
+            )
+        for network in found:
+            network.enable_gradient_checkpointing()  # diffusers' own, non-reentrant
+        return self
+
     def reference(self) -> Self:
         """A frozen copy with trained networks of its own and everything else shared (paper: G_θ′ of eq. 6)."""
         twin = copy.copy(self)

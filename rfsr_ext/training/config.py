@@ -103,7 +103,7 @@ class RunConfig(_Settings):
     # What may differ between the runs before and after an interruption.
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
         {"iterations", "learning_rate", "max_skipped", "output_dir", "checkpoint_every", "keep_checkpoints",
-         "validate_every", "num_workers", "prefetch_factor"}
+         "validate_every", "num_workers", "prefetch_factor", "gradient_checkpointing"}
     )  # fmt: skip
 
     model: Text = Field(
@@ -137,6 +137,9 @@ class RunConfig(_Settings):
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=2**16)] = Field(
         1, description="parts into which a batch is cut, one after the other, to save memory"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations of denoiser and decoder in the backward pass to save memory"
+    )
     iterations: Annotated[int, Field(ge=1, le=10**7)] = Field(10_000, description="optimizer steps of the whole run")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(5e-6, description="of Adam")
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -160,7 +163,9 @@ class RunConfig(_Settings):
     prefetch_factor: Annotated[int, Field(ge=1, le=256)] = Field(2, description="batches that each of them holds ready")
     output_dir: Text = Field("runs/rfsr", description="folder for everything the run writes")
     lora_rank: Annotated[int, Field(ge=0, le=4096)] = Field(
-        0, description="0 trains all weights; otherwise adapters of this rank, whose base model is the reference"
+        0,
+        description="0 trains all weights; otherwise adapters of this rank, whose base model is the reference; they "
+        "stay float32 when model_options {torch_dtype: bfloat16} holds all else in half precision",
     )
     lora_targets: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"), description="names of the modules that get adapters"

@@ -245,6 +245,8 @@ class RFSRTrainer:
                 f"crop_size must be a multiple of {self.model.multiple} for this model, got {config.crop_size}"
             )
         self.model.to(accelerator.device)
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
         self.objective = build_objective(config, self.model, rewards, style_loss)
         dataset = setup.build_dataset(config) if dataset is None else dataset
         if validation is None:

@@ -58,6 +58,38 @@ def test_upscales_any_size_in_tiles(model):
     assert result.shape == (3, 7 * model.scale, (2 * unit + 3) * model.scale) and result.isfinite().all()
 
 
+def gradients(model):
+    """Of a decoded estimate, by trained parameter and for the latents; and how many numbers were kept for them."""
+    unit, kept = 2 * model.multiple, []
+    weights = {p.untyped_storage()._cdata for m in model.networks.values() for p in m.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage()._cdata not in weights:
+            kept.append(tensor.numel())
+        return tensor
+
+    generator = torch.Generator().manual_seed(0)
+    condition = model.condition(torch.rand(1, 3, *[unit // model.scale] * 2, generator=generator), ["cat"])
+    latents = torch.randn(1, model.latent_channels, *[unit // model.vae_scale_factor] * 2, generator=generator)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.decode(model.predict(latents.requires_grad_(), torch.tensor(500), condition)).square().mean()
+    tensors = {"latents": latents, **model.trained_parameters()}
+    return dict(zip(tensors, torch.autograd.grad(loss, tensors.values(), allow_unused=True), strict=True)), sum(kept)
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(model):
+    if isinstance(model, PixelModel):
+        with pytest.raises(ValueError, match="gradient_checkpointing must be false for a PixelModel"):
+            model.enable_gradient_checkpointing()
+        return
+    expected, kept = gradients(model.unfreeze())
+    found, fewer = gradients(model.enable_gradient_checkpointing())
+    # at this width PASD-light's first convolutions, which see the whole image and are not recomputed, are most of it
+    assert 0 < fewer < 0.85 * kept
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-8, msg=lambda text, name=name: name + text)
+
+
 def test_fingerprint_follows_the_weights(model):
     before = model.fingerprint()
     assert before == model.fingerprint()
