@@ -4,12 +4,24 @@ import numpy as np
 import pytest
 import torch
 
+from rfsr_ext.files import save_tensors
 from rfsr_ext.rewards import Reward, WeightedReward
 from tests import tiny
 
 
 def make_tiny_model(seed: int = 0):
+    """Real networks, for tests of what becomes of them; an iteration takes a tenth of a second."""
     return tiny.tiny_model(seed, num_inference_steps=5)
+
+
+class Pixels(tiny.PixelModel):
+    """One convolution that can be saved, for tests of everything around it."""
+
+    def __init__(self):
+        super().__init__(num_inference_steps=5)
+
+    def save_pretrained(self, path):
+        save_tensors(path / "network.safetensors", self.networks["network"].state_dict())
 
 
 class Brightness(Reward):

@@ -10,11 +10,10 @@ from accelerate.state import AcceleratorState
 
 from rfsr_ext import rewards
 from rfsr_ext.files import load_tensors
-from rfsr_ext.models import load_model
 from rfsr_ext.rewards import CallableReward, WeightedReward
 from rfsr_ext.training import RFSRConfig, RFSRTrainer
 from tests.rewards import tiny
-from tests.training.conftest import Brightness, make_tiny_model
+from tests.training.conftest import Brightness, Pixels, make_tiny_model
 
 COMPOSED = {"weight": 1.0, "cap": 2.0, "tags": "worst", "normalize": True}
 
@@ -34,10 +33,10 @@ def mixed_precision(request):
 
 
 @pytest.mark.parametrize("terms", [["image-reward"], ["clipiqa", "image-reward"]])
-def test_one_iteration_in_each_window_of_the_mini_model(settings, parts, published, terms, mixed_precision):
+def test_one_iteration_in_each_window(settings, parts, published, terms, mixed_precision):
     if "clipiqa" in terms:
         pytest.importorskip("pyiqa", reason="CLIP-IQA needs the package pyiqa (pip install 'rfsr_ext[rewards]')")
-    model = load_model("mini")
+    model = make_tiny_model()
     before = {name: p.clone() for name, p in model.unet.named_parameters()}
     changes = {
         "rewards": {name: COMPOSED for name in terms},
@@ -63,7 +62,7 @@ def composed(settings, parts, **changes):
         WeightedReward(CallableReward(lambda x, p: x.var((1, 2, 3)), "contrast"), 0.5, steps=(5, 5), tags="mean"),
     ]
     config = RFSRConfig.from_dict(settings | {"balance_rewards": True} | changes)
-    return RFSRTrainer(config, make_tiny_model(), **parts | {"rewards": terms}).train()
+    return RFSRTrainer(config, Pixels(), **parts | {"rewards": terms}).train()
 
 
 def test_a_resumed_run_has_the_same_crops_and_statistics(settings, parts, tmp_path):
@@ -86,7 +85,7 @@ def held_out(settings, parts, tmp_path, values, **options):
     term = WeightedReward(Brightness(), 2.0, **options)
     trainer = RFSRTrainer(
         RFSRConfig.from_dict(settings | {"style_loss": "none", "output_dir": str(tmp_path / str(options))}),
-        make_tiny_model(),
+        Pixels(),
         **parts | {"rewards": [term]},
     )
     return [trainer.held_out._reward(pd.DataFrame({"brightness": scores})).mean() for scores in values]
@@ -108,7 +107,7 @@ def test_best_weights_stop_changing_where_every_score_has_reached_its_cap(settin
     terms = [WeightedReward(Brightness(), 1.0, cap=-1.0)]  # reached before training
     result = RFSRTrainer(
         RFSRConfig.from_dict(settings | options | {"lambda_structure": 0.0}),
-        make_tiny_model(),
+        Pixels(),
         **parts | {"rewards": terms},
     ).train()
     assert (result.validation["reward"] == -1).all() and result.best_iteration == 0
@@ -118,7 +117,7 @@ def test_a_resumed_run_must_have_the_same_rewards(settings, parts):
     composed(settings, parts, structure_loss="none", iterations=2)
     terms = [WeightedReward(Brightness(), 1.0)]
     config = RFSRConfig.from_dict(settings | {"balance_rewards": True, "structure_loss": "none"})
-    trainer = RFSRTrainer(config, make_tiny_model(), **parts | {"rewards": terms})
+    trainer = RFSRTrainer(config, Pixels(), **parts | {"rewards": terms})
     with pytest.raises(
         ValueError, match="rewards must be those of the checkpoint, brightness, contrast, got brightness"
     ):
@@ -153,13 +152,11 @@ def test_a_judge_that_falls_while_published_rewards_rise_is_warned_of(settings, 
 def test_the_gradient_trainer_refuses_rewards_without_a_gradient(settings, parts):
     flat = CallableReward(lambda x, p: x.mean((1, 2, 3)).round(), "steps", differentiable=False)
     with pytest.raises(ValueError, match="reward 'steps' has no gradient .* leave it to a preference trainer"):
-        RFSRTrainer(
-            RFSRConfig.from_dict(settings), make_tiny_model(), **parts | {"rewards": [WeightedReward(flat, 1.0)]}
-        )
+        RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts | {"rewards": [WeightedReward(flat, 1.0)]})
     assert not Path(settings["output_dir"]).exists()
     with pytest.raises(ValueError, match=r"steps of reward 'brightness' must overlap the reward window \[4, 5\]"):
         terms = [WeightedReward(Brightness(), 1.0, steps=(1, 2))]
-        RFSRTrainer(RFSRConfig.from_dict(settings), make_tiny_model(), **parts | {"rewards": terms})
+        RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts | {"rewards": terms})
 
 
 def test_the_gradient_trainer_refuses_a_metric_whose_gradient_is_zero(settings, parts):
@@ -167,7 +164,7 @@ def test_the_gradient_trainer_refuses_a_metric_whose_gradient_is_zero(settings, 
     with pytest.raises(ValueError, match="reward 'pyiqa:piqe' has no gradient .* leave it to a preference trainer"):
         RFSRTrainer(
             RFSRConfig.from_dict(settings | {"rewards": {"pyiqa:piqe": 1.0}}),
-            make_tiny_model(),
+            Pixels(),
             **{name: part for name, part in parts.items() if name != "rewards"},
         )
     assert not Path(settings["output_dir"]).exists()

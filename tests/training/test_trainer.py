@@ -20,14 +20,14 @@ from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import sample
 from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer
-from tests.training.conftest import Brightness, make_tiny_model
+from tests.training.conftest import Brightness, Pixels, make_tiny_model
 
 HERE = Path(__file__).parent
 
 
 def run(settings, parts, model=None, **changes):
     config = RFSRConfig.from_dict(settings | changes)
-    return RFSRTrainer(config, model or make_tiny_model(), **parts).train()
+    return RFSRTrainer(config, model or Pixels(), **parts).train()
 
 
 def end_state(folder):
@@ -41,16 +41,17 @@ def assert_same_state(a, b):
 
 
 def test_the_reward_rises_and_everything_is_written(settings, parts):
-    result = run(settings, parts, iterations=30, structure_loss="none", style_loss="none", learning_rate=3e-3)
+    changes = {"iterations": 6, "validate_every": 6, "structure_loss": "none", "style_loss": "none"}
+    result = run(settings, parts, make_tiny_model(), learning_rate=1e-2, **changes)
     first, last = result.validation.iloc[0], result.validation.iloc[-1]
     assert last["brightness"] > first["brightness"] + 0.02
     assert result.best_iteration > 0
-    assert len(result.history) == 30
+    assert len(result.history) == 6
     assert set(result.history["step"]) == {4, 5}
     assert not any(p.requires_grad for p in result.model.unet.parameters())
     folder = result.folder
-    assert pd.read_csv(folder / "history.csv").shape[0] == 30
-    assert json.loads((folder / "config.json").read_text())["iterations"] == 30
+    assert pd.read_csv(folder / "history.csv").shape[0] == 6
+    assert json.loads((folder / "config.json").read_text())["iterations"] == 6
     assert list(folder.rglob("events.out.tfevents*"))
     assert not list(folder.rglob("*.partial"))
     # what was saved is the averaged model, and a stock pipeline opens it
@@ -73,7 +74,9 @@ def test_lora_trains_adapters_and_its_base_is_the_reference(settings, parts):
     model = make_tiny_model()
     before = {name: p.clone() for name, p in model.unet.named_parameters()}
     trainer = RFSRTrainer(
-        RFSRConfig.from_dict(settings | {"lora_rank": 2, "style_loss": "kl", "learning_rate": 1e-2}), model, **parts
+        RFSRConfig.from_dict(settings | {"lora_rank": 2, "style_loss": "kl", "learning_rate": 1e-2, "iterations": 3}),
+        model,
+        **parts,
     )
     assert all("lora_" in name for name in trainer.loop.states["model"].parameters)
     with trainer.objective.disable_adapters():
@@ -96,10 +99,26 @@ def test_lora_trains_adapters_and_its_base_is_the_reference(settings, parts):
     torch.testing.assert_close(base, untouched.predict(z, torch.tensor(500), condition))
 
 
+def test_lora_over_a_base_in_half_precision_needs_no_second_copy(settings, parts):
+    """The base model, which is the reference, is held in bfloat16; what is trained, its moments and average are not."""
+    model = make_tiny_model().to("cpu", torch.bfloat16)
+    changes = {"lora_rank": 2, "iterations": 2, "gradient_checkpointing": True, "style_loss": "kl"}
+    trainer = RFSRTrainer(RFSRConfig.from_dict(settings | changes), model, **parts)
+    assert trainer.objective.reference is None
+    state = trainer.loop.states["model"]
+    assert {p.dtype for p in state.parameters.values()} == {torch.float32}
+    frozen = {p.dtype for m in model.networks.values() for p in m.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+    before = {name: p.clone() for name, p in state.parameters.items()}
+    history = trainer.train().history
+    assert not history["skipped"].any() and history["loss"].notna().all()
+    assert any(not torch.equal(p, before[name]) for name, p in state.parameters.items())
+
+
 def test_a_resumed_run_ends_as_an_uninterrupted_one(settings, parts, tmp_path):
-    whole = run(settings, parts, output_dir=str(tmp_path / "whole"))
-    run(settings, parts, iterations=2)
-    resumed = run(settings, parts)
+    whole = run(settings, parts, make_tiny_model(), iterations=3, output_dir=str(tmp_path / "whole"))
+    run(settings, parts, make_tiny_model(), iterations=2)
+    resumed = run(settings, parts, make_tiny_model(), iterations=3)
     assert_same_state(end_state(whole.folder), end_state(resumed.folder))
     columns = ["iteration", "step", "loss", "grad_norm"]
     assert whole.history[columns].equals(resumed.history[columns])
@@ -166,10 +185,12 @@ def test_resume_refuses_other_settings_and_other_models(settings, parts):
     saved = end_state(settings["output_dir"])
     with pytest.raises(ValueError, match=r"made with other settings \(ema_decay\)"):
         run(settings, parts, ema_decay=0.75)
+    moved = Pixels()
+    moved.networks["network"].bias.data += 1
     with pytest.raises(ValueError, match="is of another base model"):
-        run(settings, parts, model=make_tiny_model(seed=1))
+        run(settings, parts, model=moved)
     with pytest.raises(FileExistsError, match="holds checkpoints of a run; resume it or give another"):
-        RFSRTrainer(RFSRConfig.from_dict(settings), make_tiny_model(), **parts).train(resume=False)
+        RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts).train(resume=False)
     assert_same_state(saved, end_state(settings["output_dir"]))
 
 
@@ -194,7 +215,7 @@ def test_non_finite_steps_are_skipped_and_then_stop_the_run(settings, parts, cap
     reward = Moody()
     trainer = RFSRTrainer(
         RFSRConfig.from_dict(settings | {"max_skipped": 3, "structure_loss": "none", "iterations": 20}),
-        make_tiny_model(),
+        Pixels(),
         **parts | {"rewards": [WeightedReward(reward, 1.0)]},
     )
     state = trainer.loop.states["model"]
@@ -239,7 +260,7 @@ def test_warns_when_the_reward_rises_and_the_judge_falls(settings, parts, caplog
     ],
 )
 def test_warns_only_beyond_chance(settings, parts, caplog, reward, darkness, warns):
-    trainer = RFSRTrainer(RFSRConfig.from_dict(settings), make_tiny_model(), **parts)
+    trainer = RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts)
     base = pd.DataFrame({"reward": [5.0, -7.0, 2.0, 0.0], "darkness": [1.0, 8.0, -2.0, 3.0]})[: len(reward)]
     trainer.held_out._warn_of_hacking(base, 0)
     trainer.held_out._warn_of_hacking(base + pd.DataFrame({"reward": reward, "darkness": darkness}), 1)
@@ -270,7 +291,7 @@ def test_best_respects_the_psnr_bound(settings, parts):
 def test_sentences(settings, parts, changes, sentence):
     given = {k: v for k, v in parts.items() if k != "dataset"} if "data" in changes else parts
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)):
-        RFSRTrainer(RFSRConfig.from_dict(settings | changes), make_tiny_model(), **given)
+        RFSRTrainer(RFSRConfig.from_dict(settings | changes), Pixels(), **given)
     assert not Path(settings["output_dir"]).exists()
 
 
