@@ -365,6 +365,22 @@ def training_rows(name: str, dtype: str, batches: Iterable[int], side: int) -> I
             yield [what, dtype, str(batch), f"{total / 1e6:,.0f}", f"{trained / 1e6:,.1f}", *map(gib, counts.values())]
 
 
+def checkpointing_rows(name: str, dtypes: Iterable[str], batches: Iterable[int], side: int) -> Iterator[list[str]]:
+    """A system with and without gradient checkpointing: what is held, what is kept for the backward, the peak."""
+    for dtype, rank, checkpointing in itertools.product(dtypes, (0, RANK), (False, True)):
+        model = build(name, DTYPES[dtype])
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        prepare(model, rank)
+        style = VGGGramLoss(weights="random").to("meta", DTYPES[dtype])
+        for batch in batches:
+            counts = iteration(model, batch, side, style)
+            held = sum(counts[part] for part in ("weights", "gradients", "Adam", "EMA", "reference"))
+            sizes = held, counts["denoiser"], counts["decoder"], counts["peak"]
+            what = f"{name}, {f'LoRA of rank {rank}' if rank else 'full'}"
+            yield [what, dtype, str(batch), "yes" if checkpointing else "no", *map(gib, sizes)]
+
+
 def upscaling_rows(name: str, dtype: str, batches: Iterable[int]) -> Iterator[list[str]]:
     model = build(name, DTYPES[dtype])
     count = len(tiles_of(model, 1, UHD).corners())
@@ -377,7 +393,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="each system's own by default")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="pictures per iteration")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8], help="pictures per iteration")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     pairs = [(name, dtype) for name in args.systems for dtype in args.dtypes or SYSTEMS[name].dtypes]
@@ -391,6 +407,13 @@ def main() -> None:
         "## One RFSR iteration in the reward window at 512², GiB",
         "",
         *table(training, [row for pair in pairs for row in training_rows(*pair, args.batches, 512)]),
+        "",
+        "## The same with and without `gradient_checkpointing`, GiB",
+        "",
+        *table(
+            ["", "type", "batch", "checkpointing", "held", "denoiser", "decoder", "peak"],
+            checkpointing_rows(args.systems[0], args.dtypes or DTYPES, args.batches, 512),
+        ),
         "",
         f"## Upscaling to {UHD[1]}×{UHD[0]} by the recipe's tiles, with its guidance, GiB",
         "",

@@ -134,7 +134,12 @@ def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["memory", *options])
     memory.main()
     lines = (tmp_path / "m").read_text().splitlines()
-    assert sum(line.startswith("| tiny, full | bfloat16 | 1 |") for line in lines) == 1
-    assert sum(line.startswith("| tiny, LoRA of rank 8 | bfloat16 | 1 |") for line in lines) == 1
+    assert sum(line.startswith("| tiny, full | bfloat16 | 1 |") for line in lines) == 3
+    assert sum(line.startswith("| tiny, LoRA of rank 8 | bfloat16 | 1 |") for line in lines) == 3
+    peaks = {}
+    for checkpointing in ("no", "yes"):
+        (line,) = (x for x in lines if x.startswith(f"| tiny, full | bfloat16 | 1 | {checkpointing} |"))
+        peaks[checkpointing] = float(line.split("|")[-2])
+    assert peaks["yes"] < peaks["no"]
     for at_once in (1, 2):  # there are no four
         assert sum(line.startswith(f"| tiny | bfloat16 | 32² | 2 | {at_once} |") for line in lines) == 1
