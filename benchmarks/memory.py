@@ -61,6 +61,7 @@ from rfsr_ext.training.rfsr import build_objective
 RANK = 8  # of LoRA
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULT = Path(__file__).parent / "results" / "memory.md"
+SIDE = 512  # of the pictures in training
 UHD = 2160, 3840
 
 
@@ -352,9 +353,14 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
 
 
+@functools.cache  # its random numbers take seconds
+def style_loss(dtype: str) -> nn.Module:
+    return VGGGramLoss(weights="random").to("meta", DTYPES[dtype])
+
+
 def training_rows(name: str, dtype: str, batches: Iterable[int], side: int) -> Iterator[list[str]]:
     """A system with all its trained weights and with adapters, at every batch size."""
-    style = VGGGramLoss(weights="random").to("meta", DTYPES[dtype])
+    style = style_loss(dtype)
     for rank in (0, RANK):
         model = build(name, DTYPES[dtype], rank)
         parameters = [p for m in model.networks.values() for p in m.parameters()]
@@ -372,7 +378,7 @@ def checkpointing_rows(name: str, dtypes: Iterable[str], batches: Iterable[int],
         if checkpointing:
             model.enable_gradient_checkpointing()
         prepare(model, rank)
-        style = VGGGramLoss(weights="random").to("meta", DTYPES[dtype])
+        style = style_loss(dtype)
         for batch in batches:
             counts = iteration(model, batch, side, style)
             held = sum(counts[part] for part in ("weights", "gradients", "Adam", "EMA", "reference"))
@@ -404,15 +410,15 @@ def main() -> None:
         "",
         *(" ".join(__doc__.split("\n\n")[-1].split()), "", "Written by `python -m benchmarks.memory`; do not edit."),
         "",
-        "## One RFSR iteration in the reward window at 512², GiB",
+        f"## One RFSR iteration in the reward window at {SIDE}², GiB",
         "",
-        *table(training, [row for pair in pairs for row in training_rows(*pair, args.batches, 512)]),
+        *table(training, [row for pair in pairs for row in training_rows(*pair, args.batches, SIDE)]),
         "",
         "## The same with and without `gradient_checkpointing`, GiB",
         "",
         *table(
             ["", "type", "batch", "checkpointing", "held", "denoiser", "decoder", "peak"],
-            checkpointing_rows(args.systems[0], args.dtypes or DTYPES, args.batches, 512),
+            checkpointing_rows(args.systems[0], args.dtypes or DTYPES, args.batches, SIDE),
         ),
         "",
         f"## Upscaling to {UHD[1]}×{UHD[0]} by the recipe's tiles, with its guidance, GiB",

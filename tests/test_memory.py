@@ -130,6 +130,7 @@ def test_the_command_writes_its_tables(tmp_path, monkeypatch):
         memory, "build", lambda name, dtype, rank=0: memory.prepare(TINY["C-SD2"]().to("meta", dtype), rank)
     )
     monkeypatch.setattr(memory, "UHD", (32, 48))
+    monkeypatch.setattr(memory, "SIDE", 256)  # enough that activations show in hundredths of a GiB
     options = ["--systems", "tiny", "--dtypes", "bfloat16", "--batches", "1", "--output", str(tmp_path / "m")]
     monkeypatch.setattr("sys.argv", ["memory", *options])
     memory.main()

@@ -163,7 +163,7 @@ def test_points_of_a_rollout_are_distributed_as_the_papers(settings, parts):
 
 def test_iterations_share_a_trajectory_and_resume_to_the_same_bits(settings, parts, tmp_path):
     shared = settings | {"points_per_rollout": 2, "gradient_accumulation_steps": 2}
-    model, evaluations = count_evaluations(make_tiny_model())
+    model, evaluations = count_evaluations(Pixels())
     trainer = RFSRTrainer(RFSRConfig.from_dict(shared | {"output_dir": str(tmp_path / "whole")}), model, **parts)
     asked, dataset = [], trainer.loop.dataset.dataset
     trainer.loop.dataset.dataset = type("", (), {"__getitem__": lambda _, i: asked.append(i) or dataset[i]})()
