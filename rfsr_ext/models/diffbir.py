@@ -146,8 +146,8 @@ def diffbir_scheduler(version: str) -> SchedulerMixin:
 
 def _betas_without_terminal_signal() -> list[float]:
     """Stable Diffusion's β, with √ᾱ shifted and stretched to end at 0 (Lin et al., arXiv 2305.08891, algorithm 1)."""
-    ends = (compvis.SCHEDULE[name] ** 0.5 for name in ("beta_start", "beta_end"))
-    roots = (1 - torch.linspace(*ends, 1000, dtype=torch.float64).square()).cumprod(0).sqrt()
+    first, last = (compvis.SCHEDULE[name] ** 0.5 for name in ("beta_start", "beta_end"))
+    roots = (1 - torch.linspace(first, last, 1000, dtype=torch.float64).square()).cumprod(0).sqrt()
     alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
     alphas_cumprod[-1] = 1e-8
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
