@@ -346,7 +346,7 @@ def mini_build(
     work: Annotated[Path, typer.Option(help="State of unfinished stages.")] = Path("runs/mini-build"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of weights, data and noise.")] = 0,
-    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast; --no-bf16 on CPUs without it.")] = True,
+    bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast or not; measured by default.")] = None,
 ) -> None:
     """Train the mini model, both small rewards and the judge from the bundled photographs; resumable."""
     from rfsr_ext.mini.build import build

@@ -1,10 +1,12 @@
 """The build's own machinery at a tiny scale; what the shipped weights can do is in test_weights.py."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
-from rfsr_ext.mini import architecture
+from rfsr_ext.mini import architecture, build
 from rfsr_ext.mini.scores import similarity
 from rfsr_ext.mini.stage import train_stage
 
@@ -66,3 +68,13 @@ def test_a_stage_learns_and_a_resumed_one_equals_an_uninterrupted_one(tmp_path):
     again, none = train(tmp_path / "whole")
     assert none == []  # a finished stage is not trained twice
     assert torch.equal(again.weight, whole.weight)
+
+
+@pytest.mark.parametrize(("slow", "pays"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_the_build_runs_in_the_faster_type(monkeypatch, slow, pays):
+    def conv2d(x, weight, padding):
+        time.sleep(0.02 if x.dtype == slow else 0)
+        return x
+
+    monkeypatch.setattr(build, "conv2d", conv2d)
+    assert build.bf16_pays("cpu") == pays
