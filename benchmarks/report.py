@@ -108,9 +108,9 @@ def comparison_lines(results: list[dict]) -> list[str]:
 
 
 def read(folder: Path) -> list[dict]:
-    """The results in a folder, by name."""
-    files = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("degradation-")]
-    return [json.loads(path.read_text()) for path in files]
+    """The results of the losses in a folder, by name; other benchmarks have theirs there too, without ``cases``."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [result for result in results if "cases" in result]
 
 
 def markdown(result: dict) -> str:

@@ -76,7 +76,7 @@ def undeclared(paths: list[Path], known: set[str], **options) -> dict[str, set[s
 # What a part may import beyond the extras of its folder: it says what to install where that is missing.
 OPTIONAL = {
     "rfsr_ext": declared("lora", "stream", "notebooks", "metrics") | {"packaging", "image-reward"},
-    "benchmarks": declared("bench"),
+    "benchmarks": declared("bench") | {"torchvision"},
     "notebooks/src": {"lightning"},
     "notebooks": {"lightning"},
     "tests": declared("metrics", "stream", "peers", "browser") | {"lightning", "timm", "image-reward"},
