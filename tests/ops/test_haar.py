@@ -441,7 +441,7 @@ def test_operators_pass_opcheck_in_every_mode(mode, device):
 
 def test_compiles_with_every_option(device):
     def total(x, y, weight):
-        bands = [haar_ll(x, mode).mean() for mode in MODES[:2]]
+        bands = [haar_ll(x, mode).mean() for mode in MODES]
         losses = [
             haar_ll_l1_loss(x, y, mode=mode, level=level, input_range=input_range, reduction=reduction, weight=w).mean()
             for mode, level, input_range, reduction, w in [
@@ -454,7 +454,7 @@ def test_compiles_with_every_option(device):
         return torch.stack(bands + losses).sum()
 
     torch._dynamo.reset()
-    compiled = torch.compile(total, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(total, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in [(2, 3, 8, 8), (3, 2, 7, 9)]:
         x, y = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
         weight = torch.rand(shape[0], device=device, requires_grad=True)

@@ -56,7 +56,7 @@ class PixelwiseModel(ISRModel):
 QUIET = {"progress": False}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 40),
     st.integers(1, 40),
