@@ -9,10 +9,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../tensors.h"
+#include "grid.cuh"
 
 namespace rfsr {
-
-constexpr int kThreads = 256;  // per block, unless a launch says otherwise
 
 // Makes the tensor's GPU current for the life of the guard and knows the stream the caller is on.
 //
@@ -42,15 +41,6 @@ class OnDevice {
 };
 
 inline bool on_gpu(const Tensor& x) { return x.is_cuda(); }
-
-// Blocks of a launch, the threads of each, and its bytes of dynamic shared memory.
-struct Grid {
-  dim3 blocks;
-  unsigned threads, shared;
-  Grid(dim3 blocks, unsigned threads = kThreads, unsigned shared = 0)
-      : blocks(blocks), threads(threads), shared(shared) {}
-  Grid(unsigned blocks) : Grid(dim3(blocks)) {}
-};
 
 // The dynamic shared memory of a block.
 __device__ inline unsigned char* shared_memory() {

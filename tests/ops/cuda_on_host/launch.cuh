@@ -29,9 +29,9 @@ struct dim3 {
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 using cudaStream_t = void*;
 
-namespace rfsr {
+#include "grid.cuh"
 
-constexpr int kThreads = 256;
+namespace rfsr {
 
 struct OnDevice {
   explicit OnDevice(const Tensor&) {}
@@ -122,14 +122,6 @@ inline void run_warp(int first) {
 }
 
 // ---------------------------------------------------------------------------------------- launch
-
-struct Grid {
-  dim3 blocks;
-  unsigned threads, shared;
-  Grid(dim3 blocks, unsigned threads = kThreads, unsigned shared = 0)
-      : blocks(blocks), threads(threads), shared(shared) {}
-  Grid(unsigned blocks) : Grid(dim3(blocks)) {}
-};
 
 alignas(16) inline unsigned char dynamic_memory[96 * 1024];
 inline unsigned char* shared_memory() { return dynamic_memory; }
