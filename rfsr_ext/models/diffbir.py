@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import SchedulerMixin
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -145,13 +146,11 @@ def diffbir_scheduler(version: str) -> SchedulerMixin:
 
 
 def _betas_without_terminal_signal() -> list[float]:
-    """Stable Diffusion's β, with √ᾱ shifted and stretched to end at 0 (Lin et al., arXiv 2305.08891, algorithm 1)."""
+    """Stable Diffusion's β, rescaled to end without signal (arXiv 2305.08891, algorithm 1), but for ᾱ_999 = 10⁻⁸."""
     first, last = (compvis.SCHEDULE[name] ** 0.5 for name in ("beta_start", "beta_end"))
-    roots = (1 - torch.linspace(first, last, 1000, dtype=torch.float64).square()).cumprod(0).sqrt()
-    alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
-    alphas_cumprod[-1] = 1e-8
-    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    return (1 - alphas_cumprod / before).tolist()
+    betas = rescale_zero_terminal_snr(torch.linspace(first, last, 1000, dtype=torch.float64).square())
+    betas[-1] = 1 - 1e-8 / (1 - betas[:-1]).prod()
+    return betas.tolist()
 
 
 class DiffBIRModel(LatentControlNetISRModel):
