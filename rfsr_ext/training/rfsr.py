@@ -149,12 +149,13 @@ class RFSR(Method):
 
     def loss(self, player: str, batch: dict[str, Any], iteration: int, samples: Sequence[int]):
         part = samples[0] - iteration * self.batch_size
-        if iteration % self.points == 0:
-            self.rollouts[part] = (
-                batch,
-                self.objective.begin(batch["lr"], batch["prompt"], generators(self.seed, samples)),
-            )
-        batch, rollout = self.rollouts[part]
+        place = iteration % self.points
+        if place == 0:
+            rollout = self.objective.begin(batch["lr"], batch["prompt"], generators(self.seed, samples))
+        else:
+            batch, rollout = self.rollouts.pop(part)
+        if place + 1 < self.points:  # it goes on; nothing is kept of one that ends here
+            self.rollouts[part] = batch, rollout
         return self.objective(batch["lr"], batch["gt"], batch["prompt"], self.draw_step(iteration), rollout=rollout)
 
     def describe(self, iteration: int) -> dict[str, Any]:
