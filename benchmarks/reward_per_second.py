@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, report
 from benchmarks.__main__ import cpu_name
 from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.models import ControlNetISRModel, load_model
@@ -233,47 +233,46 @@ def lines(found: dict[str, Any]) -> list[str]:
         middle, low, high = np.median(values), min(values), max(values)
         return f"{middle:{form}}" if low == high else f"{middle:{form}} ({low:{form}} … {high:{form}})"
 
-    held_out = found["held_out"]
-    text = [
-        "# Reward gained per second", "", ABOUT.format(**held_out, **SETTING), "",
-        "| schedule | seeds | evaluations per iteration | processor s per iteration | reward gained | PSNR, dB | judge "
-        "| gain per 1000 evaluations | per 100 processor s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    header = ["schedule", "seeds", "evaluations per iteration", "processor s per iteration", "reward gained",
+              "PSNR, dB", "judge", "gain per 1000 evaluations", "per 100 processor s"]  # fmt: skip
     table = compare(found["runs"])
-    for row in table:
-        cells = [
+    body = [
+        [
             row["schedule"], str(row["seeds"]), shown(row["evaluations_per_iteration"], ".1f"),
             shown(row["processor_seconds_per_iteration"], ".2f"), shown(row["reward_change"], "+.4f"),
             shown(row["psnr_change"], "+.2f"), shown(row["judge_change"], "+.2f"),
             shown([1000 * gain for gain in row["gain_per_evaluations"]], "+.4f"),
             shown([100 * gain for gain in row["gain_per_processor_seconds"]], "+.4f"),
-        ]  # fmt: skip
-        text.append(f"| {' | '.join(cells)} |")
-    text += [
-        "", "How much sooner the plain loop's last reward is reached, by three clocks, and the fidelity there against "
-        "the plain loop's.", "",
-        "| schedule | by evaluations | by processor time | by wall time | PSNR there, dB | SSIM there |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in table
     ]  # fmt: skip
+    about = ABOUT.format(**found["held_out"], **SETTING)
+    text = ["# Reward gained per second", "", about, "", *report.table(header, body)]
+    header = ["schedule", "by evaluations", "by processor time", "by wall time", "PSNR there, dB", "SSIM there"]
+    body = []
     for row in table[1:]:
         cells = [row["schedule"], *(f"{shown(row[f'{clock}_speedup'], '.2f')}×" for clock in CLOCKS)]
         cells += [shown(row["psnr_at_goal"], "+.2f"), shown(row["ssim_at_goal"], "+.4f")]
         if missed := row["evaluations_speedup"].count(0):
             cells[1:] = [f"not reached in {missed} of {row['seeds']} seeds", *["–"] * 4]
-        text.append(f"| {' | '.join(cells)} |")
+        body.append(cells)
+    text += [
+        "", "How much sooner the plain loop's last reward is reached, by three clocks, and the fidelity there against "
+        "the plain loop's.", "", *report.table(header, body),
+    ]  # fmt: skip
     if "profile" in found:
         steps = list(found["profile"])
         parts = list(dict.fromkeys(part for step in steps for part in found["profile"][step]))
-        text += ["", "One iteration of the plain loop, processor seconds (share):", ""]
-        text += [f"| | {' | '.join(f'step {step}' for step in steps)} |", "| --- |" + " ---: |" * len(steps)]
+        body = []
         for part in [*parts, "sum"]:
             cells = []
             for step in steps:
                 total = sum(found["profile"][step].values())
                 value = total if part == "sum" else found["profile"][step].get(part)
                 cells.append("" if value is None else f"{value:.3f} ({value / total:.0%})")
-            text.append(f"| {part} | {' | '.join(cells)} |")
+            body.append([part, *cells])
+        text += ["", "One iteration of the plain loop, processor seconds (share):", ""]
+        text += report.table(["", *(f"step {step}" for step in steps)], body)
     return [*text, "", f"{found['device']}, {found['written']}."]
 
 
