@@ -87,11 +87,9 @@ def train(
 ) -> None:
     """Fine-tune a model as CONFIG says; the same command resumes an interrupted run."""
     from rfsr_ext.cli.config import parse_pairs
-    from rfsr_ext.training import RFSRConfig, RFSRTrainer
+    from rfsr_ext.training import create_trainer, load_config
 
-    result = RFSRTrainer(RFSRConfig.load(config, parse_pairs("--set", set_))).train(resume=not fresh)
-    typer.echo(f"fine-tuned model: {result.folder / 'model'}")
-    typer.echo(f"best held-out (iteration {result.best_iteration}): {result.folder / 'best'}")
+    typer.echo(create_trainer(load_config(config, parse_pairs("--set", set_))).train(resume=not fresh).summary)
 
 
 @_typer.command()
@@ -287,11 +285,11 @@ def data_check(
     if pairs is not None:
         roots.append(Root(lr=str(pairs[0]), gt=str(pairs[1])))
     if config is not None:
-        from rfsr_ext.training import RFSRConfig
+        from rfsr_ext.training import load_config
         from rfsr_ext.training.config import create_degradation
         from rfsr_ext.training.setup import data_roots
 
-        settings = RFSRConfig.load(config)
+        settings = load_config(config)
         roots += data_roots(settings)
         crop_size, scale = settings.crop_size, create_degradation(settings.degradation).scale
     if not roots:

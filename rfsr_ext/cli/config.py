@@ -51,9 +51,9 @@ def default_device() -> str:
 
 def show_config(path: str, overrides: dict[str, Any]) -> None:
     """Print the configuration that ``path`` and ``overrides`` make, as YAML that can be given to ``rfsr train``."""
-    from rfsr_ext.training.config import RFSRConfig  # here, because `parse_pairs` needs none of what it imports
+    from rfsr_ext.training import load_config  # here, because `parse_pairs` needs none of what it imports
 
-    config = RFSRConfig.load(path, overrides)
+    config = load_config(path, overrides)
     for key, value in config.to_dict().items():
         typer.echo(f"# {type(config).model_fields[key].description}")
         typer.echo(yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1])

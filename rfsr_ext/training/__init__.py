@@ -6,6 +6,7 @@ from rfsr_ext.training.loop import Loop, NonFiniteLossError
 from rfsr_ext.training.method import Method
 from rfsr_ext.training.objective import RFSRObjective
 from rfsr_ext.training.rfsr import RFSR, RFSRTrainer, TrainingResult, build_objective
+from rfsr_ext.training.runs import create_trainer, load_config
 
 __all__ = [
     "HeldOut",
@@ -19,4 +20,6 @@ __all__ = [
     "RunConfig",
     "TrainingResult",
     "build_objective",
+    "create_trainer",
+    "load_config",
 ]

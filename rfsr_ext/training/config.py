@@ -7,7 +7,7 @@ The description of a key stands in its field, and `rfsr config show` prints it.
 import contextlib
 import difflib
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -27,9 +27,8 @@ from rfsr_ext.data.degradation import DEGRADATIONS
 from rfsr_ext.presets import read_settings
 from rfsr_ext.rewards import WeightedReward
 
-__all__ = ["PRESETS", "RFSRConfig", "RunConfig"]
+__all__ = ["RFSRConfig", "RunConfig", "create_degradation", "read_values"]
 
-PRESETS = ("mini", "paper", "paper-seesr", "paper-pasd", "paper-diffbir", "paper-diffbir-tag")
 # What version 0.1 called things, and what to write now.
 _OLD_KEYS = {
     "regularization": "write style_loss: gram, kl or none",
@@ -105,7 +104,9 @@ class RunConfig(_Settings):
         {"iterations", "learning_rate", "max_skipped", "output_dir", "checkpoint_every", "keep_checkpoints",
          "validate_every", "num_workers", "prefetch_factor", "gradient_checkpointing"}
     )  # fmt: skip
+    presets: ClassVar[tuple[str, ...]] = ()  # of the method
 
+    method: Text = Field("own", description="the method that trains, by its name")
     model: Text = Field(
         "mini",
         description='"mini", a published model that `rfsr models` lists, a folder of a saved model, or '
@@ -240,17 +241,13 @@ class RunConfig(_Settings):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Read a YAML file, or one of `PRESETS`; ``overrides`` win over what it says.
+        """Read a YAML file, or one of the method's ``presets``; ``overrides`` win over what it says.
 
         Raises:
             FileNotFoundError: if there is neither a file nor a preset of that name.
             ValueError: if the file is no YAML mapping, or a key or value is wrong.
         """
-        values, source = read_settings(path, PRESETS, "config")
-        values = {} if values is None else values
-        if not isinstance(values, dict):
-            raise ValueError(f"{source} must hold 'key: value' lines, got a {type(values).__name__}")
-        return cls.from_dict(values | dict(overrides or {}), source)
+        return cls.from_dict(*read_values(path, cls.presets, overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they may stand in YAML or JSON."""
@@ -273,6 +270,9 @@ class RFSRConfig(RunConfig):
         ValueError: see `RunConfig`.
     """
 
+    presets = ("mini", "paper", "paper-seesr", "paper-pasd", "paper-diffbir", "paper-diffbir-tag")
+
+    method: Literal["rfsr"] = Field("rfsr", description="the method that trains: rfsr")
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="sampling steps of the rollout; null takes the model's own"
     )
@@ -375,6 +375,22 @@ class RFSRConfig(RunConfig):
                     "both losses"
                 )
         return self
+
+
+def read_values(
+    path: str | Path, presets: Sequence[str], overrides: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], str]:
+    """What a YAML file or a preset says, with ``overrides``, and what an error should call it.
+
+    Raises:
+        FileNotFoundError: if there is neither a file nor a preset of that name.
+        ValueError: if the file is no YAML mapping.
+    """
+    values, source = read_settings(path, presets, "config")
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} must hold 'key: value' lines, got a {type(values).__name__}")
+    return values | dict(overrides or {}), source
 
 
 def create_degradation(degradation: str | Mapping[str, Any]) -> Degradation:
@@ -500,6 +516,8 @@ def _wanted(schema: Mapping[str, Any]) -> str:
     """A field's JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(_wanted(part) for part in schema["anyOf"])
+    if "const" in schema:
+        return schema["const"]
     if "enum" in schema:
         *others, last = schema["enum"]
         return f"{', '.join(others)} or {last}"

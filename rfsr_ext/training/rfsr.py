@@ -211,6 +211,14 @@ class TrainingResult:
     validation: pd.DataFrame
     best_iteration: int
 
+    @property
+    def summary(self) -> str:
+        """Where the two models lie."""
+        return (
+            f"fine-tuned model: {self.folder / 'model'}\n"
+            f"best held-out (iteration {self.best_iteration}): {self.folder / 'best'}"
+        )
+
 
 class RFSRTrainer:
     """Fine-tunes any `ISRModel` by reward feedback learning as the paper describes (sections 3.2 to 3.5).

@@ -17,8 +17,9 @@ from rfsr_ext.importing import import_object
 from rfsr_ext.models import load_model
 from rfsr_ext.models.catalog import PUBLISHED
 from rfsr_ext.rewards import WeightedReward
-from rfsr_ext.training import RFSRConfig, setup
-from rfsr_ext.training.config import PRESETS, RewardTerm, RunConfig
+from rfsr_ext.training import RFSRConfig, RunConfig, load_config, setup
+from rfsr_ext.training.config import RewardTerm
+from rfsr_ext.training.runs import METHODS, method_presets
 
 
 def test_paper_preset_holds_the_papers_numbers():
@@ -35,17 +36,36 @@ def test_mini_preset_loads():
     assert RFSRConfig.load("mini", {"seed": 3}).seed == 3
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", method_presets())
 def test_presets_say_only_what_differs_from_the_defaults(name):
-    chosen, defaults = RFSRConfig.load(name), RFSRConfig()
-    assert all(getattr(chosen, key) != getattr(defaults, key) for key in chosen.model_fields_set)
+    chosen = load_config(name)
+    defaults = type(chosen)()
+    assert all(getattr(chosen, key) != getattr(defaults, key) for key in chosen.model_fields_set - {"method"})
+
+
+def test_every_preset_is_of_one_method():
+    files = [Path(file.name) for file in resources.files("rfsr_ext.presets").iterdir()]
+    assert sorted(method_presets()) == sorted(file.stem for file in files if file.suffix == ".yaml")
+    for method, (config, _) in METHODS.items():
+        assert config().method == method
+        assert {load_config(name).method for name in config.presets} <= {method}
+
+
+def test_a_method_that_nobody_knows_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("method: rfrs\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: method must be one of rfsr.*, got 'rfrs'"):
+        load_config(tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match=r"^preset mini: method must be one of rfsr.*, got None"):
+        load_config("mini", {"method": None})
+    with pytest.raises(ValueError, match=r"^config: method must be rfsr, got 'dp2o'"):
+        RFSRConfig.from_dict({"method": "dp2o"})
 
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
         ({"lerning_rate": 1e-4}, "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
-        ({5: 1e-4}, "unknown key '5'; valid are model, model_options, data, "),
+        ({5: 1e-4}, "unknown key '5'; valid are method, model, model_options, data, "),
         ({"style_loss": "grma"}, "style_loss must be gram, kl or none, got 'grma'; did you mean 'gram'?"),
         ({"style_loss": None}, "style_loss must be gram, kl or none, got None"),
         ({"iterations": "many"}, "iterations must be a whole number (at least 1, at most 10000000), got 'many'"),
