@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional
 from torch import Tensor
 
 from benchmarks import measure, report
@@ -38,7 +40,14 @@ Times are medians over rounds; processor time does not count what else the machi
 
 
 def public_code(folder: Path) -> SimpleNamespace:
-    """BasicSR's functions, without the package around them."""
+    """BasicSR's functions, without the package around them.
+
+    It takes ``rgb_to_grayscale`` from a module that torchvision 0.17 left out; where it is gone the public one serves.
+    """
+    try:
+        importlib.import_module("torchvision.transforms.functional_tensor")
+    except ModuleNotFoundError:
+        sys.modules["torchvision.transforms.functional_tensor"] = torchvision.transforms.functional
 
     def module(path: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(Path(path).stem, folder / path)
