@@ -46,6 +46,7 @@ def app() -> None:
     if os.getcwd() not in sys.path:  # settings may name package.module:Name of the folder one works in
         sys.path.append(os.getcwd())
     try:
+        _check_processes()
         _typer()
     except (ValueError, TypeError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         if os.environ.get("RFSR_DEBUG"):
@@ -58,6 +59,20 @@ def app() -> None:
             command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
             print(f"rfsr: {_INTERRUPTED.get(command, 'interrupted; nothing is half written')}", file=sys.stderr)
         raise
+
+
+_SHARED = ("train", "upscale", "evaluate", "data tag")  # what several processes can do together
+
+
+def _check_processes() -> None:
+    """Refuse several processes for what one does: they would write the same files at once."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    command = " ".join(words[: 1 + (words[:1] == ["data"])])
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1 and command not in _SHARED:
+        raise ValueError(
+            f"{launched} processes were launched, but rfsr {command} runs in one; start it by itself (several may do: "
+            f"{', '.join(_SHARED)})"
+        )
 
 
 _INTERRUPTED = dict.fromkeys(
@@ -87,9 +102,12 @@ def train(
 ) -> None:
     """Fine-tune a model as CONFIG says; the same command resumes an interrupted run."""
     from rfsr_ext.cli.config import parse_pairs
+    from rfsr_ext.processes import process_state
     from rfsr_ext.training import create_trainer, load_config
 
-    typer.echo(create_trainer(load_config(config, parse_pairs("--set", set_))).train(resume=not fresh).summary)
+    result = create_trainer(load_config(config, parse_pairs("--set", set_))).train(resume=not fresh)
+    if process_state().is_main_process:
+        typer.echo(result.summary)
 
 
 @_typer.command()

@@ -11,6 +11,7 @@ from rfsr_ext.data import Degradation, Root
 from rfsr_ext.data.check import Report, check_root, modes
 from rfsr_ext.data.degraded import degrade_folder, read_manifest
 from rfsr_ext.data.tags import tag_folder
+from rfsr_ext.processes import is_main, join
 
 __all__ = ["check_data", "degrade_data", "tag_data"]
 
@@ -136,7 +137,7 @@ def _compare(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def tag_data(folder: Path, tagger: str, weights: Path | None, device: str, overwrite: bool) -> None:
-    """Write tags beside the pictures of a folder.
+    """Write tags beside the pictures of a folder; several processes share them.
 
     Raises:
         ValueError: if the tagger cannot be opened; at the end, if a picture could not be read.
@@ -146,7 +147,10 @@ def tag_data(folder: Path, tagger: str, weights: Path | None, device: str, overw
 
     if not folder.is_dir():  # before gigabytes are read
         raise FileNotFoundError(f"data folder {shown(folder)!r} does not exist; give a folder of images")
+    join()  # each has a GPU of its own from here on
     result = tag_folder(folder, load_tagger(tagger, weights, device), overwrite)
+    if not is_main():
+        return
     typer.echo(f"{len(result.written)} files of tags are new, {len(result.kept)} pictures had one")
     if result.shared:
         typer.echo(f"{len(result.shared)} pictures share one with a picture of the same name and another ending")

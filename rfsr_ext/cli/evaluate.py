@@ -31,6 +31,7 @@ from rfsr_ext.evaluation.folders import read_picture
 from rfsr_ext.files import replace_file
 from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
 from rfsr_ext.models import load_model
+from rfsr_ext.processes import is_main, join
 from rfsr_ext.rewards import REWARDS, create_reward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
@@ -148,17 +149,20 @@ def evaluate_folders(
     cases: Path | None,
     by: str | None,
 ) -> None:
-    """Print the table of folders of pictures and of their differences from the first one.
+    """Print the table of folders of pictures and of their differences from the first one; several processes share them.
 
     Raises:
         ValueError: at the end, if a picture could not be measured; the others were.
     """
     check_table(output)
+    join()  # each has a GPU of its own from here on
     suite = Suite(preset or get_preset("basic"), references is not None, default_device())
     if by is not None and by not in suite.metrics:
         raise ValueError(f"--by must be one of {', '.join(suite.metrics)}, got {by!r}")
     left_out = [name for name in suite.preset.metrics if name not in suite.metrics]
     results = {name: evaluate_folder(name, suite, references) for name in dict.fromkeys(map(str, folders))}
+    if not is_main():
+        return
     frame = pd.concat([result.frame for result in results.values()], ignore_index=True)
     typer.echo(suite.preset.label)
     if left_out:
@@ -195,12 +199,13 @@ def evaluate_on_pairs(
 ) -> None:
     """Upscale the LR images of pairs, keep the pictures and print the table of models and of their differences.
 
-    Bicubic enlargement, by the scale of the first model, stands above them.
+    Bicubic enlargement, by the scale of the first model, stands above them.  Several processes share the pictures.
 
     Raises:
         ValueError: before any work if no pair fits a model; at the end if a pair was left out.
     """
     check_table(output)
+    join()  # each has a GPU of its own from here on
     root = Root(lr=str(pairs[0]), gt=str(pairs[1]))
     suite = Suite(preset or get_preset("basic"), device=default_device())
     results, frames = {}, []
@@ -211,6 +216,8 @@ def evaluate_on_pairs(
         frames = frames or [evaluate_pairs_bicubic(root, model.scale, suite)]
         frames.append(results[name].frame)
         del model  # the next one needs its memory
+    if not is_main():
+        return
     frame = pd.concat(frames, ignore_index=True).astype({"seed": "Int64"})  # nullable: bicubic has no seed
     typer.echo(suite.preset.label)
     _print_means(frame, suite)
@@ -239,8 +246,10 @@ def evaluate_models(
     preset: Preset | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Print the table of models and of their differences from the first one."""
+    """Print the table of models and of their differences from the first one; the main process does it alone."""
     check_table(output)
+    if not is_main():
+        return
     suite = Suite(preset, device=default_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops)
     scorers = held_out_scorers()

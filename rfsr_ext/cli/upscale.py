@@ -15,6 +15,7 @@ from rfsr_ext.cli.errors import disk_is_full, sentence
 from rfsr_ext.data.images import SUFFIXES, read_image_and_alpha, resize, to_image, to_tensor, to_uint8
 from rfsr_ext.files import make_folder, replace_file
 from rfsr_ext.models import load_model
+from rfsr_ext.processes import is_main, join, split_map
 from rfsr_ext.sampling import upscale
 from rfsr_ext.sampling.upscale import tiling
 
@@ -82,7 +83,7 @@ def upscale_files(
     """Upscale files and the pictures in folders to ``output/<name>_x<scale>.png``.
 
     Colors are sRGB.  Opacity is upscaled by itself, bicubically, and put back.  A file that cannot be upscaled, for
-    whatever reason, is named and left out.
+    whatever reason, is named and left out.  Several processes share the files among them.
 
     Raises:
         ValueError: before any work if an option is wrong or two results would have one name; at the end if a file was
@@ -98,18 +99,21 @@ def upscale_files(
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
     images = _images(paths)
+    join()  # each has a GPU of its own from here on
     isr = load_model(model, **(model_options or {})).to(device or default_device())
     tiling(isr, tile, overlap)  # refused before any work
     targets = _targets(images, output, isr.scale, overwrite)
     make_folder(output)
-    left_out = []
-    for path, target in targets.items():
+
+    def make(path: Path) -> bool:
+        """Whether there is a result; a line says so, or why not."""
+        target = targets[path]
         try:
             image, alpha = read_image_and_alpha(path)
             sr = upscale(
                 isr, to_tensor(image), prompt, seed=seed, tile=tile, overlap=overlap, num_inference_steps=steps,
                 color_fix=None if color_fix == "none" else color_fix, guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
+                negative_prompt=negative_prompt, progress=is_main(),
             )  # fmt: skip
             result = to_image(sr)
             if alpha is not None:
@@ -121,8 +125,11 @@ def upscale_files(
                 raise
             logger.debug("%s", path, exc_info=True)
             typer.echo(f"skipped {path}: {sentence(error)}", err=True)
-            left_out.append(str(path))
-            continue
+            return False
         typer.echo(f"{path} {image.shape[1]}x{image.shape[0]} → {target} {result.shape[1]}x{result.shape[0]}")
-    if left_out:
+        return True
+
+    done = zip(targets, split_map(make, list(targets), progress=False), strict=True)
+    left_out = [str(path) for path, there in done if not there]
+    if left_out and is_main():
         raise ValueError(f"{len(left_out)} of {len(targets)} files could not be upscaled: {', '.join(left_out)}")

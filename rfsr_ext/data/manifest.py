@@ -17,7 +17,7 @@ import PIL.features
 
 from rfsr_ext.files import lock_folder, replace_file, sha256
 
-__all__ = ["MANIFEST", "Manifest", "versions"]
+__all__ = ["MANIFEST", "Manifest", "versions", "write_hashed"]
 
 MANIFEST = "manifest.json"
 _EVERY = 5  # seconds between two writings of the list; what was made since the last one is made again after a kill
@@ -30,8 +30,17 @@ def versions() -> dict[str, str]:
     return packages | {"libjpeg": f"{codec}", "machine": platform.machine()}
 
 
+def write_hashed(path: Path, write: Callable[[Path], Any]) -> str:
+    """Have ``write`` make a file, which is there whole or not at all; gives its SHA-256."""
+    with replace_file(path) as aside:
+        write(aside)
+        return sha256(aside)
+
+
 class Manifest:
     """The list of a folder's files, ``manifest.json``, to be used in a ``with`` block; nobody else writes meanwhile.
+
+    Of several processes that fill a folder together the main one holds it.
 
     It holds ``settings``, by which all files were made, and for each of ``files`` its SHA-256 and ``facts`` of its own.
 
@@ -116,10 +125,10 @@ class Manifest:
 
     def add(self, name: str, facts: Mapping[str, Any], write: Callable[[Path], Any]) -> None:
         """Make a file: ``write`` gets a path; it is in the folder whole or not at all."""
-        path = self.folder / name
-        with replace_file(path) as aside:
-            write(aside)
-            digest = sha256(aside)
+        self.record(name, facts, write_hashed(self.folder / name, write))
+
+    def record(self, name: str, facts: Mapping[str, Any], digest: str) -> None:
+        """Take a file into the list that `write_hashed` has made, in this process or in another."""
         self.files[name] = {"sha256": digest, "facts": dict(facts)}
         if time.monotonic() - self._written > _EVERY:
             self._write()

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from rfsr_ext.data.folders import list_files
 from rfsr_ext.data.images import read_image, to_tensor
 from rfsr_ext.files import replace_file
+from rfsr_ext.processes import split_map
 
 __all__ = ["Tagged", "tag_folder"]
 
@@ -39,7 +39,7 @@ def tag_folder(
     """Write what each picture shows into ``name.txt`` beside ``name.png``, where training looks for prompts.
 
     Folders are searched as training searches them.  Each file is complete or not there, and a picture that has one is
-    passed over, so the same call goes on after an interruption.
+    passed over, so the same call goes on after an interruption.  Several processes share the files among them.
 
     Args:
         folder: searched recursively.
@@ -56,26 +56,36 @@ def tag_folder(
     pictures, _ = list_files(str(folder), Counter())
     if not pictures:
         raise FileNotFoundError(f"data folder {str(folder)!r} has no picture; give a folder of images")
-    result, taken = Tagged(), set()
-    for picture in tqdm(pictures, desc="tag", unit="image", disable=not progress):
-        target = f"{os.path.splitext(picture)[0]}.txt"
-        if target in taken:
-            result.shared.append(picture)
-            continue
-        if os.path.lexists(target) and not overwrite:
-            taken.add(target)
-            result.kept.append(picture)
-            continue
-        try:
-            image = to_tensor(read_image(picture))[None]
-        except OSError as error:
-            result.skipped[picture] = f"cannot be read as an image ({error})"
-            continue
-        text = tagger(image)
-        if not isinstance(text, list) or len(text) != 1 or not isinstance(text[0], str):
-            raise ValueError(f"tagger must give a list of one text for one image, got {text!r}")
-        with replace_file(target) as aside:
-            aside.write_text(f"{' '.join(text[0].split())}\n", encoding="utf-8")
-        taken.add(target)
-        result.written.append(target)
+    result = Tagged()
+    sources: dict[str, list[str]] = {}  # by file of tags
+    for picture in pictures:
+        sources.setdefault(f"{os.path.splitext(picture)[0]}.txt", []).append(picture)
+    for target in [] if overwrite else [target for target in sources if os.path.lexists(target)]:
+        first, *others = sources.pop(target)
+        result.kept.append(first)
+        result.shared += others
+
+    def write(target: str) -> tuple[str | None, dict[str, str]]:
+        """The first picture that can be read is the one that gives the tags; which it is, and why others are not."""
+        skipped = {}
+        for picture in sources[target]:
+            try:
+                image = to_tensor(read_image(picture))[None]
+            except OSError as error:
+                skipped[picture] = f"cannot be read as an image ({error})"
+                continue
+            text = tagger(image)
+            if not isinstance(text, list) or len(text) != 1 or not isinstance(text[0], str):
+                raise ValueError(f"tagger must give a list of one text for one image, got {text!r}")
+            with replace_file(target) as aside:
+                aside.write_text(f"{' '.join(text[0].split())}\n", encoding="utf-8")
+            return picture, skipped
+        return None, skipped
+
+    targets = list(sources)
+    for target, (source, skipped) in zip(targets, split_map(write, targets, "tag", progress=progress), strict=True):
+        result.skipped |= skipped
+        if source is not None:
+            result.written.append(target)
+            result.shared += [picture for picture in sources[target] if picture != source and picture not in skipped]
     return result

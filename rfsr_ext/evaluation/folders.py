@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
-from tqdm import tqdm
 
 from rfsr_ext.data.images import SUFFIXES, read_image, to_tensor
 from rfsr_ext.metrics.suite import METRICS, Suite
+from rfsr_ext.processes import split_map
 
 __all__ = ["FolderResult", "best_and_worst", "evaluate_folder", "list_pictures", "measure_pictures", "read_picture"]
 
@@ -94,6 +95,8 @@ def measure_pictures(
 ) -> FolderResult:
     """Measure pictures, given by name as their ground truths are; what cannot be measured is named.
 
+    Several processes share the pictures among them, and each gets the whole result.
+
     Args:
         pictures: results.
         suite: metrics.
@@ -105,10 +108,11 @@ def measure_pictures(
     Raises:
         ValueError: if not one picture could be measured.
     """
-    rows, broken, used = [], {}, {}
-    for image, path in tqdm(pictures.items(), desc=f"evaluate {name}", unit="image", leave=False):
+
+    def measure(image: str) -> dict[str, Any] | str:
+        """A row of the table, or why there is none."""
         try:
-            sr, gt = read(path), None
+            sr, gt = read(pictures[image]), None
             if truths is not None:
                 if image not in truths:
                     raise ValueError(f"{references!r} has no picture called {image!r}")
@@ -118,11 +122,15 @@ def measure_pictures(
                     raise ValueError(f"it has {height}x{width} pixels, its ground truth {high}x{wide}")
             values = suite(sr[None], None if gt is None else gt[None])
         except (OSError, ValueError) as error:
-            broken[path] = str(error)
-            continue
-        used[image] = path
-        rows.append({"model": name, "image": image, "preset": suite.preset.label}
-                    | {metric: column.item() for metric, column in values.items()})  # fmt: skip
+            return str(error)
+        return {"model": name, "image": image, "preset": suite.preset.label} | {
+            metric: column.item() for metric, column in values.items()
+        }
+
+    found = dict(zip(pictures, split_map(measure, list(pictures), f"evaluate {name}"), strict=True))
+    rows = [row for row in found.values() if isinstance(row, dict)]
+    broken = {pictures[image]: reason for image, reason in found.items() if isinstance(reason, str)}
+    used = {row["image"]: pictures[row["image"]] for row in rows}
     if not rows:
         path, reason = next(iter(broken.items()))
         raise ValueError(f"not one of {len(pictures)} pictures in {name!r} could be measured; {path.name}: {reason}")

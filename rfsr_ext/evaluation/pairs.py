@@ -4,25 +4,26 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from rfsr_ext.data import Root
 from rfsr_ext.data.check import check_root
 from rfsr_ext.data.folders import Entry
 from rfsr_ext.data.images import from_uint8, to_image, to_tensor
-from rfsr_ext.data.manifest import Manifest, versions
+from rfsr_ext.data.manifest import Manifest, versions, write_hashed
 from rfsr_ext.data.prompts import read_prompt
 from rfsr_ext.evaluation.folders import measure_pictures, read_picture
 from rfsr_ext.evaluation.measure import enlarge_bicubic
 from rfsr_ext.files import sha256
 from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
+from rfsr_ext.processes import from_main, is_main, split_map
 from rfsr_ext.sampling import upscale
 
 __all__ = ["PairResult", "evaluate_pairs", "evaluate_pairs_bicubic"]
@@ -51,7 +52,8 @@ def evaluate_pairs(
 
     Pictures are written as 8-bit PNG to ``pictures/NAME-seedS/`` and measured as they were written.  Those that are
     there already are not made again, provided that the model, the seed, the LR image and its prompt (``name.txt``
-    beside it or beside the ground truth) are the same; no file that did not come this way is overwritten.
+    beside it or beside the ground truth) are the same; no file that did not come this way is overwritten.  Several
+    processes share the pictures among them, and each gets the whole result.
 
     Args:
         model: makes the pictures; every ground truth must be ``model.scale`` times its LR image.
@@ -129,23 +131,46 @@ def _upscale(
         "seed": seed,
         "versions": versions(),
     }
-    made: dict[str, Path] = {}
-    failed: dict[str, str] = {}
-    with Manifest(folder, settings, [f"{image}.png" for image in entries]) as manifest:
-        for image, entry in tqdm(entries.items(), desc=f"upscale {name}", unit="image"):
-            assert entry.lr is not None
-            target = f"{image}.png"
+    with Manifest(folder, settings, [f"{image}.png" for image in entries]) if is_main() else nullcontext() as manifest:
+        facts, todo, failed = from_main(None if manifest is None else _plan(entries, manifest))
+
+        def make(image: str) -> tuple[str | None, str]:
+            """SHA-256 of the picture, or why there is none."""
+            write = functools.partial(_write, model, entries[image], facts[image]["prompt"], seed)
             try:
-                prompt = read_prompt(entry.prompt) if entry.prompt else ""
-                facts = {"lr_sha256": sha256(entry.lr), "prompt": prompt}
-                lr = read_picture(Path(entry.lr))
-                sr = None if manifest.has(target, facts) else upscale(model, lr, prompt, seed=seed, progress=False)
-            except FileExistsError:
-                raise
+                return write_hashed(folder / f"{image}.png", write), ""
             except (ValueError, RuntimeError, MemoryError, OSError) as error:
-                failed[entry.lr] = str(error) or type(error).__name__
-                continue
-            if sr is not None:
-                manifest.add(target, facts, functools.partial(Image.fromarray(to_image(sr)).save, format="PNG"))
-            made[image] = folder / target
+                return None, _reason(error)
+
+        for image, (digest, reason) in zip(todo, split_map(make, todo, f"upscale {name}"), strict=True):
+            if digest is None:
+                failed[str(entries[image].lr)] = reason
+            elif manifest is not None:
+                manifest.record(f"{image}.png", facts[image], digest)
+    made = {image: folder / f"{image}.png" for image in entries if str(entries[image].lr) not in failed}
     return made, failed
+
+
+def _plan(
+    entries: Mapping[str, Entry], manifest: Manifest
+) -> tuple[dict[str, dict[str, str]], list[str], dict[str, str]]:
+    """What each picture is made from, those that are to be made, and why LR images cannot be read."""
+    facts: dict[str, dict[str, str]] = {}
+    failed: dict[str, str] = {}
+    for image, entry in entries.items():
+        assert entry.lr is not None
+        try:
+            prompt = read_prompt(entry.prompt) if entry.prompt else ""
+            facts[image] = {"lr_sha256": sha256(entry.lr), "prompt": prompt}
+        except (ValueError, OSError) as error:
+            failed[entry.lr] = _reason(error)
+    return facts, [image for image in facts if not manifest.has(f"{image}.png", facts[image])], failed
+
+
+def _write(model: ISRModel, entry: Entry, prompt: str, seed: int, path: Path) -> None:
+    sr = upscale(model, read_picture(Path(str(entry.lr))), prompt, seed=seed, progress=False)
+    Image.fromarray(to_image(sr)).save(path, format="PNG")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,13 +15,15 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from rfsr_ext.files import lock_folder, replace_file
+from rfsr_ext.processes import process_state
 from rfsr_ext.training.checkpoint import CheckpointFolder, TrainingState, whole
 from rfsr_ext.training.config import RunConfig
 from rfsr_ext.training.method import Method
@@ -54,9 +57,21 @@ def create_accelerator(config: RunConfig, cpu: bool = False) -> Accelerator:
 
     Its state is shared by the whole process; a second run, in a notebook say, may want another precision.  The loop
     accumulates gradients itself, so accelerate must not divide the loss, whatever its environment variables say.
+
+    Raises:
+        ValueError: if the processes cannot share a batch evenly, or were launched for what the loop cannot do: it takes
+            the optimizers' steps and averages the weights itself, which DeepSpeed, Megatron and FSDP 1 keep to
+            themselves.
     """
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise ValueError(
+                "distributed_type must be MULTI_GPU, or FSDP (version 2), which cuts weights, gradients and optimizers "
+                f"as ZeRO-3 does, got {engine}; see docs/many_gpus.md"
+            )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state()
+    process_state(cpu)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         cpu=cpu,
@@ -64,6 +79,14 @@ def create_accelerator(config: RunConfig, cpu: bool = False) -> Accelerator:
         log_with="tensorboard",
         project_dir=config.output_dir,
     )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"FSDP must be of version 2 and on GPUs, got version {os.environ.get('FSDP_VERSION', 1)} on "
+            f"{accelerator.device.type}; accelerate would do something else, see docs/many_gpus.md"
+        )
+    if accelerator.is_fsdp2 and config.mixed_precision == "bf16":  # accelerate would add up gradients in bf16, too
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise ValueError(
@@ -364,6 +387,12 @@ class Loop:
 
     def _resume(self) -> None:
         found = self.checkpoints.load_newest()
+        newest = torch.tensor([found[1]["iteration"] if found else 0], device=self.accelerator.device)
+        if len(seen := set(self.accelerator.gather(newest).tolist())) > 1:
+            raise RuntimeError(
+                f"output_dir {str(self.folder)!r} must be on a disk that all machines share, but its processes see "
+                f"checkpoints of different iterations there ({', '.join(map(str, sorted(seen)))})"
+            )
         if found is None:
             if self.iteration:
                 raise RuntimeError("the run stopped before its first checkpoint; begin again with a new trainer")

@@ -316,3 +316,16 @@ def test_demo_in_small(rfsr, tmp_path):
         with Image.open(tmp_path / "demo" / name) as image:
             assert min(image.size) > 300
     assert "fine-tuned" in printed.out
+
+
+def test_commands_that_one_process_runs_refuse_several(rfsr, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (["demo", "--output", tmp_path], ["mini", "build"], ["data", "check", tmp_path]):
+        code, _ = rfsr(*command)
+        assert (
+            code.startswith("rfsr: 2 processes were launched, but rfsr ") and "runs in one; start it by itself" in code
+        )
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # of a launcher that nobody here knows
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    code, _ = rfsr("upscale", tmp_path / "x.png")
+    assert "must work together, but of 2 (WORLD_SIZE) each is alone" in code

@@ -1,7 +1,6 @@
 """The loop by itself: a method of two players that knows nothing of images."""
 
 import logging
-import os
 import random
 import signal
 import subprocess
@@ -16,10 +15,9 @@ from torch import nn
 
 from rfsr_ext.files import load_tensors, lock_folder
 from rfsr_ext.training import Loop, Method, NonFiniteLossError
+from tests import launching
 from tests.training import toy
 from tests.training.toy import Numbers, ToyGAN
-
-ROOT = Path(__file__).parents[2]
 
 
 def train(folder, method=None, **changes):
@@ -235,25 +233,12 @@ def test_two_precisions_in_one_process_whatever_the_order(tmp_path):
     assert [m.dtypes for m in methods.values()] == [{torch.bfloat16}, {torch.float32}, {torch.bfloat16}]
 
 
-def start(*arguments, processes=0):
-    """``toy.py`` in a process of its own, or in several of `torchrun`."""
-    launcher = [sys.executable, str(ROOT / "tests/training/toy.py")]
-    if processes:
-        launcher[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-    }
+def start(*arguments):
+    """``toy.py`` in a process of its own."""
     return subprocess.Popen(
-        [*launcher, *map(str, arguments)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def ended_well(process):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
+        [sys.executable, toy.__file__, *map(str, arguments)],
+        env=launching.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -271,30 +256,5 @@ def test_killed_it_resumes_to_the_same_bits(tmp_path):
         assert process.returncode == -signal.SIGKILL
         kills += 1
     assert end_state(tmp_path / "killed")[1]["iteration"] < 400
-    ended_well(start(tmp_path / "killed", 400))
+    launching.ended_well(start(tmp_path / "killed", 400))
     assert_same_state(end_state(tmp_path / "whole"), end_state(tmp_path / "killed"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["whole", "shared"])
-def test_two_processes_are_two_and_train_as_one(tmp_path, kind):
-    """DDP, then FSDP2: the script asserts how many processes there are and, where networks are shared, that each holds
-    a part of every parameter only."""
-    one = train(tmp_path / "one", iterations=8)
-    two = tmp_path / "two"
-    ended_well(start(two, 5, 2, kind, processes=2))
-    assert {path.name for path in two.glob("ended-*")} == {"ended-0", "ended-1"}
-    ended_well(start(two, 8, 2, kind, processes=2))  # resumed by two
-    columns = ["generator/loss", "generator/grad_norm", "discriminator/loss", "discriminator/grad_norm"]
-    curve = pd.read_csv(two / "history.csv")
-    pd.testing.assert_frame_equal(one[columns], curve[columns], rtol=1e-4)
-    whole, parts = end_state(tmp_path / "one"), end_state(two)
-    assert whole[0].keys() == parts[0].keys()
-    for name, tensor in whole[0].items():
-        torch.testing.assert_close(tensor, parts[0][name], rtol=1e-3, atol=1e-5)
-    for path in (tmp_path / "one", two):
-        exported, _ = load_tensors(path / "model" / "generator.safetensors")
-        assert torch.equal(exported["0.weight"], end_state(path)[0]["generator.ema.net.0.weight"])
-    one = train(tmp_path / "one", iterations=10)
-    resumed = train(two, iterations=10)  # and by one
-    pd.testing.assert_frame_equal(one[columns], resumed[columns], rtol=1e-4)

@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import random
 import re
 import signal
@@ -20,9 +19,9 @@ from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import sample
 from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer
+from tests import launching
+from tests.training import run_tiny
 from tests.training.conftest import Brightness, Pixels, make_tiny_model
-
-HERE = Path(__file__).parent
 
 
 def run(settings, parts, model=None, **changes):
@@ -295,15 +294,10 @@ def test_sentences(settings, parts, changes, sentence):
     assert not Path(settings["output_dir"]).exists()
 
 
-def start(folder, *arguments, launcher=(sys.executable,)):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
+def start(folder, *arguments):
     return subprocess.Popen(
-        [*launcher, str(HERE / "run_tiny.py"), str(folder), *map(str, arguments)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [sys.executable, run_tiny.__file__, str(folder), *map(str, arguments)],
+        env=launching.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -334,17 +328,3 @@ def test_killed_ten_times_it_ends_as_if_it_had_not_been(tmp_path):
         for name in ("whole", "killed")
     ]
     assert weights[0] == weights[1]
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_at_the_same_total_batch(tmp_path):
-    one = start(tmp_path / "one", 8, 4)
-    assert one.wait() == 0, one.stderr.read()
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    two = start(tmp_path / "two", 8, 4, 2, launcher=launcher)  # the script asserts that it is one of two
-    _, errors = two.communicate()
-    assert two.returncode == 0, errors
-    curves = [pd.read_csv(tmp_path / name / "history.csv") for name in ("one", "two")]
-    assert curves[0]["step"].equals(curves[1]["step"])
-    pd.testing.assert_series_equal(curves[0]["loss"], curves[1]["loss"], rtol=1e-4, atol=1e-6)
-    pd.testing.assert_series_equal(curves[0]["grad_norm"], curves[1]["grad_norm"], rtol=1e-3, atol=1e-6)

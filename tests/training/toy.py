@@ -66,43 +66,12 @@ def config(folder, **changes):
     return RunConfig(**values | {"output_dir": str(folder)} | changes)
 
 
-def share_in_two():
-    """accelerate shares networks on accelerators only: on CPUs it leaves its FSDP plugin aside without a word, as
-    ``AcceleratorState.__init__`` (1.15, state.py) does not list MULTI_CPU among the types that may become FSDP.  The
-    networks' part, `torch.distributed.fsdp.fully_shard`, works with gloo.  So the state is set by hand here; everything
-    after it is what a run on GPUs does with ``accelerate launch --use_fsdp --fsdp_version 2``.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False
-    )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    assert accelerator.distributed_type == DistributedType.MULTI_CPU  # else the lines below may go
-    state = AcceleratorState()
-    state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
-    assert accelerator.is_fsdp2
-    return accelerator
-
-
-def main(folder, iterations, processes=1, kind="whole"):
-    accelerator = share_in_two() if kind == "shared" else None
-    method = ToyGAN()
-    loop = Loop(config(folder, iterations=int(iterations)), method, Numbers(), accelerator=accelerator)
-    if kind == "shared":
-        from torch.distributed.tensor import DTensor
-
-        for player in ("generator", "discriminator"):
-            parameters = list(getattr(method, player).parameters())
-            assert all(isinstance(parameter, DTensor) for parameter in parameters)
-            mine, all_of_it = (sum(p.numel() for p in ps) for ps in ([p.to_local() for p in parameters], parameters))
-            assert 0.3 * all_of_it < mine < 0.7 * all_of_it
+def main(folder, iterations, processes=1):
+    loop = Loop(config(folder, iterations=int(iterations)), ToyGAN(), Numbers())
     assert loop.accelerator.num_processes == int(processes)
     loop.train()
     if int(processes) > 1:
-        assert torch.distributed.is_initialized() and torch.distributed.get_world_size() == int(processes)
+        assert torch.distributed.get_world_size() == int(processes)
         Path(folder, f"ended-{torch.distributed.get_rank()}").touch()
 
 
