@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["from_main", "is_main", "join", "process_state", "split_map"]
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _ROUND = 8  # pictures of each process between two meetings: their times even out, and little is lost by a kill
 

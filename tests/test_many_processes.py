@@ -115,7 +115,7 @@ def test_two_processes_do_what_one_does(tmp_path, monkeypatch, one, configuratio
 
 
 def assert_shared(one, two, printed):
-    """Each picture was made once, by either; files are those of one process to the byte, and tables are printed once."""
+    """Each picture was made once, by either; files are those of one process to the byte; tables are printed once."""
     alone, first, second = (
         [tuple(json.loads(line)) for line in path.read_text().splitlines()]
         for path in (one / "made-0", two / "made-0", two / "made-1")

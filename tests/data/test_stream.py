@@ -40,7 +40,6 @@ def test_without_the_package(monkeypatch):
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """Four shards of five pictures; each is of one gray, 10 · shard + picture; one is broken and one has no prompt."""
-    pytest.importorskip("datasets", reason="the extra stream is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     for s in range(4):
         with tarfile.open(tmp_path / f"{s}.tar", "w") as tar:

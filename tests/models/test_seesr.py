@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import peft
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -214,7 +215,6 @@ def test_a_copy_attends_with_its_own_weights(model):
 
 @torch.no_grad()
 def test_lora_on_the_image_attentions(model):
-    peft = pytest.importorskip("peft", reason="needs peft")
     before = run(model.unet, model.controlnet)[-1]
     config = peft.LoraConfig(r=2, target_modules=r".*image_attentions.*attn2\.to_[qv]", init_lora_weights=False)
     adapted = peft.get_peft_model(model.unet, config)

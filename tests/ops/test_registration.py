@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 
@@ -186,6 +187,8 @@ def losses_and_gradients(images, features):
 
 def test_smaller_processors_get_the_same_numbers(tmp_path):
     """Without AVX-512 and AMX, which a larger processor leaves alone where PyTorch's own variable says so."""
+    if (capability := torch.backends.cpu.get_cpu_capability()) != "AVX512":
+        pytest.skip(f"this processor has no AVX-512 to leave alone, or it is left alone already: it uses {capability}")
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     images = 1.5 * torch.randn(2, 2, 3, 7, 71)
     for k, value in enumerate([torch.nan, torch.inf, -torch.inf, 1.0, -1.0, 0.0]):
@@ -249,6 +252,15 @@ def test_cuda_matches_cpu():
 
 
 # ------------------------------------------------------------------------------------ what serves it
+
+
+def test_a_library_serves_where_one_can_be_compiled():
+    """Or else every comparison of an operator with its PyTorch twin would be one of the twin with itself."""
+    if os.environ.get("RFSR_BACKEND") == "reference":
+        pytest.skip("RFSR_BACKEND=reference asks for the PyTorch implementation")
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    assert build_info()["devices"]["cpu"]["backend"] == "native", build_info()["devices"]["cpu"]
 
 
 def test_build_info_gives_a_reason_for_every_device():

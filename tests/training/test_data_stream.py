@@ -39,7 +39,6 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def streamed(settings, tmp_path_factory):
     """As many pictures as samples, in eight shards."""
-    pytest.importorskip("datasets", reason="the extra stream is not installed")
     root = tmp_path_factory.mktemp("shards")
     for shard in range(8):
         (root / f"{shard}").mkdir()
