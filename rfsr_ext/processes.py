@@ -36,7 +36,7 @@ def process_state(cpu: bool = False) -> "PartialState":
     Raises:
         RuntimeError: if several processes were launched and each of them would be alone.
     """
-    from accelerate import PartialState  # here, because no command but a few needs it
+    from accelerate import PartialState  # here, because whoever works alone needs none of it
     from accelerate.utils import parse_flag_from_env
 
     # Without `cpu` accelerate makes several processes without a GPU several that are alone, and says nothing.

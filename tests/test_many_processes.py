@@ -66,6 +66,7 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     together.train_tiny(folder / "tiny", together.ITERATIONS)
     together.train_two_players(folder / "toy", together.ITERATIONS)
+    together.train_two_players(folder / "bf16", together.ITERATIONS, mixed_precision="bf16")
     prepare_commands(folder / "commands")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WATCH", str(folder / "made-"))
@@ -112,6 +113,11 @@ def test_two_processes_do_what_one_does(tmp_path, monkeypatch, one, configuratio
         assert_same_run(one / name, tmp_path / f"{name}-begun")
     if configuration == "ddp.yaml":
         assert_shared(one, tmp_path, printed)
+    else:
+        curves = [pd.read_csv(folder / "bf16/history.csv").drop(columns="seconds") for folder in (one, tmp_path)]
+        pd.testing.assert_frame_equal(*curves, rtol=2e-2)
+        exact = pd.read_csv(one / "toy/history.csv")
+        assert (curves[1] - exact)["generator/loss"].abs().max() > 1e-4  # it was bf16
 
 
 def assert_shared(one, two, printed):

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import rfsr_ext.cli
+from rfsr_ext.processes import process_state
 from rfsr_ext.training import Loop
 from tests.training import toy
 from tests.training.run_tiny import make_trainer
@@ -26,11 +29,16 @@ ITERATIONS = 4
 
 
 def train_tiny(folder: Path, iterations: int, cut: bool = False, **changes):
-    """RFSR with a U-Net and a ControlNet."""
+    """RFSR with a U-Net and a ControlNet; of two processes each takes its half of a batch along its trajectory."""
     trainer = make_trainer(folder, iterations, 4, **changes)
+    networks = trainer.model.trainable_networks()
     if cut:
-        assert_cut(*trainer.model.trainable_networks().values())
-    return trainer.train()
+        assert_cut(*networks.values())
+    seen = set()
+    networks["unet"].register_forward_pre_hook(lambda network, inputs: seen.add(len(inputs[0])))
+    result = trainer.train()
+    assert max(seen) == 4 // trainer.loop.accelerator.num_processes  # held-out images are two
+    return result
 
 
 def train_two_players(folder: Path, iterations: int, cut: bool = False, **changes):
@@ -90,34 +98,33 @@ def assert_cut(*networks: nn.Module) -> None:
     assert 0.3 < mine / sum(parameter.numel() for parameter in parameters) < 0.7
 
 
-def cut_on_cpus() -> None:
+def cut_on_cpus(mixed_precision: str) -> None:
     """accelerate cuts networks on accelerators only: on CPUs it leaves its FSDP plugin aside without a word, as
     ``AcceleratorState.__init__`` (1.15, state.py) does not list MULTI_CPU among the types that may become FSDP, and our
     loop then refuses.  The networks' part, `torch.distributed.fsdp.fully_shard`, works with gloo.  So the state is set
     by hand here, from the launcher's environment as accelerate does it; everything after it is what a run on GPUs does.
     """
-    from accelerate import Accelerator, PartialState
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
+    AcceleratorState._reset_state()
+    process_state().distributed_type = DistributedType.MULTI_CPU
     with pytest.raises(ValueError, match="FSDP must be of version 2 and on GPUs, got version 2 on cpu"):
-        train_two_players(Path("nowhere"), 1)
-    assert Accelerator(cpu=True).distributed_type == DistributedType.MULTI_CPU  # else the lines below may go
-    PartialState().distributed_type = DistributedType.FSDP
+        train_two_players(Path("nowhere"), 1, mixed_precision=mixed_precision)
+    assert AcceleratorState().distributed_type == DistributedType.MULTI_CPU  # else the lines below may go
+    process_state().distributed_type = DistributedType.FSDP
     AcceleratorState().fsdp_plugin = FullyShardedDataParallelPlugin()
-    assert Accelerator(cpu=True).is_fsdp2
+    assert AcceleratorState().is_fsdp2 and AcceleratorState().mixed_precision == mixed_precision
 
 
 def main(folder: str, configuration: str) -> None:
     root, cut = Path(folder), configuration == "fsdp2.yaml"
     if cut:
-        cut_on_cpus()
+        cut_on_cpus("bf16")
+        AcceleratorState().fsdp_plugin.auto_wrap_policy = None  # it names layers that these networks do not have
+        train_two_players(root / "bf16", ITERATIONS, cut, mixed_precision="bf16")
+        cut_on_cpus("no")
     train_tiny(root / "tiny", ITERATIONS - 2, cut)
     train_tiny(root / "tiny-begun", ITERATIONS, cut)
     if cut:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState().fsdp_plugin.auto_wrap_policy = None  # it names layers that these networks do not have
+        AcceleratorState().fsdp_plugin.auto_wrap_policy = None
     train_two_players(root / "toy", ITERATIONS - 2, cut)
     train_two_players(root / "toy-begun", ITERATIONS, cut)
     rank = torch.distributed.get_rank()

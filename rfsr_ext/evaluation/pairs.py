@@ -132,7 +132,7 @@ def _upscale(
         "versions": versions(),
     }
     with Manifest(folder, settings, [f"{image}.png" for image in entries]) if is_main() else nullcontext() as manifest:
-        facts, todo, failed = from_main(None if manifest is None else _plan(entries, manifest))
+        facts, todo, failed = from_main(({}, [], {}) if manifest is None else _plan(entries, manifest))
 
         def make(image: str) -> tuple[str | None, str]:
             """SHA-256 of the picture, or why there is none."""
