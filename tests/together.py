@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import rfsr_ext.cli
-from rfsr_ext.processes import process_state
+from rfsr_ext.processes import process_state, split_map
 from rfsr_ext.training import Loop
 from tests.training import toy
 from tests.training.run_tiny import make_trainer
@@ -133,6 +133,10 @@ def main(folder: str, configuration: str) -> None:
         train_two_players(root / ("toy" if rank == 0 else "elsewhere"), ITERATIONS)
     if not cut:
         run_commands(root / "commands", main=rank == 0)
+        with pytest.raises(
+            RuntimeError, match="all 2 processes must see the same files, and they see 2 different lists"
+        ):
+            list(split_map(str, [rank]))
     (root / f"ended-{rank}").touch()
 
 
