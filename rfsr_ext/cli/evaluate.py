@@ -248,6 +248,7 @@ def evaluate_models(
 ) -> None:
     """Print the table of models and of their differences from the first one; the main process does it alone."""
     check_table(output)
+    join()
     if not is_main():
         return
     suite = Suite(preset, device=default_device()) if preset else None
