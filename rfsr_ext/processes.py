@@ -39,16 +39,19 @@ def process_state(cpu: bool = False) -> "PartialState":
     from accelerate import PartialState  # here, because whoever works alone needs none of it
     from accelerate.utils import parse_flag_from_env
 
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    alone = RuntimeError(
+        f"processes launched together must work together, but of {launched} (WORLD_SIZE) each is alone; launch them by "
+        "torchrun or accelerate launch, or unset WORLD_SIZE"
+    )
+    if launched > 1 and "LOCAL_RANK" not in os.environ:  # which both of them set
+        raise alone
     # Without `cpu` accelerate makes several processes without a GPU several that are alone, and says nothing.
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # Whoever has done its share waits for the slowest, however long that takes; by default it gives up after minutes.
     state = PartialState(cpu=cpu, timeout=timedelta(days=1))
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if state.num_processes != launched:
-        raise RuntimeError(
-            f"processes launched together must work together, but of {launched} (WORLD_SIZE) each is alone; launch "
-            "them by torchrun or accelerate launch, or unset WORLD_SIZE"
-        )
+    if state.num_processes < launched:
+        raise alone
     return state
 
 
