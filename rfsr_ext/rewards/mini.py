@@ -100,14 +100,14 @@ class MiniPreference(_SavedReward):
         ids = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
         mask = ids.attention_mask.to(self.words.weight.device)[..., None]
         words = self.words(ids.input_ids.to(self.words.weight.device)) * mask
-        return F.normalize(self.text_projection(words.sum(1) / mask.sum(1)), dim=-1)
+        return F.normalize(self.text_projection(words.sum(1) / mask.sum(1)).float(), dim=-1)
 
     def raw_score(self, images: Tensor, text: Tensor) -> Tensor:
         """The score before standardization, ``[N]``."""
         features = self.features(images * 2 - 1)
         quality = self.quality(features).float().mean((1, 2, 3))
-        image = F.normalize(self.image_projection(features.mean((2, 3))), dim=-1)
-        return quality + self.temperature * (image * text).sum(-1).float()
+        image = F.normalize(self.image_projection(features.mean((2, 3))).float(), dim=-1)
+        return quality + self.temperature * (image * text).sum(-1)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return (self.raw_score(images, self.embed_text(prompts)) - self.mean) / self.std

@@ -28,7 +28,7 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 class TrainingState:
-    """Trained parameters of several named networks, the optimizer's moments and the moving average.
+    """Trained parameters of several named networks, the optimizer's moments, the moving average and the loss scale.
 
     Only parameters that require a gradient count; frozen ones belong to the base model.
 
@@ -36,16 +36,23 @@ class TrainingState:
         networks: by name.
         optimizer: an Adam-like optimizer over their parameters.
         ema_decay: decay of the exponential moving average; as in diffusers it ramps up as (1+k)/(10+k).
+        scaler: of the loss, whose state is a few numbers and not among `tensors`; None for a loss as it is.
     """
 
-    def __init__(self, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, ema_decay: float):
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        ema_decay: float,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
         self.parameters: dict[str, nn.Parameter] = {
             f"{network}.{name}": parameter
             for network, module in networks.items()
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        self.optimizer = optimizer
+        self.optimizer, self.scaler = optimizer, scaler or torch.amp.GradScaler(enabled=False)
         self.ema = EMAModel(self.parameters.values(), decay=ema_decay)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -150,7 +150,11 @@ class RunConfig(_Settings):
     max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] | None = Field(
         1.0, description="gradients longer than this are clipped to it; null for no clipping"
     )
-    mixed_precision: Literal["no", "bf16"] = Field("no", description="no or bf16")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no",
+        description="no, bf16, or fp16, which scales the loss (column loss_scale); losses and the weights that are "
+        "trained stay float32",
+    )
     max_skipped: Count = Field(
         10, description="stop after this many iterations in a row without a finite loss and gradient"
     )

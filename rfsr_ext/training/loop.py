@@ -56,7 +56,8 @@ def create_accelerator(config: RunConfig, cpu: bool = False) -> Accelerator:
     """accelerate's `Accelerator` for a run.
 
     Its state is shared by the whole process; a second run, in a notebook say, may want another precision.  The loop
-    accumulates gradients itself, so accelerate must not divide the loss, whatever its environment variables say.
+    accumulates gradients itself, so accelerate must not divide the loss, whatever its environment variables say.  Nor
+    must it scale the loss: it has one scale for all players, keeps it in no checkpoint, and knows float16 on GPUs only.
 
     Raises:
         ValueError: if the processes cannot share a batch evenly, or were launched for what the loop cannot do: it takes
@@ -69,11 +70,12 @@ def create_accelerator(config: RunConfig, cpu: bool = False) -> Accelerator:
                 "distributed_type must be MULTI_GPU, or FSDP (version 2), which cuts weights, gradients and optimizers "
                 f"as ZeRO-3 does, got {engine}; see docs/many_gpus.md"
             )
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+    precision = "no" if config.mixed_precision == "fp16" else config.mixed_precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     process_state(cpu)
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision=precision,
         cpu=cpu,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with="tensorboard",
@@ -101,7 +103,8 @@ class Loop:
 
     Iteration k sees samples ``k·batch_size …`` of the dataset, cut over processes and accumulation steps.  A step is
     skipped if its loss or gradient is not finite.  Checkpoints hold everything; none is written while steps are being
-    skipped.
+    skipped.  Under float16 losses are scaled; a gradient that overflows under a finite loss lowers its player's scale,
+    and the step is left out without counting as skipped, until the scale is down to 1.
 
     Args:
         config: the settings every method shares.
@@ -137,7 +140,8 @@ class Loop:
             # only now, because sharding puts other parameters in the place of a network's own
             parameters = [p for module in networks.values() for p in module.parameters() if p.requires_grad]
             optimizer = method.optimizer(player, parameters, config.learning_rate, config.adam_betas)
-            self.states[player] = TrainingState(networks, optimizer, config.ema_decay)
+            scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
+            self.states[player] = TrainingState(networks, optimizer, config.ema_decay, scaler)
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", config.keep_checkpoints)
         self.iteration = 0
         self.skipped_in_a_row = 0
@@ -193,8 +197,8 @@ class Loop:
 
     def _autocast(self) -> torch.autocast:
         """Not accelerate's, which follows the precision that the process' last `Accelerator` was made with."""
-        bf16 = self.config.mixed_precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
+        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
+        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None)
 
     def _backward(self, player: str, batches: Sequence[dict], iteration: int) -> dict[str, Tensor]:
         """Gradients of the mean loss over the parts of a batch, and the mean of what the method logs."""
@@ -207,7 +211,7 @@ class Loop:
                         stack.enter_context(self.accelerator.no_sync(module))
                 with self._autocast():
                     loss, logs = self.method.loss(player, batch, iteration, self._samples(iteration, part))
-                self.accelerator.backward(loss / len(batches))
+                self.accelerator.backward(self.states[player].scaler.scale(loss / len(batches)))
             for name, value in logs.items():
                 total[name] = total.get(name, 0) + value / len(batches)
         return total
@@ -218,26 +222,31 @@ class Loop:
         skipped = False
         for player, state in self.states.items():
             prefix = "" if len(self.states) == 1 else f"{player}/"
-            parameters = list(state.parameters.values())
+            parameters, scale = list(state.parameters.values()), state.scaler.get_scale()
             with self._installed(self.wrapped):
                 logs = self._backward(player, batches, iteration)
+            state.scaler.unscale_(state.optimizer)
             limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
             norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
             names = sorted(logs)
             values = self.accelerator.reduce(torch.stack([logs[name].detach().float() for name in names]), "mean")
             found = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": norm.item()}
-            if np.isfinite(found.get("loss", 0.0)) and np.isfinite(found["grad_norm"]):
+            if state.scaler.is_enabled():
+                found["loss_scale"] = scale
+            loss_is_finite = np.isfinite(found.get("loss", 0.0))
+            if loss_is_finite and np.isfinite(found["grad_norm"]):
                 factor = self.method.learning_rate_factor(player, iteration)
                 for group in state.optimizer.param_groups:
                     group["lr"] = self.config.learning_rate * factor
                 state.optimizer.step()
                 state.ema.step(parameters)
-            else:
+            elif not (loss_is_finite and scale > 1):
                 skipped = True
                 logger.warning(
                     "iteration %d: %sloss %s or its gradient is not finite, step skipped",
                     iteration + 1, prefix, found.get("loss"),
                 )  # fmt: skip
+            state.scaler.update()
             for other in self.states.values():  # a player's loss may reach another player's networks
                 other.optimizer.zero_grad(set_to_none=True)
             row |= {f"{prefix}{name}": value for name, value in found.items()}
@@ -381,6 +390,7 @@ class Loop:
                 "method": self.method.state_dict(),
                 "held_out": self.held_out.state_dict() if self.held_out is not None else {},
                 "optimizer_steps": {player: state.ema.optimization_step for player, state in self.states.items()},
+                "scalers": {player: state.scaler.state_dict() for player, state in self.states.items()},
             }
             self.checkpoints.save(self.iteration, tensors, metadata)
         self.accelerator.wait_for_everyone()
@@ -421,6 +431,7 @@ class Loop:
         for player, state in self.states.items():
             own = {k.removeprefix(f"{player}."): v for k, v in tensors.items() if k.startswith(f"{player}.")}
             state.load(own, metadata["optimizer_steps"][player])
+            state.scaler.load_state_dict(metadata["scalers"][player])
         if self.held_out is not None:
             self.held_out.load_state_dict(metadata["held_out"])
         self.iteration, self.history, self.seconds = metadata["iteration"], metadata["history"], metadata["seconds"]

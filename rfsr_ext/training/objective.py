@@ -22,7 +22,8 @@ class Prediction:
     Attributes:
         model_output: the network's output at z_t.
         pred_original_sample: the z_0 estimate it implies.
-        images: the estimate decoded, I_t (eq. 3), not clamped.
+        images: the estimate decoded, I_t (eq. 3), not clamped, in single precision at least: what half precision leaves
+            of a loss would be lost in it.
     """
 
     model_output: Tensor
@@ -36,6 +37,8 @@ class RFSRObjective:
     * st in the structure window: λ_dwt · L_dwt(I_t, I_gt), eq. 2;
     * st in the reward window: L_reward(I_t, c_t) + λ_r · L_style(I_t, I′_t), eq. 5 and 6, where I′_t is what the
       frozen pre-trained model makes of the same z_t under the same condition.
+
+    Under autocast networks compute in half precision, rewards among them, but structure and style losses do not.
 
     Args:
         model: the model being fine-tuned.
@@ -91,7 +94,8 @@ class RFSRObjective:
         process = state.process
         output = denoise(model, process, state.latents, state.timestep, condition, self.guidance_scale)
         estimate = process.pred_original_sample(output, state.timestep, state.latents)
-        return Prediction(output, estimate, model.decode(estimate))
+        images = model.decode(estimate)
+        return Prediction(output, estimate, images.to(torch.promote_types(images.dtype, torch.float32)))
 
     @torch.no_grad()
     def predict_reference(self, state: State, condition: Condition) -> Prediction:
@@ -144,8 +148,10 @@ class RFSRObjective:
         state, condition = rollout.to(step), rollout.condition
         prediction = self.predict(self.model, state, condition)
         loss, logs = prediction.images.new_zeros((), dtype=torch.float32), {}
+        exactly = torch.autocast(prediction.images.device.type, enabled=False)
         if in_structure and self.structure_loss is not None:
-            logs["structure"] = self.structure_loss(prediction.images, gt.to(prediction.images))
+            with exactly:
+                logs["structure"] = self.structure_loss(prediction.images, gt.to(prediction.images))
             loss = loss + self.lambda_structure * logs["structure"]
         if in_reward:
             images = prediction.images.clamp(0, 1)
@@ -157,7 +163,8 @@ class RFSRObjective:
             if self.style_loss is not None or self.kl:
                 before = self.predict_reference(state, condition)
             if self.style_loss is not None:
-                logs["style"] = self.style_loss(images, before.images.clamp(0, 1))
+                with exactly:
+                    logs["style"] = self.style_loss(images, before.images.clamp(0, 1))
             elif self.kl:
                 logs["style"] = F.mse_loss(prediction.model_output.float(), before.model_output.float())
             if "style" in logs:

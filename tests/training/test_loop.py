@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -208,6 +209,62 @@ def test_one_run_at_a_time(tmp_path):
     assert not checkpoints(tmp_path)
 
 
+@pytest.fixture
+def large_scale(monkeypatch):
+    """Losses under float16 are scaled by so much that gradients overflow at first, and again when it has grown."""
+    make = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: make(*a, init_scale=2.0**24, growth_interval=3, **k))
+
+
+def test_float16_scales_the_loss_and_resumes_to_the_same_bits(tmp_path, large_scale):
+    changes = {"mixed_precision": "fp16", "checkpoint_every": 5, "max_skipped": 3}
+    history = train(tmp_path / "whole", iterations=40, **changes)
+    for player in ("generator", "discriminator"):
+        scale, overflow = history[f"{player}/loss_scale"], ~np.isfinite(history[f"{player}/grad_norm"])
+        assert overflow[:4].all()  # more in a row than may be skipped
+        ratio = (scale.shift(-1) / scale)[:-1]
+        assert set(ratio[overflow[:-1]]) == {0.5} and set(ratio[~overflow[:-1]]) == {1.0, 2.0}
+    assert not history["skipped"].any() and np.isfinite(history["generator/loss"]).all()
+    _, about = end_state(tmp_path / "whole")
+    taken = {p: int(np.isfinite(history[f"{p}/grad_norm"]).sum()) for p in ("generator", "discriminator")}
+    assert about["optimizer_steps"] == taken
+    train(tmp_path / "cut", iterations=17, **changes)
+    resumed = train(tmp_path / "cut", iterations=40, **changes)
+    assert_same_state(end_state(tmp_path / "whole"), end_state(tmp_path / "cut"))
+    assert end_state(tmp_path / "cut")[1]["scalers"] == about["scalers"]
+    pd.testing.assert_frame_equal(resumed.drop(columns="seconds"), history.drop(columns="seconds"))
+
+
+def test_float16_is_as_large_as_float32_where_it_does_not_overflow(tmp_path):
+    """The loss is scaled, its gradient and the step are not."""
+    still = {"iterations": 8, "learning_rate": 1e-9}
+    exact, half = (
+        train(tmp_path / kind, mixed_precision=kind, **still)["generator/grad_norm"] for kind in ("no", "fp16")
+    )
+    fits = np.isfinite(half)
+    assert fits.sum() >= 4
+    np.testing.assert_allclose(half[fits], exact[fits], rtol=1e-2)
+    assert (half != exact).all()
+
+
+def test_float16_blows_up_as_float32_does(tmp_path):
+    class Steep(ToyGAN):
+        """Its loss is finite, its gradient never."""
+
+        def loss(self, player, batch, iteration, samples):
+            loss, logs = super().loss(player, batch, iteration, samples)
+            return loss + 0 * (loss - loss.detach()).sqrt(), logs
+
+    changes = {"mixed_precision": "fp16", "iterations": 40, "max_skipped": 4}
+    destroyed = Fragile()
+    destroyed.learning_rate_factor = lambda player, iteration: 1e4 if iteration >= 10 else 1.0
+    with pytest.raises(NonFiniteLossError, match="4 iterations in a row"):
+        train(tmp_path / "loss", destroyed, **changes)
+    with pytest.raises(NonFiniteLossError, match="4 iterations in a row"):
+        train(tmp_path / "gradient", Steep(), **changes)  # once the scale is down from 2¹⁶ to 1
+    assert not (tmp_path / "gradient" / "model").exists()
+
+
 def test_two_precisions_in_one_process_whatever_the_order(tmp_path):
     class Watched(Method):
         def __init__(self):
@@ -223,14 +280,15 @@ def test_two_precisions_in_one_process_whatever_the_order(tmp_path):
             loss = (self.network(batch["x"]) - batch["y"]).square().mean()
             return loss, {"loss": loss.detach()}
 
-    methods = {name: Watched() for name in ("a", "b", "c")}
+    methods = {name: Watched() for name in ("a", "b", "c", "d")}
     loops = [
         Loop(toy.config(tmp_path / name, iterations=2, mixed_precision=precision), methods[name], Numbers())
-        for name, precision in (("a", "bf16"), ("b", "no"), ("c", "bf16"))
+        for name, precision in (("a", "bf16"), ("b", "no"), ("c", "bf16"), ("d", "fp16"))
     ]
     for loop in loops:  # only now: each keeps its own
         loop.train()
-    assert [m.dtypes for m in methods.values()] == [{torch.bfloat16}, {torch.float32}, {torch.bfloat16}]
+    wanted = [torch.bfloat16, torch.float32, torch.bfloat16, torch.float16]
+    assert [m.dtypes for m in methods.values()] == [{dtype} for dtype in wanted]
 
 
 def start(*arguments):

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from rfsr_ext.losses import HaarLLLoss
+from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import TimestepWindows, generators
 from rfsr_ext.training import RFSRConfig, RFSRObjective
 from rfsr_ext.training.setup import build_windows
+from tests.training.conftest import Brightness
 
 WINDOWS = TimestepWindows((1, 2), (4, 5), 5)
 
@@ -52,6 +54,47 @@ def test_structure_window(tiny_model, batch):
     assert set(logs) == {"structure", "loss"}
     for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+
+
+def test_losses_are_in_single_precision_under_autocast(tiny_model, batch):
+    """What they are given is not rounded to half precision, and their own networks do not compute in it."""
+    lr, gt, prompts = batch
+    seen = {}
+
+    class Convolution(torch.nn.Conv2d):
+        """Stands for VGG19."""
+
+        def forward(self, x):
+            result = super().forward(x)
+            seen["convolution"] = {x.dtype, result.dtype}
+            return result
+
+    network = Convolution(3, 1, 3)
+
+    def structure(images, target):
+        seen["structure"] = {images.dtype, target.dtype}
+        assert torch.equal(target, gt)  # half precision would have rounded it
+        return HaarLLLoss()(images, target)
+
+    def style(images, before):
+        return (network(images) - network(before)).square().mean()
+
+    class Watched(Brightness):
+        def score(self, images, prompts=None):
+            seen["reward"] = {images.dtype}
+            return super().score(images)
+
+    objective = RFSRObjective(
+        tiny_model, TimestepWindows((1, 5), (1, 5), 5, allow_overlap=True), structure_loss=structure, style_loss=style,
+        rewards=[WeightedReward(Watched(), 1.0)], reference=tiny_model.reference(),
+    )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16):
+        seen.clear()
+        with torch.autocast("cpu", dtype):
+            loss, _ = objective(lr, gt, prompts, 2, generators(0, range(2)))
+            decoded = tiny_model.decode(torch.zeros(1, 4, 8, 8))
+        assert decoded.dtype == dtype and loss.dtype == torch.float32
+        assert seen == dict.fromkeys(("structure", "convolution", "reward"), {torch.float32})
 
 
 def test_reward_window_with_each_way_to_hold_the_style(tiny_model, batch, parts):
