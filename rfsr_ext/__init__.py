@@ -1,8 +1,8 @@
 """RFSR: fine-tune diffusion super-resolution models by reward feedback learning (arXiv 2412.03268), in small parts.
 
-Folders, each importing only those before it: ``ops``, ``files``, ``importing``, ``processes`` → ``weights``,
-``presets`` → ``losses``, ``data``, ``networks`` → ``models``, ``rewards`` → ``sampling``, ``metrics`` → ``evaluation``
-→ ``training`` → ``mini`` (how the shipped weights are made) → ``cli``.  ``notebook`` imports none of them.
+Folders, each importing only those before it: ``ops``, ``files``, ``importing``, ``memory``, ``processes`` →
+``weights``, ``presets`` → ``losses``, ``data``, ``networks`` → ``models``, ``rewards`` → ``sampling``, ``metrics`` →
+``evaluation`` → ``training`` → ``mini`` (how the shipped weights are made) → ``cli``.  ``notebook`` imports none of them.
 
 The losses need torch and nothing of the rest: ``from rfsr_ext import haar_ll_l1_loss, gram_loss``.
 """

@@ -258,10 +258,18 @@ def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Write a safetensors file with JSON metadata, aside first and then by one rename."""
+    """Write a safetensors file with JSON metadata, aside first and then by one rename.
+
+    Of tensors that share memory, which safetensors refuses, each is written by itself.
+    """
     from safetensors.torch import save_file  # here, because the losses need this module where torch is alone
 
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous, written = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        contiguous[name] = tensor.clone() if place in written else tensor
+        written.add(place)
     with replace_file(path) as aside:
         save_file(contiguous, aside, metadata={"json": json.dumps(metadata or {})})
 

@@ -37,8 +37,8 @@ class Stage(Method):
         for network in networks.values():
             network.requires_grad_(True).train()
 
-    def optimizer(self, player: str, parameters: list[nn.Parameter], learning_rate: float, betas):
-        return torch.optim.AdamW(parameters, learning_rate, betas=betas, weight_decay=1e-4)
+    def optimizer(self, player: str, parameters: list[nn.Parameter], config: RunConfig):
+        return torch.optim.AdamW(parameters, config.learning_rate, betas=config.adam_betas, weight_decay=1e-4)
 
     def learning_rate_factor(self, player: str, iteration: int) -> float:
         rise, fall = min(1.0, (iteration + 1) / 100), 0.5 * (1 + math.cos(math.pi * iteration / self.iterations))

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfsr_ext.memory import on_device
 from rfsr_ext.rewards.base import Reward
 
 __all__ = ["RunningStatistics", "WeightedReward", "check_rewards", "reward_loss"]
@@ -67,7 +68,7 @@ class WeightedReward:
             to 1, antialiased), "crop-256" a random square crop of that side; the same may stand there several times.
         tags: "mean" or "worst" scores an image against each comma-separated part of its prompt; None against the whole.
         normalize: standardize the score by its `RunningStatistics`.
-        offload: keep the reward on the CPU except while it scores.
+        offload: keep the reward where it is, on the CPU, except while it scores.
 
     Raises:
         ValueError: if one of them is out of range.
@@ -101,16 +102,9 @@ class WeightedReward:
         """Whether the term counts at a sampling step; None stands for any."""
         return step is None or self.steps is None or self.steps[0] <= step <= self.steps[1]
 
-    @contextlib.contextmanager
-    def on(self, device: torch.device) -> Iterator[None]:
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Have the reward on ``device`` for as long as the block lasts, if it is off-loaded at all."""
-        if self.offload:
-            self.reward.to(device)
-        try:
-            yield
-        finally:
-            if self.offload:
-                self.reward.to("cpu")
+        return on_device([self.reward] if self.offload else [], device)
 
     def measure(self, images: Tensor, prompts: list[str]) -> Tensor:
         """What the reward itself says of images, ``[N]``: without views, tags or statistics, for tables."""

@@ -27,6 +27,11 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
+def _step(value: Tensor) -> Tensor | int:
+    """An optimizer's count of steps as it keeps it: PyTorch's a tensor on the CPU, bitsandbytes' a whole number."""
+    return value.clone() if value.is_floating_point() else int(value)
+
+
 class TrainingState:
     """Trained parameters of several named networks, the optimizer's moments, the moving average and the loss scale.
 
@@ -99,7 +104,7 @@ class TrainingState:
             shadow.copy_(cut_like(tensors[f"ema.{name}"], shadow))
             if name in moments:
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else cut_like(value, parameter)
+                    key: _step(value) if key == "step" else cut_like(value, parameter)
                     for key, value in moments[name].items()
                 }
         self.ema.optimization_step = optimizer_steps

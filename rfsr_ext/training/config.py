@@ -102,7 +102,7 @@ class RunConfig(_Settings):
     # What may differ between the runs before and after an interruption.
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
         {"iterations", "learning_rate", "max_skipped", "output_dir", "checkpoint_every", "keep_checkpoints",
-         "validate_every", "num_workers", "prefetch_factor", "gradient_checkpointing"}
+         "validate_every", "num_workers", "prefetch_factor", "gradient_checkpointing", "offload_reference"}
     )  # fmt: skip
     presets: ClassVar[tuple[str, ...]] = ()  # of the method
 
@@ -142,6 +142,9 @@ class RunConfig(_Settings):
         False, description="recompute activations of denoiser and decoder in the backward pass to save memory"
     )
     iterations: Annotated[int, Field(ge=1, le=10**7)] = Field(10_000, description="optimizer steps of the whole run")
+    optimizer: Literal["adam", "adam-8bit"] = Field(
+        "adam", description="adam, or adam-8bit, which keeps its two moments in a quarter of the memory (bitsandbytes)"
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(5e-6, description="of Adam")
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="β1 and β2 of Adam"
@@ -154,6 +157,11 @@ class RunConfig(_Settings):
         "no",
         description="no, bf16, or fp16, which scales the loss (column loss_scale); losses and the weights that are "
         "trained stay float32",
+    )
+    frozen_dtype: Literal["bfloat16", "float16"] | None = Field(
+        None,
+        description="hold the large weights of networks that are not trained (VAE, text encoder, reference, rewards) "
+        "in bfloat16 or float16; null as they are loaded, and so they are saved in any case",
     )
     max_skipped: Count = Field(
         10, description="stop after this many iterations in a row without a finite loss and gradient"
@@ -318,6 +326,9 @@ class RFSRConfig(RunConfig):
         "gram", description="gram (eq. 6), kl (mean squared change of the predicted noise) or none (Table 4)"
     )
     lambda_style: Weight = Field(5e-5, description="weight of the style loss, λ_r")
+    offload_reference: bool = Field(
+        False, description="keep the frozen reference on the CPU except while it is used; with lora_rank there is none"
+    )
     vgg_weights: Literal["imagenet", "random"] = Field(
         "imagenet", description="of VGG19 in the Gram loss: imagenet, or random, a stand-in that needs no file"
     )

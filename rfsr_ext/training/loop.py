@@ -139,7 +139,7 @@ class Loop:
             self.wrapped[player] = {name: self._wrap(module) for name, module in networks.items()}
             # only now, because sharding puts other parameters in the place of a network's own
             parameters = [p for module in networks.values() for p in module.parameters() if p.requires_grad]
-            optimizer = method.optimizer(player, parameters, config.learning_rate, config.adam_betas)
+            optimizer = method.optimizer(player, parameters, config)
             scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
             self.states[player] = TrainingState(networks, optimizer, config.ema_decay, scaler)
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", config.keep_checkpoints)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfsr_ext.training.config import RunConfig
+
 __all__ = ["Method"]
 
 
@@ -41,11 +43,21 @@ class Method(ABC):
     def install(self, player: str, networks: dict[str, nn.Module]) -> None:  # noqa: B027, doing nothing is the default
         """Compute with these networks from now on: the player's own, or what wraps them for several processes."""
 
-    def optimizer(
-        self, player: str, parameters: list[nn.Parameter], learning_rate: float, betas: tuple[float, float]
-    ) -> torch.optim.Optimizer:
-        """The player's optimizer; Adam by default."""
-        return torch.optim.Adam(parameters, learning_rate, betas=betas)
+    def optimizer(self, player: str, parameters: list[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+        """The player's optimizer; by default the one that the configuration names.
+
+        Raises:
+            ModuleNotFoundError: if its package is not installed.
+        """
+        if config.optimizer == "adam":
+            return torch.optim.Adam(parameters, config.learning_rate, betas=config.adam_betas)
+        try:
+            from bitsandbytes.optim import Adam8bit
+        except ImportError:
+            raise ModuleNotFoundError(
+                "optimizer adam-8bit needs the package bitsandbytes; pip install 'rfsr_ext[8bit]', or write adam"
+            ) from None
+        return Adam8bit(parameters, config.learning_rate, betas=config.adam_betas)
 
     def learning_rate_factor(self, player: str, iteration: int) -> float:
         """What the configured learning rate is multiplied by in an iteration; 1 by default."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfsr_ext.memory import on_device
 from rfsr_ext.models import Condition, ISRModel
 from rfsr_ext.rewards import WeightedReward, check_rewards, reward_loss
 from rfsr_ext.sampling import Rollout, State, TimestepWindows, denoise
@@ -52,6 +53,7 @@ class RFSRObjective:
             the Kullback–Leibler divergence between the two models' denoising steps.
         lambda_style: λ_r.
         reference: the frozen pre-trained model; needed by ``style_loss`` and ``kl``.
+        offload_reference: keep the reference's own networks where they are, on the CPU, except while they are used.
         disable_adapters: instead of ``reference``, a context under which ``model`` itself is the pre-trained one.
         num_inference_steps: of the rollout; None takes the recipe's.
         guidance_scale: of classifier-free guidance in the rollout and in the step with gradient; 1 is none, as in the
@@ -72,6 +74,7 @@ class RFSRObjective:
         kl: bool = False,
         lambda_style: float = 5e-5,
         reference: ISRModel | None = None,
+        offload_reference: bool = False,
         disable_adapters: Callable[[], contextlib.AbstractContextManager] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
@@ -85,7 +88,8 @@ class RFSRObjective:
         self.rewards, self.balance_rewards = list(rewards), balance_rewards
         self.style_loss, self.kl = style_loss, kl
         self.lambda_style = lambda_style
-        self.reference, self.disable_adapters = reference, disable_adapters
+        self.reference, self.offload_reference = reference, offload_reference
+        self.disable_adapters = disable_adapters
         self.num_inference_steps = num_inference_steps
         self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
 
@@ -101,7 +105,9 @@ class RFSRObjective:
     def predict_reference(self, state: State, condition: Condition) -> Prediction:
         """The same step by the pre-trained model."""
         if self.reference is not None:
-            return self.predict(self.reference, state, condition)
+            own = self.reference.trainable_networks().values() if self.offload_reference else ()
+            with on_device(own, self.model.device):
+                return self.predict(self.reference, state, condition)
         with self.disable_adapters():
             return self.predict(self.model, state, condition)
 

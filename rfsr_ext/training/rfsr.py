@@ -1,6 +1,7 @@
 """Reward feedback learning as a `Method`, and the trainer that puts it together from a configuration."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import Dataset
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.losses import VGGGramLoss
+from rfsr_ext.memory import hold_weights
 from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import WeightedReward
@@ -55,6 +58,10 @@ def build_objective(
         style_loss = None
     elif style_loss is None:
         style_loss = VGGGramLoss(weights=config.vgg_weights)
+    reference = model.reference() if held and not config.lora_rank else None
+    if reference and config.offload_reference:
+        for network in reference.trainable_networks().values():
+            network.cpu()
     return RFSRObjective(
         model,
         windows,
@@ -65,7 +72,8 @@ def build_objective(
         style_loss=style_loss.to(model.device) if style_loss else None,
         kl=held and config.style_loss == "kl",
         lambda_style=config.lambda_style,
-        reference=model.reference() if held and not config.lora_rank else None,
+        reference=reference,
+        offload_reference=config.offload_reference,
         disable_adapters=functools.partial(_disable_adapters, model) if config.lora_rank else None,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale or 1.0,
@@ -132,6 +140,26 @@ class RFSR(Method):
         else:
             self.model.unfreeze()
         self.players = {"model": self.model.trainable_networks()}
+        self.frozen: dict[str, nn.Module] = {}  # as they are saved, where training holds others
+        if config.frozen_dtype:
+            self._hold_frozen(getattr(torch, config.frozen_dtype))
+
+    def _hold_frozen(self, dtype: torch.dtype) -> None:
+        """Compute with frozen networks whose weights are in half precision; the model's own wait on the CPU."""
+        model, objective = self.model, self.objective
+        self.frozen = {name: network for name, network in model.networks.items() if name not in model.trained}
+        held = {name: hold_weights(copy.deepcopy(network), dtype) for name, network in self.frozen.items()}
+        model.networks |= held
+        for network in self.frozen.values():
+            network.cpu()
+        if objective.reference is not None:
+            objective.reference.networks |= held
+            for network in objective.reference.trainable_networks().values():
+                hold_weights(network, dtype)
+        if objective.style_loss is not None:
+            hold_weights(objective.style_loss, dtype)
+        for term in objective.rewards:
+            hold_weights(term.reward, dtype)
 
     def install(self, player: str, networks: dict[str, nn.Module]) -> None:
         self.model.networks |= networks
@@ -183,13 +211,21 @@ class RFSR(Method):
 
     def export(self, folder: Path) -> None:
         """The model as an ordinary folder, adapters merged; adapters themselves beside it, as peft keeps them."""
-        own = self.model.trainable_networks()
-        self.model.networks |= {name: setup.merge_adapters(network) for name, network in own.items()}
+        used, own = dict(self.model.networks), self.model.trainable_networks()
+        self.model.networks |= self.frozen | {name: setup.merge_adapters(network) for name, network in own.items()}
         try:
             self.model.save_pretrained(folder)
         finally:
-            self.model.networks |= own
+            self.model.networks |= used
         setup.save_adapters(own, folder.with_name(f"{folder.name}-adapters"))
+
+    def finish(self) -> None:
+        """Give the model its frozen networks back as they were, and networks with adapters as they are saved."""
+        trained = {name: setup.merge_adapters(network) for name, network in self.model.trainable_networks().items()}
+        whole = {name: network.to(self.model.device) for name, network in self.frozen.items()}
+        self.model.networks |= whole | trained
+        for network in self.model.networks.values():
+            network.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -279,8 +315,6 @@ class RFSRTrainer:
     def train(self, resume: bool = True) -> TrainingResult:
         """Train to ``config.iterations``, see `rfsr_ext.training.loop.Loop.train`."""
         history = self.loop.train(resume)
-        self.model.networks |= {n: setup.merge_adapters(m) for n, m in self.model.trainable_networks().items()}
-        for network in self.model.networks.values():
-            network.requires_grad_(False)
+        self.method.finish()
         validation = pd.DataFrame(self.held_out.measured)
         return TrainingResult(self.model, self.loop.folder, history, validation, self.held_out.best_iteration)

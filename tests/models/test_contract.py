@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from rfsr_ext.memory import hold_weights
 from rfsr_ext.models import check_model, load_model
 from rfsr_ext.sampling import generators, sample, upscale
 from tests.models.released.reduced import REDUCED
@@ -56,6 +57,23 @@ def test_upscales_any_size_in_tiles(model):
         model, torch.rand(3, 7, 2 * unit + 3), tile=4 * unit, overlap=unit, num_inference_steps=2, progress=False
     )
     assert result.shape == (3, 7 * model.scale, (2 * unit + 3) * model.scale) and result.isfinite().all()
+
+
+def test_frozen_weights_in_half_precision_are_what_autocast_makes_of_them(model):
+    def made():
+        with torch.autocast("cpu", torch.bfloat16):
+            return sample(model, torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)), ["cat"],
+                          generators(0, [0]), 1)  # fmt: skip
+
+    side = 2 * model.multiple // model.scale
+    expected, exact, sizes = made(), model.networks, {}
+    frozen = {name: network for name, network in exact.items() if name not in model.trained}
+    model.networks = exact | {n: hold_weights(copy.deepcopy(m), torch.bfloat16) for n, m in frozen.items()}
+    assert torch.equal(made(), expected)
+    for name, network in frozen.items():
+        sizes[name], held = (sum(p.nbytes for p in m.parameters()) for m in (network, model.networks[name]))
+        assert 0.5 * sizes[name] <= held < sizes[name]
+        assert held < 0.7 * sizes[name] or name == "text_encoder"  # whose embeddings are large here
 
 
 def gradients(model):

@@ -75,11 +75,11 @@ def undeclared(paths: list[Path], known: set[str], **options) -> dict[str, set[s
 
 # What a part may import beyond the extras of its folder: it says what to install where that is missing.
 OPTIONAL = {
-    "rfsr_ext": declared("lora", "stream", "notebooks", "metrics") | {"packaging", "image-reward"},
+    "rfsr_ext": declared("lora", "8bit", "stream", "notebooks", "metrics") | {"packaging", "image-reward"},
     "benchmarks": declared("bench") | {"torchvision"},
     "notebooks/src": {"lightning"},
     "notebooks": {"lightning"},
-    "tests": declared("metrics", "stream", "peers", "browser") | {"lightning", "timm", "image-reward"},
+    "tests": declared("8bit", "metrics", "stream", "peers", "browser") | {"lightning", "timm", "image-reward"},
 }
 
 
@@ -102,7 +102,7 @@ def test_what_an_extra_brings_is_imported():
     """A package that nothing imports any more leaves the list."""
     used = set().union(*(imports(path) for path in modules("rfsr_ext")))
     assert declared("train") - used == {"tensorboard"}, "accelerate imports tensorboard"
-    assert declared("lora") - declared("train") == {"peft"} <= used
+    assert declared("lora", "8bit") - declared("train") == {"peft", "bitsandbytes"} <= used
 
 
 def test_running_the_package_needs_nothing_that_builds_it():

@@ -184,37 +184,28 @@ def test_gradients_reach_the_images_through_every_view(images):
     assert torch.autograd.gradcheck(total, x)
 
 
-class Movable(CallableReward):
-    """Remembers where it was sent."""
+def test_offloading_brings_the_reward_in_and_out_again():
+    """Images on the meta device stand for those on a GPU."""
+    layer = torch.nn.Conv2d(3, 1, 3)
+    weight, seen = layer.weight, []
 
-    def __init__(self):
-        super().__init__(brightness, "movable")
-        self.moves = []
+    def score(images, prompts):
+        seen.append(layer.weight.device.type)
+        return layer(images).mean((1, 2, 3))
 
-    def to(self, device):
-        self.moves.append(str(device))
-        return self
-
-
-def test_offloading_brings_the_reward_in_and_out_again(images):
-    reward = Movable()
+    reward = CallableReward(score, "layer")
+    reward.layer = layer
+    x = torch.rand(1, 3, 8, 8, device="meta")
     away = WeightedReward(reward, 1.0, offload=True)
-    gradient([away], images)
-    assert reward.moves == ["cpu", "cpu"]
-    away.measure(images, ["", "", ""])
-    assert len(reward.moves) == 4
-
-    def fail(images, prompts):
-        raise RuntimeError("broken")
-
-    reward.function = fail
-    with pytest.raises(RuntimeError, match="broken"):
-        away.measure(images, ["", "", ""])
-    assert len(reward.moves) == 6
-    gradient([WeightedReward(CallableReward(brightness, "x"), 1.0)], images)
-    stays = Movable()
-    gradient([WeightedReward(stays, 1.0)], images)
-    assert stays.moves == []
+    reward_loss([away], x, [""])
+    away.measure(x, [""])
+    assert seen == ["meta", "meta"] and layer.weight is weight
+    away.reward.function = lambda images, prompts: score(images, prompts).no_such_thing
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        away.measure(x, [""])
+    assert len(seen) == 3 and layer.weight is weight
+    with WeightedReward(reward, 1.0).on(x.device):
+        assert layer.weight is weight
 
 
 @pytest.mark.cuda

@@ -181,7 +181,7 @@ ACCEPTED = {
     "max_grad_norm": {"half", "null"}, "guidance_scale": {"half", "null"}, "num_inference_steps": {"null"},
     "structure_window": {"null"}, "reward_window": {"null"}, "mixed_precision": {"false"},
     "structure_loss": {"false"}, "style_loss": {"false"}, "allow_overlap": {"true", "false"},
-    "gradient_checkpointing": {"true", "false"},
+    "gradient_checkpointing": {"true", "false"}, "offload_reference": {"true", "false"}, "frozen_dtype": {"null"},
     "balance_rewards": {"true", "false"}, "ema_decay": {"zero"}, "lambda_structure": {"zero", "half"},
     "lambda_style": {"zero", "half"}, "seed": {"zero"}, "num_workers": {"zero"}, "lora_rank": {"zero"},
     "max_psnr_drop": {"zero", "minus", "half"}, "rewards": {"mapping"}, "model_options": {"mapping"},

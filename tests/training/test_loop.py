@@ -86,8 +86,8 @@ def test_accelerates_environment_does_not_reach_the_gradient(tmp_path, monkeypat
 
 def test_clipping_can_be_off(tmp_path):
     class Steep(ToyGAN):
-        def optimizer(self, player, parameters, learning_rate, betas):
-            return torch.optim.SGD(parameters, learning_rate)
+        def optimizer(self, player, parameters, config):
+            return torch.optim.SGD(parameters, config.learning_rate)
 
     moved = {}
     for limit in (None, 1e9, 0.01):

@@ -47,9 +47,10 @@ class ToyGAN(Method):
             self.seen += len(samples)
         return loss, {"loss": loss.detach()}
 
-    def optimizer(self, player, parameters, learning_rate, betas):
-        kind = {"generator": torch.optim.Adam, "discriminator": torch.optim.AdamW}[player]
-        return kind(parameters, learning_rate, betas=betas)
+    def optimizer(self, player, parameters, config):
+        if player == "generator":
+            return super().optimizer(player, parameters, config)
+        return torch.optim.AdamW(parameters, config.learning_rate, betas=config.adam_betas)
 
     def state_dict(self):
         return {"seen": self.seen}

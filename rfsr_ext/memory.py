@@ -1,0 +1,64 @@
+"""Memory: weights that are held in half precision, or on the CPU while nobody needs them; and how much there is."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+__all__ = ["hold_weights", "on_device"]
+
+
+class _As(nn.Module):
+    """Gives a tensor in another type."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype)
+
+
+def hold_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Hold the weights of a frozen module's linear layers and convolutions in half precision, in place.
+
+    Whoever asks for such a weight gets it in its own type, so that everything is computed as before, of rounded
+    weights.  Under autocast to ``dtype``, which rounds exactly these at every use, results stay the same bits.
+
+    Args:
+        module: it is never trained; what it saves is the rounded weights.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+    """
+    for part in list(module.modules()):
+        if isinstance(part, (nn.Linear, _ConvNd)) and not parametrize.is_parametrized(part):
+            own = part.weight.dtype
+            part.weight = nn.Parameter(part.weight.detach().to(dtype), requires_grad=False)
+            parametrize.register_parametrization(part, "weight", _As(own), unsafe=True)
+    return module
+
+
+@contextlib.contextmanager
+def on_device(modules: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """Have frozen modules on a device for as long as the block lasts.
+
+    What is elsewhere stays there meanwhile and is what the modules have again afterwards: only the way to the device
+    costs time, and what a module writes into its buffers there is lost.
+    """
+    device, homes = torch.device(device), []
+    for part in (part for module in modules for part in module.modules()):
+        for tensors in (part._parameters, part._buffers):
+            homes += [(tensors, name, x) for name, x in tensors.items() if x is not None and x.device != device]
+    try:
+        moved: dict[int, Tensor] = {}  # what two modules share, they go on sharing
+        for tensors, name, tensor in homes:
+            if id(tensor) not in moved:
+                there = tensor.detach().to(device, non_blocking=True)
+                moved[id(tensor)] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+            tensors[name] = moved[id(tensor)]
+        yield
+    finally:
+        for tensors, name, tensor in homes:
+            tensors[name] = tensor
