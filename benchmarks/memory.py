@@ -5,13 +5,15 @@ that trains and upscales it, and writes ``benchmarks/results/memory.md``. A new 
 
 Counted is what tensors hold, the storage of each once, from its first operation to its end. Not counted are the
 libraries' workspaces, the allocator's gaps and the CUDA context. Attention counts as the fused kernels have it, which
-keep no matrix of all pairs. Rewards are not in it: they see one image at a time, and differ.
+keep no matrix of all pairs. Rewards are not in it: they see one image at a time, and differ. Nor is `mixed_precision`,
+which the meta device does not know: it keeps about half the activations, and copies of the trained weights beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -41,6 +43,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from benchmarks.report import table
 from rfsr_ext.losses import VGGGramLoss
+from rfsr_ext.memory import hold_weights
 from rfsr_ext.models import ISRModel
 from rfsr_ext.models.ccsr import CCSRv1Model, CCSRv2ControlNetModel, CCSRv2Model
 from rfsr_ext.models.csd2 import CSD2ISRModel
@@ -62,6 +65,13 @@ RANK = 8  # of LoRA
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULT = Path(__file__).parent / "results" / "memory.md"
 SIDE = 512  # of the pictures in training
+SETTINGS: list[tuple[str, dict[str, Any]]] = [  # of the configuration, each with all above it
+    ("none", {}),
+    ("gradient_checkpointing", {}),
+    ("frozen_dtype: bfloat16", {"frozen_dtype": torch.bfloat16}),
+    ("offload_reference", {"offload_reference": True}),
+    ("optimizer: adam-8bit", {"adam_8bit": True}),
+]
 UHD = 2160, 3840
 
 
@@ -205,6 +215,15 @@ class Live(TorchDispatchMode):
     def _remove(self, size: int) -> None:
         self.now -= size
 
+    def beside(self, size: int, function: Callable, *args: Any) -> Any:
+        """Call a function while ``size`` bytes are there that no operation has made."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        try:
+            return function(*args)
+        finally:
+            self.now -= size
+
     @contextlib.contextmanager
     def kept_by(self, model: ISRModel, *methods: str) -> Iterator[dict[str, int]]:
         """Bytes that are there after calls of methods that record gradients, and were not before: for the backward."""
@@ -267,7 +286,22 @@ def steps_with_a_rollout(model: ISRModel) -> int:
     return next(n for n in itertools.count(2) if len(model.process(n)) > 1)
 
 
-def iteration(model: ISRModel, batch: int, side: int, style: nn.Module | None = None) -> dict[str, int]:
+def adam_of(parameters: Iterable[Tensor], in_8_bits: bool = False) -> int:
+    """Bytes of Adam's two moments; in 8 bits, as bitsandbytes has them, each block of 256 has a number of its own."""
+    parameters = list(parameters)
+    large = [p for p in parameters if in_8_bits and p.numel() >= 4096]
+    return 2 * (bytes_of(parameters) - bytes_of(large)) + sum(2 * (p.numel() + 4 * -(-p.numel() // 256)) for p in large)
+
+
+def iteration(
+    model: ISRModel,
+    batch: int,
+    side: int,
+    style: nn.Module | None = None,
+    frozen_dtype: torch.dtype | None = None,
+    offload_reference: bool = False,
+    adam_8bit: bool = False,
+) -> dict[str, int]:
     """Bytes of one iteration in the reward window, by what holds them; ``peak`` is everything at its worst moment.
 
     The objective is the trainer's own at the last of few steps, after a rollout: more steps take no more memory.
@@ -277,7 +311,12 @@ def iteration(model: ISRModel, batch: int, side: int, style: nn.Module | None = 
         batch, side: of the pictures.
         style: the Gram loss, for which a frozen reference is kept (with adapters it is the model without them); None
             for no reference.
+        frozen_dtype, offload_reference, adam_8bit: as in the configuration.
     """
+    if frozen_dtype:
+        for name, network in model.networks.items():
+            if name not in model.trained:
+                hold_weights(network, frozen_dtype)
     trained = [p for m in model.networks.values() for p in m.parameters() if p.requires_grad]
     steps = steps_with_a_rollout(model)
     last = len(model.process(steps))
@@ -288,17 +327,24 @@ def iteration(model: ISRModel, batch: int, side: int, style: nn.Module | None = 
     )  # fmt: skip
     objective = build_objective(config, model, [WeightedReward(_Mean(), 1.0)], style)
     reference = objective.reference
+    if frozen_dtype and reference is not None:
+        for network in reference.trainable_networks().values():
+            hold_weights(network, frozen_dtype)
     found = {"weights": weights_of(model), "gradients": bytes_of(trained)}
-    found |= {"Adam": 2 * bytes_of(trained), "EMA": bytes_of(trained)}
+    found |= {"Adam": adam_of(trained, adam_8bit), "EMA": bytes_of(trained)}
     found["reference"] = 0 if reference is None else weights_of(reference, reference.trained)
     gt, lr = (torch.rand(batch, 3, n, n, device="meta", dtype=model.dtype) for n in (side, side // model.scale))
+    away = found["reference"] if offload_reference else 0
     with as_on_gpu(), Live() as live, live.kept_by(model, "predict", "decode") as kept:
+        predict_reference = objective.predict_reference
+        objective.predict_reference = lambda *args: live.beside(away, predict_reference, *args)
         loss, _ = objective(lr, gt, [""] * batch, last)
         found |= {"denoiser": kept["predict"], "decoder": kept["decode"]}
         found["style loss"] = live.now - sum(kept.values())
         loss.backward()
     for parameter in trained:
         parameter.grad = None
+    found["reference"] -= away
     # gradients are among what is alive
     return found | {"peak": sum(found[name] for name in ("weights", "Adam", "EMA", "reference")) + live.peak}
 
@@ -354,13 +400,13 @@ def gib(size: int) -> str:
 
 
 @functools.cache  # its random numbers take seconds
-def style_loss(dtype: str) -> nn.Module:
-    return VGGGramLoss(weights="random").to("meta", DTYPES[dtype])
+def style_loss() -> nn.Module:
+    return VGGGramLoss(weights="random").to("meta")
 
 
 def training_rows(name: str, dtype: str, batches: Iterable[int], side: int) -> Iterator[list[str]]:
     """A system with all its trained weights and with adapters, at every batch size."""
-    style = style_loss(dtype)
+    style = style_loss()
     for rank in (0, RANK):
         model = build(name, DTYPES[dtype], rank)
         parameters = [p for m in model.networks.values() for p in m.parameters()]
@@ -371,20 +417,24 @@ def training_rows(name: str, dtype: str, batches: Iterable[int], side: int) -> I
             yield [what, dtype, str(batch), f"{total / 1e6:,.0f}", f"{trained / 1e6:,.1f}", *map(gib, counts.values())]
 
 
-def checkpointing_rows(name: str, dtypes: Iterable[str], batches: Iterable[int], side: int) -> Iterator[list[str]]:
-    """A system with and without gradient checkpointing: what is held, what is kept for the backward, the peak."""
-    for dtype, rank, checkpointing in itertools.product(dtypes, (0, RANK), (False, True)):
-        model = build(name, DTYPES[dtype])
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        prepare(model, rank)
-        style = style_loss(dtype)
-        for batch in batches:
-            counts = iteration(model, batch, side, style)
-            held = sum(counts[part] for part in ("weights", "gradients", "Adam", "EMA", "reference"))
-            sizes = held, counts["denoiser"], counts["decoder"], counts["peak"]
-            what = f"{name}, {f'LoRA of rank {rank}' if rank else 'full'}"
-            yield [what, dtype, str(batch), "yes" if checkpointing else "no", *map(gib, sizes)]
+def settings_rows(name: str, dtype: str, batches: Iterable[int], side: int) -> Iterator[list[str]]:
+    """A system with more and more settings that save memory: what is held, what is kept for the backward, the peak."""
+    for rank, settings in ((0, SETTINGS), (RANK, SETTINGS[:3])):  # adapters need no reference, and their moments little
+        options: dict[str, Any] = {}
+        for number, (setting, more) in enumerate(settings):
+            options |= more
+            style = style_loss()
+            if "frozen_dtype" in options:
+                style = hold_weights(copy.deepcopy(style), options["frozen_dtype"])
+            for batch in batches:
+                model = build(name, DTYPES[dtype])
+                if number:
+                    model.enable_gradient_checkpointing()
+                counts = iteration(prepare(model, rank), batch, side, style, **options)
+                held = sum(counts[part] for part in ("weights", "gradients", "Adam", "EMA", "reference"))
+                sizes = held, counts["denoiser"], counts["decoder"], counts["peak"]
+                what = f"{name}, {f'LoRA of rank {rank}' if rank else 'full'}"
+                yield [what, dtype, str(batch), setting, *map(gib, sizes)]
 
 
 def upscaling_rows(name: str, dtype: str, batches: Iterable[int]) -> Iterator[list[str]]:
@@ -402,6 +452,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8], help="pictures per iteration")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
+    dtypes = args.dtypes or SYSTEMS[args.systems[0]].dtypes
     pairs = [(name, dtype) for name in args.systems for dtype in args.dtypes or SYSTEMS[name].dtypes]
     training = ["", "type", "batch", "M parameters", "of them trained", "weights", "gradients", "Adam", "EMA"]
     training += ["reference", "denoiser", "decoder", "style loss", "peak"]
@@ -414,11 +465,11 @@ def main() -> None:
         "",
         *table(training, [row for pair in pairs for row in training_rows(*pair, args.batches, SIDE)]),
         "",
-        "## The same with and without `gradient_checkpointing`, GiB",
+        "## The same with settings that save memory, each with those above it, GiB",
         "",
         *table(
-            ["", "type", "batch", "checkpointing", "held", "denoiser", "decoder", "peak"],
-            checkpointing_rows(args.systems[0], args.dtypes or DTYPES, args.batches, SIDE),
+            ["", "type", "batch", "setting", "held", "denoiser", "decoder", "peak"],
+            [row for dtype in dtypes for row in settings_rows(args.systems[0], dtype, args.batches, SIDE)],
         ),
         "",
         f"## Upscaling to {UHD[1]}×{UHD[0]} by the recipe's tiles, with its guidance, GiB",

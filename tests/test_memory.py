@@ -94,6 +94,43 @@ def test_adapters_need_no_reference():
     assert found["reference"] == 0 and found["gradients"] == 4 * sum(p.numel() for p in adapters) > 0
 
 
+def test_settings_take_off_what_they_say():
+    """By the bytes of the tensors that they hold elsewhere or shorter."""
+    style = VGGGramLoss(weights="random").to("meta")
+
+    def count(**options):
+        return memory.iteration(memory.prepare(TINY["C-SD2"]().to("meta")), 1, 32, style, **options)
+
+    plain, held = count(), count(frozen_dtype=torch.bfloat16)
+    model = TINY["C-SD2"]()
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    sizes = {
+        name: sum(m.weight.nbytes for m in network.modules() if isinstance(m, layers))
+        for name, network in model.networks.items()
+    }
+    frozen = sum(size for name, size in sizes.items() if name not in model.trained)
+    assert plain["weights"] - held["weights"] == frozen / 2
+    assert plain["reference"] - held["reference"] == (sum(sizes.values()) - frozen) / 2
+    away, small = count(offload_reference=True), count(adam_8bit=True)
+    assert away["reference"] == 0 and plain["peak"] - plain["reference"] <= away["peak"] < plain["peak"]
+    assert plain["peak"] - small["peak"] == plain["Adam"] - small["Adam"] > 0
+
+
+@pytest.mark.parametrize("count", [4095, 4096, 4097, 10_000])
+def test_adam_in_8_bits_is_what_bitsandbytes_keeps(count):
+    optim = pytest.importorskip(
+        "bitsandbytes.optim", reason="bitsandbytes is not installed; pip install 'rfsr_ext[8bit]'"
+    )
+    parameter = torch.nn.Parameter(torch.zeros(count))
+    parameter.grad = torch.ones(count)
+    optimizer = optim.Adam8bit([parameter])
+    optimizer.step()
+    kept = {
+        key: x for key, x in optimizer.state[parameter].items() if isinstance(x, torch.Tensor) and "qmap" not in key
+    }
+    assert memory.adam_of([parameter], in_8_bits=True) == sum(x.nbytes for x in kept.values())
+
+
 @pytest.mark.parametrize("name", TWO)
 def test_upscaling_takes_what_its_tiles_take(name):
     model = memory.prepare(TINY[name]().to("meta"))
@@ -135,12 +172,12 @@ def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["memory", *options])
     memory.main()
     lines = (tmp_path / "m").read_text().splitlines()
-    assert sum(line.startswith("| tiny, full | bfloat16 | 1 |") for line in lines) == 3
-    assert sum(line.startswith("| tiny, LoRA of rank 8 | bfloat16 | 1 |") for line in lines) == 3
+    assert sum(line.startswith("| tiny, full | bfloat16 | 1 |") for line in lines) == 1 + len(memory.SETTINGS)
+    assert sum(line.startswith("| tiny, LoRA of rank 8 | bfloat16 | 1 |") for line in lines) == 4
     peaks = {}
-    for checkpointing in ("no", "yes"):
-        (line,) = (x for x in lines if x.startswith(f"| tiny, full | bfloat16 | 1 | {checkpointing} |"))
-        peaks[checkpointing] = float(line.split("|")[-2])
-    assert peaks["yes"] < peaks["no"]
+    for setting, _ in memory.SETTINGS:
+        (line,) = (x for x in lines if x.startswith(f"| tiny, full | bfloat16 | 1 | {setting} |"))
+        peaks[setting] = float(line.split("|")[-2])
+    assert peaks["gradient_checkpointing"] < peaks["none"]
     for at_once in (1, 2):  # there are no four
         assert sum(line.startswith(f"| tiny | bfloat16 | 32² | 2 | {at_once} |") for line in lines) == 1
