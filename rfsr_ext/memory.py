@@ -1,14 +1,16 @@
 """Memory: weights that are held in half precision, or on the CPU while nobody needs them; and how much there is."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-__all__ = ["hold_weights", "on_device"]
+__all__ = ["available", "bytes_of", "hold_weights", "on_device"]
 
 
 class _As(nn.Module):
@@ -33,8 +35,10 @@ def hold_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         dtype: ``torch.bfloat16`` or ``torch.float16``.
     """
     for part in list(module.modules()):
-        if isinstance(part, (nn.Linear, _ConvNd)) and not parametrize.is_parametrized(part):
-            own = part.weight.dtype
+        if not isinstance(part, (nn.Linear, _ConvNd)) or parametrize.is_parametrized(part):
+            continue
+        own = part.weight.dtype
+        if own.itemsize > dtype.itemsize:
             part.weight = nn.Parameter(part.weight.detach().to(dtype), requires_grad=False)
             parametrize.register_parametrization(part, "weight", _As(own), unsafe=True)
     return module
@@ -62,3 +66,17 @@ def on_device(modules: Iterable[nn.Module], device: torch.device | str) -> Itera
     finally:
         for tensors, name, tensor in homes:
             tensors[name] = tensor
+
+
+def bytes_of(modules: Iterable[nn.Module]) -> int:
+    """Of parameters and buffers, each once."""
+    tensors = {id(x): x for module in modules for x in (*module.parameters(), *module.buffers())}
+    return sum(x.nbytes for x in tensors.values())
+
+
+def available() -> int | None:
+    """Bytes of this machine's memory that can be had; None where the system does not say, or not as Linux does."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return None

@@ -12,12 +12,13 @@ from PIL import Image
 
 from rfsr_ext.cli.config import default_device
 from rfsr_ext.cli.errors import disk_is_full, sentence
-from rfsr_ext.data.images import SUFFIXES, read_image_and_alpha, resize, to_image, to_tensor, to_uint8
+from rfsr_ext.data.images import SUFFIXES, read_header, read_image_and_alpha, resize, to_image, to_tensor, to_uint8
 from rfsr_ext.files import make_folder, replace_file
-from rfsr_ext.models import load_model
+from rfsr_ext.memory import available
+from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.processes import is_main, join, split_map
 from rfsr_ext.sampling import upscale
-from rfsr_ext.sampling.upscale import tiling
+from rfsr_ext.sampling.upscale import result_bytes, tiling
 
 __all__ = ["upscale_files"]
 
@@ -62,6 +63,24 @@ def _targets(images: Sequence[Path], output: Path, scale: int, overwrite: bool) 
             raise FileExistsError(f"{str(target)!r} exists already; give another folder (--output) or --overwrite")
         targets[image] = target
     return targets
+
+
+def _say_memory(path: Path, model: ISRModel) -> None:
+    """Say what a picture's result will need, if that is much.
+
+    Raises:
+        ValueError: if there is not as much.
+    """
+    header = read_header(path)
+    size = f"{header.width * model.scale}x{header.height * model.scale} pixels"
+    need, there = result_bytes(model, header.height, header.width), available()
+    if there is not None and need > there:
+        raise ValueError(
+            f"its result of {size} needs {need / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free; give a "
+            "smaller picture, or parts of it"
+        )
+    if need > 1e9:
+        typer.echo(f"{path}: the result of {size} will need {need / 1e9:.1f} GB of memory beside the model", err=True)
 
 
 def upscale_files(
@@ -109,13 +128,15 @@ def upscale_files(
         """Whether there is a result; a line says so, or why not."""
         target = targets[path]
         try:
+            _say_memory(path, isr)
             image, alpha = read_image_and_alpha(path)
-            sr = upscale(
-                isr, to_tensor(image), prompt, seed=seed, tile=tile, overlap=overlap, num_inference_steps=steps,
-                color_fix=None if color_fix == "none" else color_fix, guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt, progress=is_main(),
+            result = to_image(
+                upscale(
+                    isr, to_tensor(image), prompt, seed=seed, tile=tile, overlap=overlap, num_inference_steps=steps,
+                    color_fix=None if color_fix == "none" else color_fix, guidance_scale=guidance_scale,
+                    negative_prompt=negative_prompt, progress=is_main(),
+                )
             )  # fmt: skip
-            result = to_image(sr)
             if alpha is not None:
                 result = np.concatenate([result, to_uint8(resize(alpha, result.shape[:2]))], axis=-1)
             with replace_file(target) as aside:

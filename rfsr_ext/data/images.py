@@ -63,7 +63,11 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 
 def to_image(tensor: torch.Tensor) -> np.ndarray:
     """The inverse of `to_tensor`, in 8 bits: ``[3, H, W]`` in [0, 1] to ``[H, W, 3]``."""
-    return to_uint8(np.moveaxis(tensor.detach().float().cpu().numpy(), 0, -1))
+    channels, height, width = tensor.shape
+    result = np.empty((height, width, channels), np.uint8)
+    for rows in (slice(top, top + 256) for top in range(0, height, 256)):  # a copy of it all may be too much
+        result[rows] = to_uint8(np.moveaxis(tensor[:, rows].detach().float().cpu().numpy(), 0, -1))
+    return result
 
 
 def read_image(path: str | Path | bytes, box: Box | None = None) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rfsr_ext.models import Condition, ISRModel, Process
 
-__all__ = ["Tiled", "Tiles"]
+__all__ = ["Enlarged", "Tiled", "Tiles"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Tiles:
         Returns:
             ``[1, C, h, w]``.
         """
-        result = weights = None
+        result = None
         corners = self.corners()
         for first in range(0, len(corners), self.batch_size):
             batch = corners[first : first + self.batch_size]
@@ -68,23 +68,58 @@ class Tiles:
             outputs = function(cut, len(batch))
             factor = min(self.tile, self.height) // outputs.shape[-2]
             if result is None:
-                # float32 also for half-precision models: windows multiply to 1e-7 in the corners
+                # float32 also for half-precision models, whose sums would lose digits
                 size = self.height // factor, self.width // factor
                 result = torch.zeros(1, outputs.shape[1], *size, device=outputs.device)
-                weights = torch.zeros_like(result[:, :1])
                 # without the zeros at its ends, so that the image's own border has a weight too
                 rows, columns = (
                     torch.hann_window(n + 2, periodic=False, device=outputs.device)[1:-1] for n in outputs.shape[-2:]
                 )
-                window = rows[:, None] * columns
-            for corner, output in zip(batch, outputs, strict=True):
-                result[self.part(corner, factor)] += window * output
-                weights[self.part(corner, factor)] += window
-        return (result / weights).to(outputs.dtype)
+                down, across = self._weights(rows, self.height, factor), self._weights(columns, self.width, factor)
+            for (top, left), output in zip(batch, outputs, strict=True):
+                result[self.part((top, left), factor)] += down[top][:, None] * across[left] * output
+        return result.to(outputs.dtype)
+
+    def _weights(self, window: Tensor, length: int, factor: int) -> dict[int, Tensor]:
+        """Along one side, by a tile's first pixel: its window as a share of all tiles' there.
+
+        Tiles stand in rows and columns, so that the shares in an image are the products of those along its sides.
+        """
+        places = {start: slice(start // factor, start // factor + len(window)) for start in self._starts(length)}
+        total = window.new_zeros(length // factor)
+        for place in places.values():
+            total[place] += window
+        return {start: window / total[place] for start, place in places.items()}
+
+
+class Enlarged:
+    """An LR image enlarged, as far as it is asked for: ``[..., rows, columns]`` gives a part, and no more is ever made.
+
+    Args:
+        model: whose enlargement it is, one of bicubic interpolation.
+        lr: ``[N, 3, h, w]``.
+    """
+
+    _REACH = 3  # pixels of the LR image beyond a part that bicubic interpolation looks at, and one more
+
+    def __init__(self, model: ISRModel, lr: Tensor):
+        self.model, self.lr = model, lr
+        self.shape = torch.Size((*lr.shape[:2], *(n * model.scale for n in lr.shape[2:])))
+
+    def __getitem__(self, index: tuple) -> Tensor:
+        scale, seen, kept = self.model.scale, [], []
+        for part, length in zip(index[1:], self.shape[2:], strict=True):
+            start, stop, _ = part.indices(length)
+            first = max(start // scale - self._REACH, 0)
+            seen.append(slice(first, -(-stop // scale) + self._REACH))
+            kept.append(slice(start - first * scale, stop - first * scale))
+        return self.model.first_stage(self.lr[..., *seen])[..., *kept]
 
 
 class Tiled(ISRModel):
     """A model whose networks see one image through tiles; the model itself is untouched.
+
+    The enlarged image is made tile by tile, whenever one is asked for.
 
     Args:
         model: any base model.
@@ -98,14 +133,19 @@ class Tiled(ISRModel):
         self.scheduler, self.scale, self.multiple = model.scheduler, model.scale, model.multiple
         self.latent_channels, self.vae_scale_factor = model.latent_channels, model.vae_scale_factor
 
-    def first_stage(self, lr: Tensor) -> Tensor:
+    def first_stage(self, lr: Tensor) -> Tensor | Enlarged:
         if type(self.model).first_stage is ISRModel.first_stage:
-            return self.model.first_stage(lr)  # no network, and no memory to save
+            return Enlarged(self.model, lr)
         return self.tiles.blend(lambda cut, count: self.model.first_stage(cut(lr)))
 
-    def control(self, image: Tensor) -> dict[str, Tensor]:
-        names = self.model.control(image[self.tiles.part(self.tiles.corners()[0])])
-        return {n: self.tiles.blend(lambda cut, count, n=n: self.model.control(cut(image))[n]) for n in names}
+    def control(self, image: Tensor | Enlarged) -> dict[str, Tensor | Enlarged]:
+        tile = image[self.tiles.part(self.tiles.corners()[0])]
+        return {
+            name: image  # what networks see is the image itself
+            if seen is tile
+            else self.tiles.blend(lambda cut, count, name=name: self.model.control(cut(image))[name])
+            for name, seen in self.model.control(tile).items()
+        }
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         return self.model.embed(prompts)

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from rfsr_ext.models import ISRModel
 from rfsr_ext.sampling.color import COLOR_FIXES
-from rfsr_ext.sampling.rollout import generators, inference_condition, trajectory
+from rfsr_ext.sampling.rollout import Rollout, generators, inference_condition
 from rfsr_ext.sampling.tiles import Tiled, Tiles
 
-__all__ = ["tiling", "upscale"]
+__all__ = ["result_bytes", "tiling", "upscale"]
 
 
 def _pad(image: Tensor, height: int, width: int) -> Tensor:
@@ -42,6 +42,17 @@ def tiling(model: ISRModel, tile: int | None = None, overlap: int | None = None)
     return tile, overlap, unit
 
 
+def result_bytes(model: ISRModel, height: int, width: int) -> int:
+    """Bytes that an LR image of this size takes, upscaled and in 8 bits, beside the model and its work on tiles."""
+    pixels = height * width * model.scale**2
+    # the result in float32 and in 8 bits, while sampling is over
+    after = 4 * 3 + 3
+    # noise and latents before and after a step, the network's output and what the sampler makes of it
+    during = 6 * 4 * model.latent_channels / model.vae_scale_factor**2
+    first_stage = 0 if type(model).first_stage is ISRModel.first_stage else 4 * 3
+    return math.ceil(pixels * (first_stage + max(after, during)))
+
+
 @torch.no_grad()
 def upscale(
     model: ISRModel,
@@ -61,7 +72,8 @@ def upscale(
     """Upscale one photograph of any size.
 
     An image whose result fits into one tile is denoised whole and equals what `rfsr_ext.sampling.sample` gives for
-    ``generators(seed, [0])``; of a larger one only ``batch_size`` tiles are in a network at a time.
+    ``generators(seed, [0])``; of a larger one only ``batch_size`` tiles are in a network at a time, and nothing
+    but the result is as large in memory (`result_bytes`).
 
     Args:
         model: makes the image.
@@ -107,12 +119,13 @@ def upscale(
     if max(height, width) > tile:
         model = Tiled(model, Tiles(height, width, tile, overlap, unit, batch_size))
     condition, guidance_scale = inference_condition(model, lr, [prompt], guidance_scale, negative_prompt)
-    states = trajectory(model, condition, generators(seed, [0]), num_inference_steps, guidance_scale)
-    with tqdm(total=len(model.process(num_inference_steps)), desc="upscale", unit="step", disable=not progress) as bar:
-        for state, _ in states:  # the last of them is the end
-            bar.update(state.step - 1 - bar.n)
-    sr, reference = (x[crop].float() for x in (model.decode(state.latents), condition.image))
-    sr = COLOR_FIXES[color_fix](sr, reference).clamp(0, 1)
+    run = Rollout(model, condition, generators(seed, [0]), num_inference_steps, guidance_scale)
+    with tqdm(total=len(run.state.process), desc="upscale", unit="step", disable=not progress) as bar:
+        while not run.finished:
+            run.advance()
+            bar.update()
+    sr = model.decode(run.state.latents)[crop].float()
+    sr = COLOR_FIXES[color_fix](sr, condition.image).clamp_(0, 1)
     wanted = [n * model.scale for n in image.shape[-2:]]
     if list(sr.shape[-2:]) != wanted:
         sr = F.interpolate(sr, wanted, mode="bicubic", antialias=True).clamp(0, 1)

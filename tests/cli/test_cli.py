@@ -170,6 +170,24 @@ def test_any_error_of_one_file_leaves_the_others(rfsr, quick, tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "upscaled").iterdir()] == ["last_x4.png"]
 
 
+def test_memory_is_said_beforehand_and_what_needs_too_much_left_out(rfsr, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("large.png")
+    Image.new("RGB", (8, 8)).save("small.png")
+    module = importlib.import_module("rfsr_ext.cli.upscale")
+    monkeypatch.setattr(module, "available", lambda: 20_000)  # 64² pixels take 18 bytes each, six sets of latents
+    code, printed = rfsr("upscale", "large.png", "small.png")
+    assert str(code) == "rfsr: 1 of 2 files could not be upscaled: large.png"
+    assert (
+        "skipped large.png: its result of 64x64 pixels needs 0.0 GB of memory, and 0.0 GB are free; give" in printed.err
+    )
+    assert [image.shape for image in quick] == [(3, 8, 8)] and "will need" not in printed.err
+    monkeypatch.setattr(module, "result_bytes", lambda *_: 1_340_000_000)
+    monkeypatch.setattr(module, "available", lambda: None)  # not every system says
+    code, printed = rfsr("upscale", "large.png")
+    assert code == 0 and "large.png: the result of 64x64 pixels will need 1.3 GB of memory beside" in printed.err
+
+
 @pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "no space left on disk"), (errno.EROFS, "read-only")])
 def test_a_disk_that_takes_nothing_ends_the_batch_and_is_named(rfsr, quick, tmp_path, monkeypatch, number, words):
     monkeypatch.chdir(tmp_path)

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.memory import Live
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import ISRModel, Recipe
 from rfsr_ext.sampling import Tiles, adain_color_fix, generators, sample, upscale, wavelet_color_fix
-from rfsr_ext.sampling.upscale import _pad
+from rfsr_ext.sampling.tiles import Enlarged
+from rfsr_ext.sampling.upscale import _pad, result_bytes
 
 
 class PixelwiseModel(ISRModel):
@@ -114,6 +116,34 @@ def test_blending_hides_disagreement():
     assert result.diff(dim=-1).min() >= 0
 
 
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_part_of_the_enlarged_image_is_that_of_the_whole(scale):
+    model = PixelwiseModel()
+    model.scale = scale
+    lr = torch.rand(1, 3, 23, 31)
+    whole, parts = model.first_stage(lr), Enlarged(model, lr)
+    assert parts.shape == whole.shape
+    height, width = whole.shape[-2:]
+    for rows in (slice(height), slice(0, 8), slice(17, 30), slice(height - 5, height + 9)):
+        for columns in (slice(width), slice(0, 7), slice(32, 64), slice(width - 1, width)):
+            torch.testing.assert_close(parts[..., rows, columns], whole[..., rows, columns], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("color_fix", ["wavelet", "adain", None])
+def test_nothing_but_the_result_is_as_large_as_it(color_fix):
+    """What a taller picture takes more is the result in float32 and latents, an eighth of that here."""
+    model, peaks = PixelwiseModel(), []
+    heights = 256, 512
+    for height in heights:
+        image = torch.rand(3, height, 64)
+        with Live() as live:
+            upscale(model, image, tile=128, num_inference_steps=2, color_fix=color_fix, **QUIET)
+        peaks.append(live.peak)
+    pixels = 16 * 64 * (heights[1] - heights[0])
+    assert 12 * pixels <= peaks[1] - peaks[0] <= 1.2 * 12 * pixels
+    assert peaks[1] - peaks[0] <= result_bytes(model, heights[1] - heights[0], 64)
+
+
 # -- the real architecture --------------------------------------------------------------------------------------------
 
 
@@ -199,7 +229,7 @@ def smooth(seed):
 
 def test_adain_takes_the_statistics_of_the_reference():
     image, reference = torch.rand(1, 3, 40, 40) * 0.3, smooth(0)
-    fixed = adain_color_fix(image, reference)
+    fixed = adain_color_fix(image.clone(), reference)
     torch.testing.assert_close(fixed.mean((2, 3)), reference.mean((2, 3)))
     torch.testing.assert_close(fixed.std((2, 3)), reference.std((2, 3)), rtol=1e-3, atol=1e-3)
     correlation = torch.corrcoef(torch.stack([fixed[0, 0].flatten(), image[0, 0].flatten()]))[0, 1]
@@ -209,9 +239,18 @@ def test_adain_takes_the_statistics_of_the_reference():
 @pytest.mark.parametrize("fix", [adain_color_fix, wavelet_color_fix])
 def test_color_fixes_undo_a_cast_and_leave_a_good_image_alone(fix):
     image = smooth(1) + 0.05 * torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(fix(image, image), image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fix(image.clone(), image), image, atol=1e-5, rtol=0)
     cast = image + torch.tensor([0.2, 0.0, -0.1]).reshape(1, 3, 1, 1)
-    torch.testing.assert_close(fix(cast, image), image, atol=1e-3, rtol=0)
+    assert fix(cast, image) is cast
+    torch.testing.assert_close(cast, image, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("fix", [adain_color_fix, wavelet_color_fix])
+def test_color_fixes_go_band_by_band(fix, monkeypatch):
+    image, reference = torch.rand(1, 3, 150, 40), torch.rand(1, 3, 160, 48)
+    whole = fix(image.clone(), reference[..., :150, :40])
+    monkeypatch.setattr("rfsr_ext.sampling.color._BAND", 40)
+    torch.testing.assert_close(fix(image.clone(), reference), whole, atol=1e-5, rtol=0)
 
 
 def test_wavelet_fix_keeps_the_detail_and_drops_its_own_shading():
