@@ -103,10 +103,16 @@ def train(
     """Fine-tune a model as CONFIG says; the same command resumes an interrupted run."""
     from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.processes import process_state
-    from rfsr_ext.training import create_trainer, load_config
+    from rfsr_ext.training import RFSRTrainer, create_trainer, load_config
 
-    result = create_trainer(load_config(config, parse_pairs("--set", set_))).train(resume=not fresh)
-    if process_state().is_main_process:
+    trainer = create_trainer(load_config(config, parse_pairs("--set", set_)))
+    is_main = process_state().is_main_process
+    if is_main and isinstance(trainer, RFSRTrainer):
+        held = trainer.held_memory()
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in held.items() if size)
+        typer.echo(f"memory: {sum(held.values()) / 1e9:.2f} GB ({parts}), and activations on top", err=True)
+    result = trainer.train(resume=not fresh)
+    if is_main:
         typer.echo(result.summary)
 
 

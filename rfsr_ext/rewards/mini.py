@@ -107,7 +107,7 @@ class MiniPreference(_SavedReward):
         features = self.features(images * 2 - 1)
         quality = self.quality(features).float().mean((1, 2, 3))
         image = F.normalize(self.image_projection(features.mean((2, 3))).float(), dim=-1)
-        return quality + self.temperature * (image * text).sum(-1)
+        return quality + self.temperature * (image * text).sum(-1).float()
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return (self.raw_score(images, self.embed_text(prompts)) - self.mean) / self.std

@@ -233,6 +233,8 @@ class Loop:
             found = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": norm.item()}
             if state.scaler.is_enabled():
                 found["loss_scale"] = scale
+            state.scaler.update()
+            overflowed = state.scaler.get_scale() < scale and scale > 1
             loss_is_finite = np.isfinite(found.get("loss", 0.0))
             if loss_is_finite and np.isfinite(found["grad_norm"]):
                 factor = self.method.learning_rate_factor(player, iteration)
@@ -240,13 +242,12 @@ class Loop:
                     group["lr"] = self.config.learning_rate * factor
                 state.optimizer.step()
                 state.ema.step(parameters)
-            elif not (loss_is_finite and scale > 1):
+            elif not (loss_is_finite and overflowed):
                 skipped = True
                 logger.warning(
                     "iteration %d: %sloss %s or its gradient is not finite, step skipped",
                     iteration + 1, prefix, found.get("loss"),
                 )  # fmt: skip
-            state.scaler.update()
             for other in self.states.values():  # a player's loss may reach another player's networks
                 other.optimizer.zero_grad(set_to_none=True)
             row |= {f"{prefix}{name}": value for name, value in found.items()}

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.losses import VGGGramLoss
-from rfsr_ext.memory import hold_weights
+from rfsr_ext.memory import bytes_of, hold_weights
 from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import WeightedReward
@@ -222,8 +222,8 @@ class RFSR(Method):
     def finish(self) -> None:
         """Give the model its frozen networks back as they were, and networks with adapters as they are saved."""
         trained = {name: setup.merge_adapters(network) for name, network in self.model.trainable_networks().items()}
-        whole = {name: network.to(self.model.device) for name, network in self.frozen.items()}
-        self.model.networks |= whole | trained
+        self.model.networks |= self.frozen | trained
+        self.model.to(self.model.device)
         for network in self.model.networks.values():
             network.requires_grad_(False)
 
@@ -311,6 +311,24 @@ class RFSRTrainer:
         )
         dataset = FirstOfEvery(dataset, config.batch_size, config.points_per_rollout)
         self.loop = Loop(config, self.method, dataset, self.held_out, accelerator, name="RFSR")
+
+    def held_memory(self) -> dict[str, int]:
+        """Bytes that the run holds from beginning to end, on the GPU if there is one, by what they are for.
+
+        Activations come on top, and what is off-loaded while it is used; several processes may share some of it.
+        """
+        objective, trained = self.objective, [p for s in self.loop.states.values() for p in s.parameters.values()]
+        size = sum(p.nbytes for p in trained)
+        scorers = [term.reward for term in objective.rewards if not term.offload]
+        own = objective.reference is not None and not objective.offload_reference
+        return {
+            "weights": bytes_of(self.model.networks.values()),
+            "gradients": size,
+            "optimizer": 2 * (sum(p.numel() for p in trained) if self.loop.config.optimizer == "adam-8bit" else size),
+            "average": size,
+            "reference": bytes_of(objective.reference.trainable_networks().values()) if own else 0,
+            "rewards and style loss": bytes_of(scorers + ([objective.style_loss] if objective.style_loss else [])),
+        }
 
     def train(self, resume: bool = True) -> TrainingResult:
         """Train to ``config.iterations``, see `rfsr_ext.training.loop.Loop.train`."""

@@ -82,6 +82,13 @@ def test_reference_style_loss_and_rewards_are_held_too(settings, parts, tmp_path
     size = sum(p.nbytes for p in style.parameters())
     assert size < 0.51 * 4 * sum(p.numel() for p in style.parameters())
     assert trainer.objective.offload_reference and trainer.objective.style_loss is style
+    trained = sum(4 * p.numel() for p in trainer.model.trained_parameters().values())
+    frozen = [trainer.model.networks[name] for name in ("vae", "text_encoder")]
+    weights = trained + sum(t.nbytes for m in frozen for t in (*m.parameters(), *m.buffers()))
+    found = trainer.held_memory()
+    assert found.pop("rewards and style loss") == size + sum(b.nbytes for b in style.buffers())
+    assert abs(found.pop("weights") - weights) < 0.01 * weights  # position numbers of the trained networks
+    assert found == {"gradients": trained, "optimizer": 2 * trained, "average": trained, "reference": 0}
 
 
 def test_the_reference_comes_for_its_step_alone():
