@@ -86,6 +86,10 @@ def create_accelerator(config: RunConfig, cpu: bool = False) -> Accelerator:
             f"FSDP must be of version 2 and on GPUs, got version {os.environ.get('FSDP_VERSION', 1)} on "
             f"{accelerator.device.type}; accelerate would do something else, see docs/many_gpus.md"
         )
+    for key, refused, instead in (("mixed_precision", "fp16", "bf16"), ("optimizer", "adam-8bit", "adam")):
+        # each process would scale by what overflows in its own part, and round the moments of its own part
+        if accelerator.is_fsdp2 and getattr(config, key) == refused:
+            raise ValueError(f"{key} must be {instead} where FSDP cuts the networks, got {refused}")
     if accelerator.is_fsdp2 and config.mixed_precision == "bf16":  # accelerate would add up gradients in bf16, too
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
