@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from rfsr_ext.cli.numbers import SEED, real, whole
+
 __all__ = ["app"]
 
 _typer = typer.Typer(
@@ -84,9 +86,9 @@ _INTERRUPTED = dict.fromkeys(
 @_typer.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for pictures, table and model.")] = Path("runs/demo"),
-    iterations: Annotated[int | None, typer.Option(help="Training iterations; the preset's by default.")] = None,
-    crops: Annotated[int, typer.Option(help="Held-out crops to measure.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of data and noise.")] = 0,
+    iterations: Annotated[int | None, whole("Training iterations; the preset's by default.", 1, 10**7)] = None,
+    crops: Annotated[int, whole("Held-out crops to measure.", 1)] = 24,
+    seed: Annotated[int, whole("Of data and noise.", 0, SEED)] = 0,
 ) -> None:
     """Fine-tune the mini model on the bundled photographs and show what changed (about five minutes on two cores)."""
     from rfsr_ext.cli.demo import run_demo
@@ -124,16 +126,14 @@ def upscale(
     ] = "mini",
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("upscaled"),
     prompt: Annotated[str, typer.Option(help="What the image shows, a few words.")] = "",
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's own by default.")] = None,
-    tile: Annotated[
-        int | None, typer.Option(help="Side of the tiles, in output pixels; the model's own by default.")
-    ] = None,
-    overlap: Annotated[int | None, typer.Option(help="Of neighboring tiles at least, likewise.")] = None,
+    steps: Annotated[int | None, whole("Sampling steps; the model's own by default.", 1, 1000)] = None,
+    tile: Annotated[int | None, whole("Side of the tiles, in output pixels; the model's own by default.", 1)] = None,
+    overlap: Annotated[int | None, whole("Of neighboring tiles at least, likewise.", 0)] = None,
     color_fix: Annotated[str, typer.Option(help="wavelet, adain or none; the model's own by default.")] = "recipe",
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, whole("Of the noise.", 0, SEED)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Of classifier-free guidance, 1 for none; the model's own by default.")
+        float | None, real("Of classifier-free guidance, 1 for none; the model's own by default.", 0, 100)
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Of that guidance; the model's own by default.")] = None,
     weights: WeightsFolder = None,
@@ -171,13 +171,13 @@ def evaluate(
     ] = None,
     metrics: Annotated[str | None, typer.Option(help="Comma-separated names instead of those of the preset.")] = None,
     channel: Annotated[str | None, typer.Option(help="rgb or y, of PSNR and SSIM; the preset's by default.")] = None,
-    border: Annotated[int | None, typer.Option(help="Pixels PSNR and SSIM leave out along every border.")] = None,
+    border: Annotated[int | None, whole("Pixels PSNR and SSIM leave out along every border.", 0)] = None,
     cases: Annotated[Path | None, typer.Option(help="PNG of the best and worst cases (pictures).")] = None,
     by: Annotated[str | None, typer.Option(help="Metric that ranks the cases; the first by default.")] = None,
-    crops: Annotated[int, typer.Option(help="Held-out crops.")] = 64,
-    size: Annotated[int, typer.Option(help="Their side in pixels.")] = 64,
+    crops: Annotated[int, whole("Held-out crops.", 1)] = 64,
+    size: Annotated[int, whole("Their side in pixels.", 8, step=4)] = 64,
     seeds: Annotated[
-        int | None, typer.Option(help="Seeds of the noise, from 0; 3 on held-out crops and 1 on pairs by default.")
+        int | None, whole("Seeds of the noise, from 0; 3 on held-out crops and 1 on pairs by default.", 1)
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write every row to this .csv or .parquet file.")] = None,
     steps: Annotated[bool, typer.Option(help="Also measure every sampling step (Figure 1 of the paper).")] = False,
@@ -260,9 +260,9 @@ def weights_fetch(
 def ablate(
     config: Annotated[str, typer.Argument(help="A YAML file, or a preset.")] = "mini",
     variants: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
-    seeds: Annotated[int, typer.Option(help="Training seeds, from 0.")] = 3,
-    crops: Annotated[int, typer.Option(help="Held-out crops.")] = 32,
-    size: Annotated[int, typer.Option(help="Their side in pixels.")] = 64,
+    seeds: Annotated[int, whole("Training seeds, from 0.", 1)] = 3,
+    crops: Annotated[int, whole("Held-out crops.", 1)] = 32,
+    size: Annotated[int, whole("Their side in pixels.", 8, step=4)] = 64,
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/ablation"),
 ) -> None:
     """Train the variants of the paper's Tables 2 to 5 over several seeds and compare them."""
@@ -295,8 +295,8 @@ def data_check(
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders of sharp images, each by itself.")] = None,
     pairs: Annotated[tuple[Path, Path] | None, typer.Option(help="Folders of LR images and ground truths.")] = None,
     config: Annotated[str | None, typer.Option(help="A YAML file whose data is looked at, with its sizes.")] = None,
-    crop_size: Annotated[int, typer.Option(help="Side of the training crops; smaller images are not used.")] = 512,
-    scale: Annotated[int, typer.Option(help="How many times larger the ground truths of pairs are.")] = 4,
+    crop_size: Annotated[int, whole("Side of the training crops; smaller images are not used.", 0)] = 512,
+    scale: Annotated[int, whole("How many times larger the ground truths of pairs are.", 1, 64)] = 4,
     headers: Annotated[
         bool, typer.Option("--headers", help="Read no more than headers: seconds, not minutes.")
     ] = False,
@@ -329,10 +329,10 @@ def data_degrade(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the preset, such as scale=2; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    crops: Annotated[int | None, typer.Option(help="So many random crops instead of whole images.")] = None,
-    size: Annotated[int, typer.Option(help="Their side in pixels.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="The first so many images of the sorted list alone.")] = None,
+    seed: Annotated[int, whole("Of what is drawn.", 0, SEED)] = 0,
+    crops: Annotated[int | None, whole("So many random crops instead of whole images.", 1)] = None,
+    size: Annotated[int, whole("Their side in pixels.", 1)] = 512,
+    limit: Annotated[int | None, whole("The first so many images of the sorted list alone.", 1)] = None,
     like: Annotated[
         Path | None, typer.Option(help="Somebody's manifest.json: take its settings and compare the LR files.")
     ] = None,
@@ -367,7 +367,7 @@ def mini_build(
     output: Annotated[Path | None, typer.Option(help="Receives the weights; the package itself by default.")] = None,
     work: Annotated[Path, typer.Option(help="State of unfinished stages.")] = Path("runs/mini-build"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of weights, data and noise.")] = 0,
+    seed: Annotated[int, whole("Of weights, data and noise.", 0, SEED)] = 0,
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast or not; measured by default.")] = None,
 ) -> None:
     """Train the mini model, both small rewards and the judge from the bundled photographs; resumable."""

@@ -109,12 +109,6 @@ def upscale_files(
             left out.
         FileExistsError: before any work if a result exists and may not be overwritten.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {steps}")
-    if tile is not None and tile < 1:
-        raise ValueError(f"--tile must be at least 1, got {tile}")
-    if overlap is not None and overlap < 0:
-        raise ValueError(f"--overlap must be at least 0, got {overlap}")
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
     images = _images(paths)

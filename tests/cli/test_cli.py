@@ -3,15 +3,21 @@
 import errno
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
+import types
+import typing
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+
+from rfsr_ext.cli import _typer
+from tests.odd import ODD
 
 
 def test_doctor_says_what_serves_each_device(rfsr):
@@ -64,10 +70,12 @@ def test_config_show_prints_every_setting(rfsr):
             ["upscale", "x.png", "--color-fix", "sepia"],
             "--color-fix must be one of recipe, wavelet, adain, none, got 'sepia'",
         ),
-        (["upscale", "x.png", "--steps", "0"], "--steps must be at least 1, got 0"),
-        (["upscale", "x.png", "--steps", "-1"], "--steps must be at least 1, got -1"),
+        (["upscale", "x.png", "--steps", "-1"], "--steps must be a whole number from 1 to 1000, got '-1'"),
         (["upscale", "x.png", "--tile", "8", "--overlap", "32"], "overlap must be at least 0 and smaller than tile"),
-        (["upscale", "x.png", "--tile", "-8"], "--tile must be at least 1, got -8"),
+        (
+            ["evaluate", "mini", "--size", "63"],
+            "--size must be a whole number from 8 to 1000000000, a multiple of 4, g",
+        ),
         (["upscale", "x.png", "--output", "x.png"], "'x.png' must be a folder, but 'x.png' is a file; give another"),
         (["upscale", "x.png", "--output", "x.png/out"], "'x.png/out' must be a folder, but 'x.png' is a file"),
     ],
@@ -80,6 +88,42 @@ def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
     assert sentence in str(code)
     assert "\n" not in str(code)
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def numbers():
+    """Every parameter whose value is a number, with its command and what typer was told of it."""
+
+    def below(app, name):
+        for group in app.registered_groups:
+            yield from below(group.typer_instance, f"{name} {group.name}")
+        for command in app.registered_commands:
+            for parameter in inspect.signature(command.callback).parameters.values():
+                kind, *told = typing.get_args(parameter.annotation) or [parameter.annotation]
+                if {int, float} & {kind, *typing.get_args(kind)}:
+                    yield pytest.param(parameter.name, *told, id=f"{name} {command.callback.__name__} {parameter.name}")
+
+    return list(below(_typer, "rfsr"))
+
+
+def test_there_are_numbers():
+    assert len(numbers()) == 22
+
+
+@pytest.mark.parametrize(("name", "told"), numbers())
+def test_odd_numbers_are_of_use_or_refused_in_one_sentence(name, told):
+    accepted = set()
+    for odd, value in ODD.items():
+        typed = "" if value is None else str(value)
+        assert told.parser(typed) == typed
+        try:
+            told.callback(types.SimpleNamespace(opts=[name]), typed)
+        except ValueError as error:
+            assert str(error).startswith(f"{name} must be a ") and str(error).endswith(f", got {typed[:40]!r}")
+            assert "\n" not in str(error) and len(str(error)) < 150
+        else:
+            accepted.add(odd)
+    takes = dict.fromkeys(("seed", "overlap", "border", "crop_size"), {"zero"}) | {"guidance_scale": {"half"}}
+    assert accepted == takes.get(name, set())
 
 
 def test_upscale_writes_what_it_can_and_names_the_rest(rfsr, tmp_path):

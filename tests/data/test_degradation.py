@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import hashlib
 import os
@@ -21,6 +22,7 @@ from rfsr_ext.data.dead_leaves import dead_leaves
 from rfsr_ext.data.degradation import DEGRADATIONS, Round, pipeline, stages_cpu, stages_gpu
 from rfsr_ext.data.degradation.kernels import FAMILIES
 from rfsr_ext.data.images import from_uint8, jpeg, resize, to_tensor, to_uint8
+from tests.odd import ODD
 
 
 def image(height=32, width=48, seed=0):
@@ -473,6 +475,28 @@ def test_bad_settings(values, sentence):
     with pytest.raises(ValueError, match=f"^degradation: {sentence}".replace("?", r"\?")) as error:
         Degradation.from_dict(values)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [Degradation, Round])
+def test_odd_settings_are_of_use_or_refused_in_one_sentence(kind):
+    takes = {"sharpens_gt": {"true", "false"}, "second": {"null"}, "final_sinc_prob": {"zero"}}
+    takes |= {name: {"zero"} for name in ("blur_prob", "sinc_prob", "gaussian_noise_prob", "gray_noise_prob")}
+    two_rounds, one = Degradation.preset("realesrgan-a").to_dict(), Degradation.preset("mini").to_dict()
+    for field in dataclasses.fields(kind):
+        key, accepted = field.name if kind is Degradation else f"second.{field.name}", set()
+        for name, value in ODD.items():
+            change = {field.name: value}
+            if kind is Round:
+                change = {"second": two_rounds["second"] | change}
+            try:
+                Degradation.from_dict((one if field.name == "second" else two_rounds) | change)
+            except ValueError as error:
+                inner = name == "mapping" and field.name in ("first", "second")
+                assert str(error).startswith(f"degradation: unknown key '{key}.a'" if inner else f"degradation: {key} ")
+                assert "\n" not in str(error)
+            else:
+                accepted.add(name)
+        assert accepted == takes.get(field.name, set()), key
 
 
 def test_where_settings_come_from(tmp_path):

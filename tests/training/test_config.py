@@ -20,6 +20,7 @@ from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.training import RFSRConfig, RunConfig, load_config, setup
 from rfsr_ext.training.config import RewardTerm
 from rfsr_ext.training.runs import METHODS, method_presets
+from tests.odd import ODD
 
 
 def test_paper_preset_holds_the_papers_numbers():
@@ -172,10 +173,7 @@ def test_one_sentence_for_bad_values(values, sentence):
     assert "\n" not in str(error.value)
 
 
-ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "zero": 0, "minus": -1, "half": 1.5, "empty": "",
-       "null": None, "huge": 10**400, "huge float": 1e300, "text": "abc", "list": [1], "mapping": {"a": 1},
-       "true": True, "false": False}  # fmt: skip
-# What of these is of use, by key; everything else must be refused.
+# What of ODD is of use, by key; everything else must be refused.
 ACCEPTED = {
     "model": {"text"}, "data": {"text"}, "output_dir": {"text"}, "negative_prompt": {"empty", "text"},
     "max_grad_norm": {"half", "null"}, "guidance_scale": {"half", "null"}, "num_inference_steps": {"null"},
