@@ -1,5 +1,6 @@
-"""Writing to disk so that nothing is ever half written: aside first, then one rename."""
+"""Writing to disk so that nothing is ever half written, aside first, then one rename; text in whatever encoding."""
 
+import codecs
 import contextlib
 import fcntl
 import hashlib
@@ -16,7 +17,16 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["load_tensors", "lock_folder", "make_folder", "replace_file", "replace_folder", "save_tensors", "sha256"]
+__all__ = [
+    "decode_text",
+    "load_tensors",
+    "lock_folder",
+    "make_folder",
+    "replace_file",
+    "replace_folder",
+    "save_tensors",
+    "sha256",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -292,6 +302,29 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"{str(path)!r} is not a whole safetensors file ({error}); delete it or give another"
         ) from error
+
+
+def decode_text(data: bytes) -> str:
+    """Text of a file that somebody wrote, on whatever system: in UTF-8, UTF-16 or UTF-32, else in code page 1252.
+
+    A mark at the beginning says which; without one, UTF-16 shows by zeros in every other byte of what is mostly ASCII.
+
+    Raises:
+        ValueError: if it is no text.
+    """
+    zeros = [data[start::2].count(0) for start in (0, 1)]
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return data.decode("utf-32")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if 0 in zeros and max(zeros) > len(data) / 4:
+        return data.decode("utf-16-le" if zeros[1] else "utf-16-be")
+    if any(zeros):
+        raise ValueError("it has zeros in it, as no text has")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252")
 
 
 def sha256(path: str | Path) -> str:

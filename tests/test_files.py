@@ -1,5 +1,6 @@
 """Files and folders are replaced whole or not at all."""
 
+import codecs
 import errno
 import json
 import multiprocessing
@@ -393,3 +394,19 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     with files.lock_folder(tmp_path):
         pass
     assert "cannot be locked (Operation not supported)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "latin-1", "ascii"]
+)
+def test_text_in_any_encoding(encoding):
+    text = "a cat, fur" if encoding == "ascii" else "süß, größer: 5 × 7"
+    assert files.decode_text(text.encode(encoding)) == text
+    big = codecs.BOM_UTF16_BE + text.encode("utf-16-be")
+    assert files.decode_text(big) == text and files.decode_text(b"") == ""
+
+
+@pytest.mark.parametrize("data", [bytes(range(256)), b"a\0b", codecs.BOM_UTF16_LE + b"a", b"\x81\x8d"])
+def test_what_is_no_text(data):
+    with pytest.raises(ValueError):
+        files.decode_text(data)

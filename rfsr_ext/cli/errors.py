@@ -15,6 +15,12 @@ _SYSTEM = {
     errno.ENOTDIR: "{} has a file where there must be a folder; give another",
     errno.EISDIR: "{} is a folder, a file is wanted",
     errno.ENOENT: "{} does not exist",
+    errno.ENAMETOOLONG: "{} is a longer name than the file system takes; give a shorter one",
+    errno.ELOOP: "{} is a link that leads back to itself; give another",
+    errno.EIO: "the disk fails at {}; look at its cables and its log, or give another",
+    errno.EMFILE: "too many files are open at once ({}); raise the limit (ulimit -n) or lower num_workers",
+    errno.ENFILE: "too many files are open at once ({}); raise the limit (ulimit -n) or lower num_workers",
+    errno.EFBIG: "{} would be larger than the file system or ulimit -f allows; give another",
 }
 
 

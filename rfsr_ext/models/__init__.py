@@ -1,6 +1,5 @@
 """Base models: what RFSR asks of one, and the implementation over diffusers parts."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,7 +8,8 @@ from rfsr_ext.importing import create_object, import_object, is_import_name
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
 from rfsr_ext.models.catalog import PUBLISHED, open_published
 from rfsr_ext.models.check import check_model
-from rfsr_ext.models.controlnet import ISR_CONFIG, ControlNetISRModel
+from rfsr_ext.models.controlnet import ControlNetISRModel
+from rfsr_ext.models.folders import ISR_CONFIG, read_json
 from rfsr_ext.models.process import NonUniformProcess, Process, check_scheduler
 from rfsr_ext.weights import WEIGHTS
 
@@ -72,7 +72,7 @@ def load_model(name: str | Path = "mini", **options) -> ISRModel:
         return create_object(str(name), "model", ISRModel, **options)
     path = _SHIPPED.get(str(name), Path(name))
     config = path / ISR_CONFIG
-    kind = json.loads(config.read_text()).get("model", "controlnet") if config.is_file() else "controlnet"
-    if kind not in _KINDS:
+    kind = read_json(config).get("model", "controlnet") if config.is_file() else "controlnet"
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"model in {str(config)!r} must be one of {', '.join(_KINDS)}, got {kind!r}")
     return import_object(_KINDS[kind], "model").from_pretrained(path, **options)

@@ -4,9 +4,10 @@ import copy
 import dataclasses
 import hashlib
 import math
+import numbers
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,17 @@ __all__ = ["Condition", "ISRModel", "Recipe"]
 
 _STARTS = ("lr", "noise")
 _COLOR_FIXES = ("wavelet", "adain", None)
+_UNITS = ("steps", "timesteps", "noise")
+_WHOLE = {"num_inference_steps": (1, 1000), "start_timestep": (0, 1000), "tile": (1, 2**20), "overlap": (0, 2**20),
+          "min_side": (0, 2**20)}  # fmt: skip
+
+
+def _number(name: str, value: Any, low: int, high: int, whole: bool = True) -> Any:
+    """It, if it is a number within the bounds; NaN is within none."""
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
+    if not good or (whole and value != int(value)):
+        raise ValueError(f"{name} must be a {'whole ' * whole}number from {low} to {high}, got {str(value)[:40]}")
+    return int(value) if whole else value
 
 
 @dataclass(frozen=True)
@@ -107,19 +119,25 @@ class Recipe:
     window_unit: str = "steps"
 
     def __post_init__(self):
-        if self.start not in _STARTS:
-            raise ValueError(f"start must be one of {', '.join(_STARTS)}, got {self.start!r}")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
-        if self.color_fix not in _COLOR_FIXES:
-            raise ValueError(f"color_fix must be one of {list(_COLOR_FIXES)}, got {self.color_fix!r}")
-        if not 0 <= self.overlap < self.tile:
-            raise ValueError(
-                f"overlap must be at least 0 and smaller than tile, got overlap {self.overlap} and tile {self.tile}"
-            )
+        for name, options in (("start", _STARTS), ("color_fix", _COLOR_FIXES), ("window_unit", _UNITS)):
+            if (value := getattr(self, name)) not in options:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
+        for name, (low, high) in _WHOLE.items():
+            if name != "start_timestep" or self.start_timestep is not None:
+                object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
+        _number("guidance_scale", self.guidance_scale, 0, 100, whole=False)
+        for name in ("added_prompt", "negative_prompt"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {value!r}")
+        if self.overlap >= self.tile:
+            raise ValueError(f"overlap must be smaller than tile, got overlap {self.overlap} and tile {self.tile}")
         for name in ("structure_window", "reward_window"):  # JSON has lists only
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if (window := getattr(self, name)) is None:
+                continue
+            if not isinstance(window, (list, tuple)) or len(window) != 2:
+                raise ValueError(f"{name} must be [first, last] or null, got {window!r}")
+            edges = tuple(_number(name, edge, 0, 1000, whole=False) for edge in window)
+            object.__setattr__(self, name, edges)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they may stand in JSON."""
@@ -161,7 +179,8 @@ class ISRModel(ABC):
             and not saved.
 
     Raises:
-        ValueError: if the scheduler cannot serve or ``trained`` names an unknown network.
+        ValueError: if the scheduler cannot serve, ``scale`` is no whole number from 1 to 64, or ``trained`` names an
+            unknown network or has no regular expression for it.
     """
 
     networks: dict[str, nn.Module]
@@ -176,9 +195,17 @@ class ISRModel(ABC):
 
     def __init__(self):
         check_scheduler(self.scheduler)
-        for name in self.trained:
+        self.scale = _number("scale", self.scale, 1, 64)
+        if not isinstance(self.trained, Mapping):
+            raise ValueError(f"trained must be a mapping of networks to patterns of names, got {self.trained!r}")
+        self.trained = dict(self.trained)
+        for name, pattern in self.trained.items():
             if name not in self.networks:
                 raise ValueError(f"trained must name networks among {', '.join(self.networks)}, got {name!r}")
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError):
+                raise ValueError(f"trained must give {name} a regular expression, got {pattern!r}") from None
         for network in self.networks.values():
             network.eval().requires_grad_(False)
 

@@ -4,7 +4,6 @@ Saved as an ordinary diffusers folder that `diffusers.StableDiffusionControlNetP
 facts diffusers has no place for (scale and recipe) lie beside it in ``isr_config.json``.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,9 +16,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
-from rfsr_ext.models.folders import ISR_CONFIG, open_part, open_plain_part, read_index, require_classes, write_folder
+from rfsr_ext.models.folders import (
+    open_part,
+    open_plain_part,
+    read_config,
+    read_index,
+    require_classes,
+    write_folder,
+)
 
-__all__ = ["ISR_CONFIG", "ControlNetISRModel", "open_tokenizer_and_scheduler"]
+__all__ = ["ControlNetISRModel", "open_tokenizer_and_scheduler"]
 
 _PIPELINE = "StableDiffusionControlNetPipeline"
 
@@ -68,7 +74,7 @@ class ControlNetISRModel(ISRModel):
     ):
         self.networks = {"vae": vae, "text_encoder": text_encoder, "unet": unet, "controlnet": controlnet}
         self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.trained = {"unet": "", "controlnet": ""} if trained is None else dict(trained)
+        self.trained = {"unet": "", "controlnet": ""} if trained is None else trained
         self.scale, self.recipe, self.tagger = scale, recipe or Recipe(), tagger
         # read once: wrapped modules (several processes, adapters) have no config
         self.latent_channels = unet.config.in_channels
@@ -188,14 +194,13 @@ class ControlNetISRModel(ISRModel):
             TypeError: for a recipe field that does not exist.
         """
         path = Path(path)
-        config = path / ISR_CONFIG
-        stored: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
-        own = {name: stored.pop(name, None) for name in ("model", "scale", "trained", "recipe")}
-        scale = own["scale"] or 4 if scale is None else scale
+        stored = read_config(path, cls)
+        own = {name: stored.pop(name, None) for name in ("scale", "trained", "recipe")}
+        scale = next((given for given in (scale, own["scale"]) if given is not None), 4)
         trained = own["trained"] if trained is None else trained
         given = {name: recipe.pop(name, None) for name in cls.arguments}
         stored |= {name: value for name, value in given.items() if value is not None}
-        merged = Recipe(**(own["recipe"] or {})).replace(**recipe)
+        merged = Recipe().replace(**(own["recipe"] or {})).replace(**recipe)
         parts = cls._open_parts(path, controlnet, torch_dtype)
         return cls(**parts, scale=scale, recipe=merged, trained=trained, **stored)
 

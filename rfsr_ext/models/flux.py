@@ -5,7 +5,6 @@ these are packed and unpacked inside `FluxISRModel.predict`, and are ordinary la
 """
 
 import inspect
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,14 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
 from rfsr_ext.models.csd2 import read_controlnet
-from rfsr_ext.models.folders import ISR_CONFIG, open_part, open_plain_part, read_index, require_classes, write_folder
+from rfsr_ext.models.folders import (
+    open_part,
+    open_plain_part,
+    read_config,
+    read_index,
+    require_classes,
+    write_folder,
+)
 from rfsr_ext.models.process import Process
 from rfsr_ext.weights.reading import open_network
 
@@ -121,7 +127,7 @@ class FluxISRModel(ISRModel):
             "controlnet": controlnet,
         }
         self.tokenizer, self.tokenizer_2, self.scheduler = tokenizer, tokenizer_2, scheduler
-        self.trained = {"transformer": "", "controlnet": ""} if trained is None else dict(trained)
+        self.trained = {"transformer": "", "controlnet": ""} if trained is None else trained
         self.scale, self.recipe, self.guidance = scale, recipe, guidance
         self.max_sequence_length, self.text_device, self.tagger = max_sequence_length, text_device, tagger
         self._texts: dict[str, dict[str, Tensor]] = {}
@@ -289,9 +295,7 @@ class FluxISRModel(ISRModel):
             TypeError: for a recipe field that does not exist.
         """
         path = Path(path)
-        config = path / ISR_CONFIG
-        stored: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
-        stored.pop("model", None)
+        stored = read_config(path, cls)
         given = {"scale": scale, "trained": trained, "guidance": guidance}
         stored |= {name: value for name, value in given.items() if value is not None}
         stored["recipe"] = FLUX_RECIPE.replace(**stored.get("recipe", {})).replace(**recipe)

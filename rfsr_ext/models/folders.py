@@ -1,6 +1,7 @@
 """The parts of a diffusers folder, opened strictly: nothing is downloaded, and every weight is accounted for."""
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +13,20 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from rfsr_ext.files import replace_folder
+from rfsr_ext.files import decode_text, replace_folder
 from rfsr_ext.weights.reading import differences, reason
 
-__all__ = ["ISR_CONFIG", "open_part", "open_plain_part", "quiet", "read_index", "require_classes", "write_folder"]
+__all__ = [
+    "ISR_CONFIG",
+    "open_part",
+    "open_plain_part",
+    "quiet",
+    "read_config",
+    "read_index",
+    "read_json",
+    "require_classes",
+    "write_folder",
+]
 
 ISR_CONFIG = "isr_config.json"
 """The file in a model's folder that holds what diffusers has no place for."""
@@ -39,6 +50,40 @@ def quiet() -> Iterator[None]:
             log.set_verbosity(level)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is none.
+    """
+    try:
+        found = json.loads(decode_text(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); the file is damaged, fetch it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(found).__name__}; fetch it again")
+    return found
+
+
+def read_config(path: Path, kind: type) -> dict[str, Any]:
+    """What stands in a folder's `ISR_CONFIG`: arguments of ``kind``, the recipe as a mapping; nothing if it has none.
+
+    Raises:
+        ValueError: if the file is damaged or has a key that ``kind`` does not take.
+    """
+    config = path / ISR_CONFIG
+    stored = read_json(config) if config.is_file() else {}
+    stored.pop("model", None)  # the kind
+    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    for key in stored:
+        if key not in known:
+            raise ValueError(f"{str(config)!r} has an unknown key {key!r}, which {kind.__name__} does not take")
+    if not isinstance(stored.get("recipe") or {}, dict):
+        raise ValueError(f"recipe in {str(config)!r} must be an object, got {stored['recipe']!r}")
+    return stored
+
+
 def read_index(path: Path) -> dict[str, str | None]:
     """The class of each part of a diffusers folder, by name; that of its pipeline as ``_class_name``.
 
@@ -56,7 +101,7 @@ def read_index(path: Path) -> dict[str, str | None]:
         raise ValueError(
             f"model must be a diffusers folder (model_index.json, unet/, controlnet/ …), got {what}: {str(path)!r}"
         )
-    entries: Mapping[str, Any] = json.loads(index.read_text())
+    entries = read_json(index)
     classes = {name: value[1] for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
     return {"_class_name": entries.get("_class_name"), **classes}
 

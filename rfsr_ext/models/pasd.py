@@ -5,7 +5,6 @@ to the same residuals as well, pixel by pixel (*pixel-aware cross attention*): i
 one more attention within the transformer that is there (PASD-light).  Weights keep the names of the authors' files.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,7 +28,7 @@ from transformers import CLIPTextModel
 
 from rfsr_ext.models.base import Condition, Recipe
 from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
-from rfsr_ext.models.folders import open_part
+from rfsr_ext.models.folders import open_part, read_json
 from rfsr_ext.models.process import Process
 from rfsr_ext.networks.options import with_options
 from rfsr_ext.networks.rrdbnet import DenseBlock
@@ -62,7 +61,7 @@ def _weight_names(folder: Path) -> set[str]:
     """Names of the weights in a diffusers folder, without the weights."""
     files = sorted(folder.iterdir())
     if tables := [file for file in files if file.name.endswith(".index.json")]:  # weights in several files
-        return set().union(*(json.loads(table.read_text())["weight_map"] for table in tables))
+        return set().union(*(read_json(table).get("weight_map", ()) for table in tables))
     names: set[str] = set()
     for file in files:
         if file.suffix == ".safetensors":

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from rfsr_ext.files import decode_text
+
 __all__ = ["read_settings"]
 
 
@@ -30,6 +32,6 @@ def read_settings(source: str | Path, presets: Sequence[str], what: str, folder:
     else:
         raise FileNotFoundError(f"{what} {str(source)!r} is neither a file nor one of the presets {', '.join(presets)}")
     try:
-        return yaml.safe_load(data.decode()), name
-    except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and impossible dates
+        return yaml.safe_load(decode_text(data)), name
+    except (yaml.YAMLError, ValueError) as error:  # also bytes that are no text, and impossible dates
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None

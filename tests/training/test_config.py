@@ -249,6 +249,13 @@ def test_yaml_as_it_was_meant(tmp_path):
     assert RFSRConfig.from_dict({"structure_loss": False}).structure_loss == "none"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_files_as_windows_writes_them(tmp_path, encoding):
+    (tmp_path / "run.yaml").write_bytes("negative_prompt: größer\r\nseed: 3\r\n".encode(encoding))
+    config = RFSRConfig.load(tmp_path / "run.yaml")
+    assert (config.negative_prompt, config.seed) == ("größer", 3)
+
+
 def test_windows_in_each_unit():
     steps = RFSRConfig(num_inference_steps=20, structure_window=[1, 8.0], reward_window=(18, 20))
     assert json.dumps(steps.to_dict()["structure_window"]) == "[1, 8]"  # steps stay whole numbers
@@ -282,7 +289,7 @@ def test_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a file nor one of the presets mini, paper"):
         RFSRConfig.load(tmp_path / "absent.yaml")
     broken = tmp_path / "broken.yaml"
-    for text in (b"a: [1, 2", b"\xff\xfe\xfa", b"model: 2024-13-45", b"seed: " + b"9" * 5000):
+    for text in (b"a: [1, 2", b"\xff\xfe\xfa", b"seed: \0", b"model: 2024-13-45", b"seed: " + b"9" * 5000):
         broken.write_bytes(text)
         with pytest.raises(ValueError, match="^[^\n]*is not valid YAML: [^\n]*$"):
             RFSRConfig.load(broken)
