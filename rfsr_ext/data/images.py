@@ -74,8 +74,9 @@ def read_image(path: str | Path | bytes, box: Box | None = None) -> np.ndarray:
     """Decode a file of any kind Pillow reads; what is transparent lies on white.
 
     The picture is upright as its EXIF orientation asks, and converted to sRGB if it has an ICC profile of other colors
-    (Display P3, Adobe RGB, CMYK …); gray images repeat their channel; of several frames or pages the first counts.
-    Gray of 16 bits keeps its depth, other colors of 16 bits keep their upper eight, as Pillow reads them.
+    (Display P3, Adobe RGB, CMYK …) or a PNG's gamma; gray images repeat their channel; of several frames or pages the
+    first counts.  Gray of 16 bits keeps its depth, other colors of 16 bits keep their upper eight, as Pillow reads
+    them.
 
     Args:
         path: the file, or its content.
@@ -191,15 +192,20 @@ def _read(path: str | Path | bytes, box: Box | None, bleed: bool) -> tuple[np.nd
             with opened() as same:
                 same.verify()
         image = _upright(file, box)
+        name = "a streamed picture" if isinstance(path, bytes) else path
         if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
             # 16-bit gray, which Pillow's own conversion would clip at 255
-            gray = np.asarray(image).astype(np.float32) / 65535
-            return np.repeat(gray.clip(0, 1)[..., None], 3, axis=-1), None
+            gray = np.asarray(image).astype(np.float32).clip(0, 65535) / 65535
+            if profile := file.info.get("icc_profile"):  # by way of the 8-bit levels, the most that ImageCms takes
+                ramp = _to_srgb(Image.frombytes("L", (256, 1), bytes(range(256))), profile, name)
+                gray = np.interp(gray, np.arange(256) / 255, np.asarray(ramp)[0, :, 0] / 255).astype(np.float32)
+            gray = _from_gamma(gray, file, name)
+            return np.repeat(gray[..., None], 3, axis=-1), None
         if image.mode in ("I", "F"):
             kind = {"I": "32-bit", "F": "floating-point"}[image.mode]
             raise OSError(f"it holds {kind} numbers, whose white is not known; save it with 8 or 16 bits")
-        name = "a streamed picture" if isinstance(path, bytes) else path
         colors = from_uint8(np.asarray(_to_srgb(image, file.info.get("icc_profile"), name)))
+        colors = _from_gamma(colors, file, name)
         if not image.has_transparency_data:
             return colors, None
         alpha = from_uint8(np.asarray(image.convert("RGBA").getchannel("A")))
@@ -241,6 +247,28 @@ def _to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Ima
         except (ImageCms.PyCMSError, OSError) as error:
             _warn(f"{path}: its color profile cannot be used and is passed over ({error})")
     return image.convert("RGB")
+
+
+_SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # of white, red, green, blue, as cHRM has them
+
+
+def _from_gamma(colors: np.ndarray, file: Image.Image, path: str | Path) -> np.ndarray:
+    """Convert by a PNG's chunk gAMA (its numbers are light to the power of it), unless an ICC profile or sRGB decides.
+
+    One near 1/2.2 is that of sRGB.  Other primaries in cHRM are said and passed over.
+    """
+    gamma = file.info.get("gamma")
+    if file.format != "PNG" or "icc_profile" in file.info or "srgb" in file.info:
+        return colors
+    if not np.allclose(file.info.get("chromaticity", _SRGB_PRIMARIES), _SRGB_PRIMARIES, atol=0.01):
+        _warn(f"{path}: its chunk cHRM names other colors than sRGB's and is passed over; embed an ICC profile")
+    if gamma is None or abs(gamma - 1 / 2.2) < 0.02:
+        return colors
+    if not 0.1 <= gamma <= 10:
+        _warn(f"{path}: its gamma of {gamma:g} cannot be meant and is passed over")
+        return colors
+    light = colors ** (1 / gamma)
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055).astype(np.float32)
 
 
 def resize(image: np.ndarray, size: tuple[int, int], resample=Image.Resampling.BICUBIC) -> np.ndarray:

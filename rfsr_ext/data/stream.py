@@ -27,6 +27,7 @@ from rfsr_ext.data.check import size_fault
 from rfsr_ext.data.datasets import Sample
 from rfsr_ext.data.degradation import Degradation
 from rfsr_ext.data.images import read_image, to_tensor
+from rfsr_ext.files import decode_text
 
 __all__ = ["StreamedImages"]
 
@@ -150,6 +151,9 @@ def _open(files: list[str]) -> tuple[Any, str, str | None]:
         import datasets
     except ImportError:
         raise ModuleNotFoundError("streamed data needs the package datasets; pip install 'rfsr_ext[stream]'") from None
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    WebDataset.DECODERS |= dict.fromkeys(("txt", "text"), _text)  # theirs takes UTF-8 alone
     kinds = {kind for file in files for ending, kind in _KINDS.items() if file.endswith(ending)}
     if len(kinds) != 1 or not all(file.endswith(tuple(_KINDS)) for file in files):
         raise ValueError(f"files must all end in .tar or all in .parquet, got {', '.join(files)}")
@@ -166,6 +170,15 @@ def _open(files: list[str]) -> tuple[Any, str, str | None]:
     for name in images:
         shards = shards.cast_column(name, datasets.Image(decode=False))
     return shards, images[0], next((name for name in _PROMPTS if name in columns), None)
+
+
+def _text(data: bytes) -> str:
+    """A prompt in any encoding; what is no text is said and passed over, as its picture is good."""
+    try:
+        return decode_text(data)
+    except ValueError as error:
+        logger.warning("a prompt of the shards cannot be read as text (%s) and is left empty", error)
+        return ""
 
 
 def _content(image: Any) -> bytes:

@@ -1,15 +1,17 @@
 """What a file's numbers mean: color profiles and transparency, against closed forms that share no code with Pillow."""
 
+import io
 import logging
 import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from rfsr_ext.data import load_photograph
 from rfsr_ext.data.images import (
+    _warn,
     from_uint8,
     read_header,
     read_image,
@@ -111,6 +113,43 @@ def test_a_picture_with_a_profile_reads_as_its_srgb_twin(tmp_path, photograph, s
     assert psnr(image, photograph) > 48 > 35 > psnr(to_uint8(other) / 255, photograph)
 
 
+def png(pixels, *chunks):
+    """A PNG with more chunks: pairs of a name and numbers."""
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    info = PngImagePlugin.PngInfo()
+    for name, numbers in chunks:
+        info.add(name, struct.pack(f">{len(numbers)}I", *numbers))
+    image.save(buffer, "png", pnginfo=info)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("gamma", "meant"), [(100_000, 1), (55_556, 1 / 1.8), (45_455, None), (0, None)])
+def test_gamma_of_a_png(depth, gamma, meant, caplog):
+    """By the PNG specification (12.1): light is the number to the power of 1 / gAMA."""
+    values = np.linspace(0, np.iinfo(depth).max, 256).astype(depth).reshape(16, 16)
+    numbers = values / np.iinfo(depth).max
+    _warn.cache_clear()  # it says each sentence once
+    expected = numbers if meant is None else srgb_encode(numbers ** (1 / meant))
+    found = read_image(png(values, (b"gAMA", [gamma])))
+    np.testing.assert_allclose(found, np.stack([expected] * 3, -1), atol=1e-4)
+    assert ("its gamma of 0 cannot be meant" in caplog.text) == (gamma == 0)
+
+
+def test_an_icc_profile_and_srgb_win_over_gamma(caplog):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    plain, both = read_image(png(values)), io.BytesIO()
+    _warn.cache_clear()
+    info = PngImagePlugin.PngInfo()
+    info.add(b"gAMA", struct.pack(">I", 100_000))
+    Image.fromarray(values).save(both, "png", icc_profile=profile(srgb_decode), pnginfo=info)
+    np.testing.assert_allclose(read_image(both.getvalue()), plain, atol=1.6 / 255)
+    colors = [31_270, 32_900, 68_000, 32_000, 26_500, 69_000, 15_000, 6_000]  # Display P3
+    np.testing.assert_array_equal(read_image(png(values, (b"cHRM", colors))), plain)
+    assert "its chunk cHRM names other colors than sRGB's" in caplog.text
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB"])
 def test_gray_profiles(tmp_path, mode):
     """A profile for gray, on whatever mode the file has."""
@@ -119,6 +158,13 @@ def test_gray_profiles(tmp_path, mode):
     Image.fromarray(values).convert(mode).save(tmp_path / "gray.png", icc_profile=icc)
     expected = srgb_encode((values / 255) ** 1.8)
     np.testing.assert_allclose(read_image(tmp_path / "gray.png"), np.stack([expected] * 3, -1), atol=1.6 / 255)
+
+
+def test_a_gray_profile_at_16_bits(tmp_path):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "deep.png", icc_profile=profile(lambda x: x**1.8))
+    expected = srgb_encode((values / 65535) ** 1.8)
+    np.testing.assert_allclose(read_image(tmp_path / "deep.png"), np.stack([expected] * 3, -1), atol=1.6 / 255)
 
 
 def test_a_profile_survives_the_rotation(tmp_path, photograph):

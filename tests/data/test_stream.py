@@ -39,7 +39,8 @@ def test_without_the_package(monkeypatch):
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    """Four shards of five pictures; each is of one gray, 10 · shard + picture; one is broken and one has no prompt."""
+    """Four shards of five pictures; each is of one gray, 10 · shard + picture; one is broken, and two
+    prompts are not UTF-8: one of Windows, the other no text."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     for s in range(4):
         with tarfile.open(tmp_path / f"{s}.tar", "w") as tar:
@@ -47,7 +48,8 @@ def shards(tmp_path, monkeypatch):
                 buffer = io.BytesIO()
                 Image.fromarray(np.full((40, 44, 3), 10 * s + k, np.uint8)).save(buffer, "png")
                 png = buffer.getvalue()[:50] if (s, k) == (2, 1) else buffer.getvalue()
-                for ending, content in (("png", png), ("txt", f"picture {s} {k}\n".encode())):
+                text = {(0, 3): "café".encode("cp1252"), (0, 4): b"\0a\0"}.get((s, k), f"picture {s} {k}\n".encode())
+                for ending, content in (("png", png), ("txt", text)):
                     member = tarfile.TarInfo(f"{s}_{k}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -65,6 +67,7 @@ def test_samples_take_turns_over_lanes(shards):
     shown[6] = shown[26] = 22  # the broken one, for which the next stands in
     assert [gray(sample) for sample in samples] == shown
     assert samples[5]["prompt"] == "picture 1 1" and samples[0]["lr"].shape == (3, 8, 8)
+    assert samples[12]["prompt"] == "café" and samples[16]["prompt"] == ""
     assert stream.skipped == 2
     assert not torch.equal(samples[0]["lr"], samples[20]["lr"])  # the same picture, degraded anew
 
