@@ -4,6 +4,7 @@ Saved as an ordinary diffusers folder that `diffusers.StableDiffusionControlNetP
 facts diffusers has no place for (scale and recipe) lie beside it in ``isr_config.json``.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,6 +27,8 @@ from rfsr_ext.models.folders import (
 )
 
 __all__ = ["ControlNetISRModel", "open_tokenizer_and_scheduler"]
+
+logger = logging.getLogger(__name__)
 
 _PIPELINE = "StableDiffusionControlNetPipeline"
 
@@ -58,6 +61,7 @@ class ControlNetISRModel(ISRModel):
     arguments: ClassVar[frozenset[str]] = frozenset({"tagger"})  # of the class, that from_pretrained passes on
     opens: ClassVar[str] = "Stable Diffusion 1.x and 2.x with a ControlNet"
     conditioning_channels: ClassVar[int] = 3  # of what `control` gives to the ControlNet
+    _said_cut: bool = False
 
     def __init__(
         self,
@@ -116,7 +120,10 @@ class ControlNetISRModel(ISRModel):
         return {"encoder_hidden_states": self.encode_prompts(prompts)}
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Prompts to ``[N, L, D]``; gradients reach the text encoder where its parameters ask for them."""
+        """Prompts to ``[N, L, D]``; gradients reach the text encoder where its parameters ask for them.
+
+        That one is longer than the text encoder takes, and cut, is said once.
+        """
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -124,6 +131,11 @@ class ControlNetISRModel(ISRModel):
             truncation=True,
             return_tensors="pt",
         )
+        if not self._said_cut and tokens.attention_mask.all(1).any():  # full, or more than that
+            given = max(len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids)
+            if given > (most := tokens.input_ids.shape[1]):
+                self._said_cut = True
+                logger.warning("a prompt of %d tokens is cut to the %d that the text encoder takes", given, most)
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
     # -- networks -------------------------------------------------------------------------------------------------

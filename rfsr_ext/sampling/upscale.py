@@ -25,15 +25,19 @@ def _pad(image: Tensor, height: int, width: int) -> Tensor:
 def tiling(model: ISRModel, tile: int | None = None, overlap: int | None = None) -> tuple[int, int, int]:
     """Side and overlap of tiles and their unit, in pixels of the result; both are rounded up to the unit.
 
-    What is None comes from ``model.recipe``, but an overlap is never more than a quarter of a tile that is given.
+    What is None comes from ``model.recipe``, but an overlap is never more than a quarter of a tile that is given, or
+    what that is rounded up to, and always fits into it.
 
     Raises:
         ValueError: if the overlap is not smaller than the tile.
     """
     recipe, unit = model.recipe, math.lcm(model.scale, model.multiple)
+    given = overlap
     if overlap is None:
         overlap = recipe.overlap if tile is None else min(recipe.overlap, tile // 4)
     tile, overlap = (math.ceil(n / unit) * unit for n in (recipe.tile if tile is None else tile, overlap))
+    if given is None:
+        overlap = min(overlap, tile - unit)
     if not 0 <= overlap < tile:
         raise ValueError(
             f"overlap must be at least 0 and smaller than tile, both in steps of {unit} pixels for this model, got "

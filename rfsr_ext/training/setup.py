@@ -91,11 +91,24 @@ def structure_loss(kind: str) -> nn.Module | None:
 
 
 def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:
-    """Wrap every trainable group in a LoRA model of peft; only the adapters will train."""
+    """Wrap every trainable group in a LoRA model of peft; only the adapters will train.
+
+    Raises:
+        ModuleNotFoundError: without the package peft.
+        ValueError: if a network has none of the modules.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ModuleNotFoundError("lora_rank needs the package peft; pip install 'rfsr_ext[lora]'") from None
+    for network, module in model.trainable_networks().items():
+        names = [name for name, part in module.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+        if not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
+            endings = sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
+            raise ValueError(
+                f"lora_targets must name modules of the {network}, such as {', '.join(endings[:8])}, got "
+                f"{', '.join(targets)}"
+            )
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     model.networks |= {name: get_peft_model(m, lora) for name, m in model.trainable_networks().items()}
 

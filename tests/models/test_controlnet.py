@@ -305,6 +305,20 @@ def test_what_is_no_model_is_refused_in_a_sentence(stock, tmp_path, place, optio
         load_model(folder, **options)
 
 
+def test_a_prompt_that_is_cut_is_said_once(make_model, caplog):
+    model = make_model()
+    most = model.tokenizer.model_max_length
+    word = next(n for n in range(1, most) if len(model.tokenizer("cat " * n).input_ids) == most)  # so many fit
+    model.encode_prompts(["cat " * word, ""])
+    assert not caplog.records
+    for _ in range(2):
+        model.encode_prompts(["cat", "cat " * (word + 5)])
+    assert [record.message for record in caplog.records] == [
+        f"a prompt of {len(model.tokenizer('cat ' * (word + 5)).input_ids)} tokens is cut to the {most} that the text "
+        "encoder takes"
+    ]
+
+
 def test_parts_must_fit(make_model):
     parts, others = tiny_parts(), make_model()
     narrow = architecture.autoencoder()  # of 12 channels

@@ -11,7 +11,7 @@ from rfsr_ext.mini import architecture
 from rfsr_ext.models import ISRModel, Recipe
 from rfsr_ext.sampling import Tiles, adain_color_fix, generators, sample, upscale, wavelet_color_fix
 from rfsr_ext.sampling.tiles import Enlarged
-from rfsr_ext.sampling.upscale import _pad, result_bytes
+from rfsr_ext.sampling.upscale import _pad, result_bytes, tiling
 
 
 class PixelwiseModel(ISRModel):
@@ -76,6 +76,11 @@ def test_tiles_change_nothing_for_a_pixelwise_model(height, width, tiling, batch
     assert tiled.shape == (3, 4 * height, 4 * width)
     assert max(model.seen) <= math.ceil(tile / 8) * 8  # nothing larger ever entered a network
     torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=0)
+
+
+def test_a_small_tile_alone_is_enough():
+    model = PixelwiseModel()
+    assert [tiling(model, tile)[:2] for tile in (1, 8, 9, 64)] == [(8, 0), (8, 0), (16, 8), (64, 16)]
 
 
 @settings(deadline=None)

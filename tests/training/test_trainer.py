@@ -18,7 +18,7 @@ from rfsr_ext.files import load_tensors
 from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import sample
-from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer
+from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer, setup
 from tests import launching
 from tests.training import run_tiny
 from tests.training.conftest import Brightness, Pixels, make_tiny_model
@@ -96,6 +96,14 @@ def test_lora_trains_adapters_and_its_base_is_the_reference(settings, parts):
     assert any(not torch.equal(p, before[name]) for name, p in result.model.unet.named_parameters())
     untouched = make_tiny_model()
     torch.testing.assert_close(base, untouched.predict(z, torch.tensor(500), condition))
+
+
+def test_lora_targets_must_be_there(tiny_model):
+    pytest.importorskip("peft", reason="the extra lora is not installed")
+    with pytest.raises(
+        ValueError, match="lora_targets must name modules of the unet, such as conv, .* got nothing, q$"
+    ):
+        setup.add_adapters(tiny_model, 2, ("nothing", "q"))
 
 
 def test_lora_over_a_base_in_half_precision_needs_no_second_copy(settings, parts):
