@@ -13,6 +13,10 @@ from rfsr_ext.files import load_tensors, save_tensors
 
 __all__ = ["CheckpointFolder", "TrainingState", "cut_like", "whole"]
 
+# What stands in a checkpoint beside its tensors.
+_FACTS = {"iteration": int, "config": dict, "fingerprint": str, "history": list, "seconds": float, "method": dict,
+          "held_out": dict, "optimizer_steps": dict}  # fmt: skip
+
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor cut over processes, put together on each one's CPU (all must ask together); any other as it is."""
@@ -99,6 +103,11 @@ class TrainingState:
             if name.startswith("optimizer."):
                 _, key, parameter_name = name.split(".", 2)
                 moments.setdefault(parameter_name, {})[key] = tensor
+        keys = {key for found in moments.values() for key in found}
+        for name, found in moments.items():
+            shape = self.parameters[name].shape if name in self.parameters else None
+            if found.keys() != keys or any(value.shape != shape for key, value in found.items() if key != "step"):
+                raise ValueError(f"checkpoint is damaged: what it holds of the optimizer does not fit {name}")
         for (name, parameter), shadow in zip(self.parameters.items(), self.ema.shadow_params, strict=True):
             parameter.copy_(cut_like(tensors[f"parameters.{name}"], parameter))
             shadow.copy_(cut_like(tensors[f"ema.{name}"], shadow))
@@ -156,10 +165,22 @@ class CheckpointFolder:
             self._unconfirmed = None
 
     def load_newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint, or None if there is none; it counts as not confirmed."""
+        """The newest checkpoint, or None if there is none; it counts as not confirmed.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
         paths = self.paths()
         if not paths:
             return None
         found = load_tensors(paths[-1])
+        facts, number = found[1], int(paths[-1].stem.partition("-")[2])
+        wrong = [name for name, kind in _FACTS.items() if type(facts.get(name)) is not kind]
+        if not wrong and not facts["iteration"] == len(facts["history"]) == number:
+            wrong = ["iteration"]
+        if wrong:
+            raise ValueError(
+                f"checkpoint {str(paths[-1])!r} is damaged (its {wrong[0]}); delete it to go on from the one before"
+            )
         self._unconfirmed = paths[-1]
         return found

@@ -432,13 +432,16 @@ class Loop:
                 f"iterations must be at least {metadata['iteration']}, which the run in {str(self.folder)!r} has done, "
                 f"got {self.config.iterations}; give another output_dir for a shorter run"
             )
-        self.method.load_state_dict(metadata["method"])
-        for player, state in self.states.items():
-            own = {k.removeprefix(f"{player}."): v for k, v in tensors.items() if k.startswith(f"{player}.")}
-            state.load(own, metadata["optimizer_steps"][player])
-            state.scaler.load_state_dict(metadata["scalers"][player])
-        if self.held_out is not None:
-            self.held_out.load_state_dict(metadata["held_out"])
+        try:
+            self.method.load_state_dict(metadata["method"])
+            for player, state in self.states.items():
+                own = {k.removeprefix(f"{player}."): v for k, v in tensors.items() if k.startswith(f"{player}.")}
+                state.load(own, metadata["optimizer_steps"][player])
+                state.scaler.load_state_dict(metadata["scalers"][player])
+            if self.held_out is not None:
+                self.held_out.load_state_dict(metadata["held_out"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"checkpoint in {folder!r} is damaged ({error!r}); delete the newest and go on") from error
         self.iteration, self.history, self.seconds = metadata["iteration"], metadata["history"], metadata["seconds"]
         logger.info("going on from iteration %d", self.iteration)
 

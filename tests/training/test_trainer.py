@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
 
-from rfsr_ext.files import load_tensors
+from rfsr_ext.files import load_tensors, save_tensors
 from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import sample
@@ -204,6 +204,22 @@ def test_resume_refuses_other_settings_and_other_models(settings, parts):
 def test_a_damaged_checkpoint_is_named(settings, parts):
     run(settings, parts, iterations=2)
     path = sorted((Path(settings["output_dir"]) / "checkpoints").glob("*.safetensors"))[-1]
+    tensors, metadata = load_tensors(path)
+    moment = next(name for name in tensors if ".optimizer.exp_avg." in name)
+    for damaged, facts, sentence in (
+        (tensors, metadata | {"history": True}, r"is damaged \(its history\); delete it to go on from the one before"),
+        (tensors, metadata | {"optimizer_steps": {}}, "is damaged .KeyError"),
+        (tensors, metadata | {"held_out": {"measured": []}}, "is damaged .KeyError"),
+        (
+            {n: t for n, t in tensors.items() if n != moment},
+            metadata,
+            "is damaged: what it holds of the optimizer does",
+        ),
+        (tensors | {moment: torch.zeros(3, 5)}, metadata, "is damaged: what it holds of the optimizer does not fit"),
+    ):
+        save_tensors(path, damaged, facts)
+        with pytest.raises(ValueError, match=sentence):
+            run(settings, parts)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         run(settings, parts)
