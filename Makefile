@@ -4,6 +4,8 @@
 #                   ONLY=--prose to take over new text without running
 # make mutants    plant errors in the package, one at a time, and see which notebook notices (tests/notebooks/mutants.txt);
 #                   what was tried before is not tried again
+# make soak    what takes hours: random kills, fuzzed operators and files, a long run, sanitizers; goes on where it
+#              stopped; ARGS="operators --operators 1000" for a part of it
 # make bench   set up, time the losses against every other way to compute them; ARGS="--operators haar" narrows it down
 # make install-matrix   install into fresh environments; ROWS="no-compiler two-torches" or ROWS=all chooses, see --help
 #
@@ -20,7 +22,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Each process takes about 2 GB.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test notebooks mutants bench install-matrix clean
+.PHONY: demo test notebooks mutants soak bench install-matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rfsr demo
@@ -38,6 +40,9 @@ notebooks: $(VENV)/.installed-test
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/notebooks/mutants.py $(ARGS)
+
+soak: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m tests.soak $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
