@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,12 +134,12 @@ class Tiled(ISRModel):
         self.scheduler, self.scale, self.multiple = model.scheduler, model.scale, model.multiple
         self.latent_channels, self.vae_scale_factor = model.latent_channels, model.vae_scale_factor
 
-    def first_stage(self, lr: Tensor) -> Tensor | Enlarged:
+    def first_stage(self, lr: Tensor) -> Any:  # a tensor, or `Enlarged` in its place
         if type(self.model).first_stage is ISRModel.first_stage:
             return Enlarged(self.model, lr)
         return self.tiles.blend(lambda cut, count: self.model.first_stage(cut(lr)))
 
-    def control(self, image: Tensor | Enlarged) -> dict[str, Tensor | Enlarged]:
+    def control(self, image: Any) -> dict[str, Any]:
         tile = image[self.tiles.part(self.tiles.corners()[0])]
         return {
             name: image  # what networks see is the image itself
