@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from rfsr_ext.models.process import Process, check_scheduler
+from rfsr_ext.models.process import NonUniformProcess, Process, check_scheduler
 
 __all__ = ["Condition", "ISRModel", "Recipe"]
 
 _STARTS = ("lr", "noise")
+_SPACINGS = ("uniform", "ccsr-v1", "ccsr-v2")
 _COLOR_FIXES = ("wavelet", "adain", None)
 _UNITS = ("steps", "timesteps", "noise")
 _WHOLE = {"num_inference_steps": (1, 1000), "start_timestep": (0, 1000), "tile": (1, 2**20), "overlap": (0, 2**20),
@@ -94,6 +95,9 @@ class Recipe:
         added_prompt: appended to every prompt at inference, such as "clean, high-resolution, 8k".
         negative_prompt: of classifier-free guidance.
         start_timestep: with "lr" the timestep whose noise is added; None for the first one of the trajectory.
+        spacing: of the timesteps: "uniform", or "ccsr-v1" or "ccsr-v2" for one leap to ``t_max``, steps to ``t_min``
+            and the estimate there, see `rfsr_ext.models.NonUniformProcess`.
+        t_max, t_min: shares of the schedule, where ``spacing`` is one of CCSR's.
         color_fix: of upscaling, "wavelet", "adain" or None.
         tile, overlap: of upscaling in tiles, in pixels of the result.
         min_side: a result with a shorter side is made from an LR image enlarged to reach it, and made smaller again.
@@ -110,6 +114,9 @@ class Recipe:
     added_prompt: str = ""
     negative_prompt: str = ""
     start_timestep: int | None = None
+    spacing: str = "uniform"
+    t_max: float = 2 / 3
+    t_min: float = 1 / 3
     color_fix: str | None = "wavelet"
     tile: int = 512
     overlap: int = 128
@@ -119,13 +126,17 @@ class Recipe:
     window_unit: str = "steps"
 
     def __post_init__(self):
-        for name, options in (("start", _STARTS), ("color_fix", _COLOR_FIXES), ("window_unit", _UNITS)):
+        for name, options in (
+            ("start", _STARTS), ("spacing", _SPACINGS), ("color_fix", _COLOR_FIXES), ("window_unit", _UNITS)
+        ):  # fmt: skip
             if (value := getattr(self, name)) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
         for name, (low, high) in _WHOLE.items():
             if name != "start_timestep" or self.start_timestep is not None:
                 object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
         _number("guidance_scale", self.guidance_scale, 0, 100, whole=False)
+        for name in ("t_max", "t_min"):
+            _number(name, getattr(self, name), 0, 1, whole=False)
         for name in ("added_prompt", "negative_prompt"):
             if not isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {value!r}")
@@ -162,8 +173,8 @@ class ISRModel(ABC):
 
     A subclass sets the attributes, then calls ``super().__init__()``, and says what differs between models: `predict`,
     `encode` and `decode`; of what networks are conditioned on `control`, `embed` and `embed_image`, and `first_stage`
-    where more than an enlargement comes first; `process` where one scheduler with uniform timesteps is not all.
-    Latents are ``[N, C, h, w]`` everywhere but inside `predict`.
+    where more than an enlargement comes first; `timestep_options` where the scheduler wants more than a number of
+    steps.  Latents are ``[N, C, h, w]`` everywhere but inside `predict`.
 
     Attributes:
         networks: every network by name.  Trainers put wrapped ones (adapters, several processes) in their place here.
@@ -208,6 +219,8 @@ class ISRModel(ABC):
                 raise ValueError(f"trained must give {name} a regular expression, got {pattern!r}") from None
         for network in self.networks.values():
             network.eval().requires_grad_(False)
+        if self.recipe.spacing != "uniform":
+            self.process()  # refuses shares and schedulers that cannot serve
 
     # -- what differs between models ------------------------------------------------------------------------------
 
@@ -254,15 +267,26 @@ class ISRModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images ``[N, 3, H, W]``, nominally in [0, 1], not clamped; differentiable."""
 
+    def timestep_options(self, num_inference_steps: int, size: tuple[int, int]) -> dict[str, Any]:
+        """What the scheduler's ``set_timesteps`` wants besides the number of steps, for images of this size."""
+        return {}
+
+    # -- what is the same for all ---------------------------------------------------------------------------------
+
     def process(self, num_inference_steps: int | None = None, size: tuple[int, int] | None = None) -> Process:
-        """A fresh noise process for one trajectory.
+        """A fresh noise process for one trajectory, spaced as the recipe says.
 
         ``size`` is the height and width in pixels of what the network sees at once, by which some models choose their
         noise levels (FLUX); None for the recipe's tile.
         """
-        return Process(self.scheduler, num_inference_steps or self.recipe.num_inference_steps)
-
-    # -- what is the same for all ---------------------------------------------------------------------------------
+        recipe = self.recipe
+        steps = recipe.num_inference_steps if num_inference_steps is None else num_inference_steps
+        options = self.timestep_options(steps, size or (recipe.tile, recipe.tile))
+        if recipe.spacing == "uniform":
+            return Process(self.scheduler, steps, **options)
+        version = recipe.spacing.removeprefix("ccsr-")
+        start = recipe.start_timestep
+        return NonUniformProcess(self.scheduler, steps, recipe.t_max, recipe.t_min, version, start, **options)
 
     @torch.no_grad()
     def condition(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> Condition:

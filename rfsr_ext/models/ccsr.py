@@ -20,7 +20,6 @@ from rfsr_ext.models.base import Recipe
 from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part, open_plain_part
 from rfsr_ext.models.latent_control import LatentControlNetISRModel
-from rfsr_ext.models.process import NonUniformProcess
 from rfsr_ext.networks import compvis
 from rfsr_ext.networks.options import with_options
 from rfsr_ext.weights.reading import read_tensors
@@ -44,37 +43,20 @@ def _require_folder(argument: str, folder: Path, advice: str) -> None:
 
 
 class CCSRModel(ControlNetISRModel):
-    """What both versions of CCSR have in common: the shares of the schedule that non-uniform sampling takes.
+    """What both versions of CCSR have in common: their recipe, whose ``spacing`` is non-uniform.
 
     Args:
         args, kwargs: as for `ControlNetISRModel`.
-        t_max, t_min: shares of the schedule, 0 ≤ t_min ≤ t_max ≤ 1, see `rfsr_ext.models.NonUniformProcess`; the
-            authors' values by default.
+        recipe: the authors' by default.
 
     Raises:
         ValueError: if the parts do not fit each other, or the shares or the scheduler cannot serve.
     """
 
-    arguments: ClassVar[frozenset[str]] = ControlNetISRModel.arguments | {"t_max", "t_min"}
-    version: ClassVar[str]
     authors: ClassVar[Recipe]
-    shares: ClassVar[tuple[float, float]]
 
-    def __init__(self, *args, t_max: float | None = None, t_min: float | None = None, recipe=None, **kwargs):
-        self.t_max, self.t_min = (
-            own if given is None else given for given, own in zip((t_max, t_min), self.shares, strict=True)
-        )
+    def __init__(self, *args, recipe: Recipe | None = None, **kwargs):
         super().__init__(*args, recipe=recipe or self.authors, **kwargs)
-        self.process()  # refuses shares and schedulers that cannot serve
-
-    def process(self, num_inference_steps: int | None = None, size: tuple[int, int] | None = None) -> NonUniformProcess:
-        steps = num_inference_steps or self.recipe.num_inference_steps
-        return NonUniformProcess(
-            self.scheduler, steps, self.t_max, self.t_min, self.version, self.recipe.start_timestep
-        )
-
-    def settings(self) -> dict[str, Any]:
-        return {"t_max": self.t_max, "t_min": self.t_min}
 
 
 # -- version 2 --------------------------------------------------------------------------------------------------------
@@ -119,12 +101,13 @@ class CCSRv2Model(CCSRModel):
     kind: ClassVar[str] = "ccsr-v2"
     classes: ClassVar[dict[str, type]] = ControlNetISRModel.classes | {"controlnet": CCSRv2ControlNetModel}
     opens: ClassVar[str] = "CCSR v2"
-    version: ClassVar[str] = "v2"
-    shares: ClassVar[tuple[float, float]] = (0.6667, 0.5)
     authors: ClassVar[Recipe] = Recipe(
         num_inference_steps=6,
         start="lr",
         start_timestep=_LAST_TIMESTEP,
+        spacing="ccsr-v2",
+        t_max=0.6667,
+        t_min=0.5,
         guidance_scale=4.5,
         added_prompt="clean, high-resolution, 8k",
         negative_prompt="blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed",
@@ -154,8 +137,6 @@ class CCSRv2Model(CCSRModel):
         torch_dtype: torch.dtype = torch.float32,
         scale: int = 4,
         trained: dict[str, str] | None = None,
-        t_max: float | None = None,
-        t_min: float | None = None,
         **recipe,
     ) -> Self:
         """Open what the authors publish: ``controlnet/`` and ``vae/`` beside a Stable Diffusion 2.1-base folder.
@@ -164,7 +145,7 @@ class CCSRv2Model(CCSRModel):
             weights: the folder that their commands call ``preset/models``.
             base: the Stable Diffusion folder, ``weights/stable-diffusion-2-1-base`` by default; its VAE is not used.
             torch_dtype: of all networks.
-            scale, trained, t_max, t_min: as in the class.
+            scale, trained: as in the class.
             recipe: fields of `Recipe` that replace the authors'.
 
         Raises:
@@ -187,7 +168,7 @@ class CCSRv2Model(CCSRModel):
             except ValueError as error:
                 raise ValueError(f"{error}; {advice}") from error
         merged = cls.authors.replace(**recipe)
-        return cls(**parts, scale=scale, recipe=merged, trained=trained, t_max=t_max, t_min=t_min)
+        return cls(**parts, scale=scale, recipe=merged, trained=trained)
 
 
 # -- version 1 --------------------------------------------------------------------------------------------------------
@@ -202,12 +183,13 @@ class CCSRv1Model(CCSRModel, LatentControlNetISRModel):
 
     kind: ClassVar[str] = "ccsr"
     opens: ClassVar[str] = "CCSR v1"
-    version: ClassVar[str] = "v1"
-    shares: ClassVar[tuple[float, float]] = (0.6667, 0.3333)
     authors: ClassVar[Recipe] = Recipe(
         num_inference_steps=45,
         start="noise",
         start_timestep=_LAST_TIMESTEP,
+        spacing="ccsr-v1",
+        t_max=0.6667,
+        t_min=0.3333,
         color_fix="adain",
         tile=512,
         overlap=256,
@@ -227,8 +209,6 @@ class CCSRv1Model(CCSRModel, LatentControlNetISRModel):
         torch_dtype: torch.dtype = torch.float32,
         scale: int = 4,
         trained: dict[str, str] | None = None,
-        t_max: float | None = None,
-        t_min: float | None = None,
         num_head_channels: int = 64,
         **recipe,
     ) -> Self:
@@ -239,7 +219,7 @@ class CCSRv1Model(CCSRModel, LatentControlNetISRModel):
             base: a Stable Diffusion 2.1-base folder, for its tokenizer; by default ``stable-diffusion-2-1-base``
                 beside the file.
             torch_dtype: of all networks.
-            scale, trained, t_max, t_min: as in the class.
+            scale, trained: as in the class.
             num_head_channels: width of an attention head, which shapes do not tell (the authors'
                 ``configs/model/ccsr_stage2.yaml``).
             recipe: fields of `Recipe` that replace the authors'.
@@ -262,8 +242,8 @@ class CCSRv1Model(CCSRModel, LatentControlNetISRModel):
         scheduler = DDPMScheduler(**compvis.SCHEDULE, clip_sample=False, timestep_spacing="linspace")
         tokenizer = open_plain_part(CLIPTokenizer, base / "tokenizer")
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # OpenCLIP's padding, whatever base it is
-        options = {"scale": scale, "recipe": merged, "trained": trained, "t_max": t_max, "t_min": t_min}
-        return cls(**networks, tokenizer=tokenizer, scheduler=scheduler, **options)
+        parts = {**networks, "tokenizer": tokenizer, "scheduler": scheduler}
+        return cls(**parts, scale=scale, recipe=merged, trained=trained)
 
 
 # Training the decoder left in the file its losses, and the numbers of a second noise schedule.

@@ -26,7 +26,6 @@ from rfsr_ext.models.folders import (
     require_classes,
     write_folder,
 )
-from rfsr_ext.models.process import Process
 from rfsr_ext.weights.reading import open_network
 
 __all__ = ["FLUX_RECIPE", "FluxISRModel"]
@@ -191,20 +190,20 @@ class FluxISRModel(ISRModel):
 
     # -- networks -------------------------------------------------------------------------------------------------
 
-    def process(self, num_inference_steps: int | None = None, size: tuple[int, int] | None = None) -> Process:
+    def timestep_options(self, num_inference_steps: int, size: tuple[int, int]) -> dict[str, Any]:
         """σ = 1, 1 − 1/n, …, 1/n, shifted to e^μ σ / (1 + (e^μ − 1) σ), with a μ that is linear in the tokens' number.
 
         With FLUX.1-dev's scheduler, μ is 0.63 at 512² and 1.15 at 1024².
         """
-        n = num_inference_steps or self.recipe.num_inference_steps
-        options = {"sigmas": [1 - i / n for i in range(n)]}
+        n = num_inference_steps
+        options: dict[str, Any] = {"sigmas": [1 - i / n for i in range(n)]}
         config = self.scheduler.config
         if config.get("use_dynamic_shifting"):
-            height, width = size or (self.recipe.tile,) * 2
+            height, width = size
             tokens = (height // self.multiple) * (width // self.multiple)
             share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
             options["mu"] = config.base_shift + share * (config.max_shift - config.base_shift)
-        return Process(self.scheduler, n, **options)
+        return options
 
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         height, width = latents.shape[-2:]

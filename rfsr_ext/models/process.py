@@ -93,6 +93,20 @@ class Process:
             )
         return kind
 
+    @property
+    def last_timestep(self) -> int:
+        """The noisiest timestep that the network was trained with, T.
+
+        Raises:
+            ValueError: if timesteps are no numbers from 0 to T (EDM).
+        """
+        if self._family == "edm":
+            raise ValueError(
+                f"scheduler must have timesteps from 0 to {self._scheduler.config.num_train_timesteps - 1}, got "
+                f"{type(self._scheduler).__name__}, whose timesteps are ln(σ) / 4; take DDPMScheduler, say"
+            )
+        return self._scheduler.config.num_train_timesteps - 1
+
     # -- noise level ----------------------------------------------------------------------------------------------
 
     def _own_levels(self) -> dict[float, tuple[float, float]]:
@@ -174,6 +188,11 @@ class Process:
         square = alpha.square() + sigma.square()
         return (alpha * latents - sigma * square.sqrt() * model_output) / square
 
+    def pred_noise(self, pred_original_sample: Tensor, timestep: Tensor | float, latents: Tensor) -> Tensor:
+        """The noise that z_t holds beside the z_0 estimate: ε̂ = (z_t − α ẑ_0) / σ."""
+        alpha, sigma = self._broadcast(timestep, latents)
+        return (latents - alpha * pred_original_sample) / sigma
+
     def perfect_output(self, original_samples: Tensor, timestep: Tensor | float, latents: Tensor) -> Tensor:
         """The network's output at z_t whose z_0 estimate is ``original_samples``: `pred_original_sample`, solved."""
         at_zero = self.pred_original_sample(torch.zeros_like(latents), timestep, latents)
@@ -225,20 +244,23 @@ class NonUniformProcess(Process):
     network is told, as its authors have it). The authors of v2 take Stable Diffusion 2.1's timesteps, "leading" with
     ``steps_offset`` 1.
 
+    DDPM, the authors' sampler, takes its own steps, which draw noise. Any other scheduler lends its noise levels alone,
+    and a step from t to s is that of DDIM without noise, z_s = α_s ẑ_0 + σ_s (z_t − α_t ẑ_0) / σ_t: Euler's own step,
+    on straight lines as well (flow matching), and the first order of the multistep solvers.
+
     What the authors' code does not survive is defined here: with ``num_inference_steps`` 1, or where rounding leaves no
     timestep after the first, the first estimate is the result; where round(n·t_min) is 0 no step is left out; with
     ``t_max`` 1 there is no leap, and sampling is uniform down to ``t_min``. No timestep comes twice.
 
     Args:
-        scheduler, num_inference_steps, options: as for `Process`; for a scheduler whose step needs no history (DDPM,
-            DDIM).
+        scheduler, num_inference_steps, options: as for `Process`.
         t_max, t_min: shares of the schedule, 0 ≤ t_min ≤ t_max < 1, or t_max = 1.
         version: "v1" or "v2", whose rules to follow.
         start_timestep: of the first evaluation, u_1 by default; CCSR's is 999.
 
     Raises:
-        ValueError: if the shares or the timestep are out of range, the version is not known, or the scheduler counts
-            its own steps or, for "v1", takes no timesteps but its own.
+        ValueError: if the shares or the timestep are out of range, the version is not known, or "v1" is asked for of
+            a scheduler whose timesteps are no numbers from 0 to 999 (EDM).
     """
 
     def __init__(
@@ -258,23 +280,18 @@ class NonUniformProcess(Process):
         if version not in ("v1", "v2"):
             raise ValueError(f"version must be v1 or v2, got {version!r}")
         super().__init__(scheduler, num_inference_steps, **options)
-        if hasattr(self._scheduler, "step_index") or hasattr(self._scheduler, "counter"):
-            raise ValueError(
-                f"scheduler must not count its own steps for non-uniform sampling, got "
-                f"{type(scheduler).__name__}; take DDPMScheduler or DDIMScheduler"
-            )
-        n = len(self.timesteps)
+        uniform = self.timesteps.unique(sorted=True).flip(0)  # some schedulers evaluate twice at one
+        # to step by itself a scheduler must take any timesteps, and must not count them
+        takes_timesteps = "timesteps" in inspect.signature(self._scheduler.set_timesteps).parameters
+        self._steps_itself = takes_timesteps and not hasattr(self._scheduler, "step_index")
         if version == "v1":
-            if "timesteps" not in inspect.signature(self._scheduler.set_timesteps).parameters:
-                raise ValueError(
-                    f"scheduler must take given timesteps for version v1, got {type(scheduler).__name__}; take "
-                    f"DDPMScheduler"
-                )
-            last = self._scheduler.config.num_train_timesteps - 1
+            last, count = self.last_timestep, num_inference_steps
             # guided diffusion's sum of strides, which can round 499.5 down
-            sums = itertools.accumulate([last / max(n - 1, 1)] * (n - 1), initial=0.0)
-            self._scheduler.set_timesteps(timesteps=[round(t) for t in sums][::-1])
-        uniform = self._scheduler.timesteps
+            sums = itertools.accumulate([last / max(count - 1, 1)] * (count - 1), initial=0.0)
+            uniform = torch.tensor([round(t) for t in sums][::-1], device=uniform.device)
+            if self._steps_itself:
+                self._scheduler.set_timesteps(timesteps=uniform.tolist())
+        n = len(uniform)
         first = uniform[:1] if start_timestep is None else torch.full_like(uniform[:1], start_timestep)
         self.level(first)  # refuses a timestep that the network was not trained with
         kept = uniform[n - round(n * t_max) : n - round(n * t_min)] if n > 1 else uniform[:0]
@@ -288,14 +305,16 @@ class NonUniformProcess(Process):
 
     def step(self, model_output: Tensor, timestep: Tensor, latents: Tensor, generator=None) -> Tensor:
         place = self.timesteps.tolist().index(float(timestep))
-        last = place == len(self) - 1
-        if not last and not (place == 0 and self._leaps):
+        last, leap = place == len(self) - 1, place == 0 and self._leaps
+        if self._steps_itself and not last and not leap:
             return super().step(model_output, timestep, latents, generator)
         estimate = self.pred_original_sample(model_output, timestep, latents)
         if last:
             return estimate
-        noise = randn_tensor(estimate.shape, generator=generator, device=estimate.device, dtype=estimate.dtype)
-        return self.add_noise(estimate, noise, self._renoised)
+        if leap:
+            noise = randn_tensor(estimate.shape, generator=generator, device=estimate.device, dtype=estimate.dtype)
+            return self.add_noise(estimate, noise, self._renoised)
+        return self.add_noise(estimate, self.pred_noise(estimate, timestep, latents), self.timesteps[place + 1])
 
 
 _KNOWN = 3.0  # beyond 1, so that a scheduler which clips its estimates is noticed
