@@ -181,6 +181,9 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write every row to this .csv or .parquet file.")] = None,
     steps: Annotated[bool, typer.Option(help="Also measure every sampling step (Figure 1 of the paper).")] = False,
+    stability: Annotated[
+        bool, typer.Option("--stability", help="Also say how much samples of one image differ: G-STD, L-STD, a map.")
+    ] = False,
     model_option: ModelOption = None,
 ) -> None:
     """Measure folders of pictures, or models on held-out photographs or pairs, by the metrics of a preset."""
@@ -196,12 +199,14 @@ def evaluate(
     chosen = choose_preset(preset, metrics, channel, border)
     folders = [holds_pictures(target) for target in targets]
     options = parse_pairs("--model-option", model_option)
+    if stability and (all(folders) or (seeds or (1 if pairs else 3)) < 2):
+        raise ValueError("--stability is for models and two --seeds or more, of which CCSR's authors take 10")
     if pairs is not None:
         if any(folders) or gt is not None or cases is not None or steps:
             raise ValueError(
                 "--pairs is for models alone, without --gt, --cases and --steps; its second folder is --gt"
             )
-        evaluate_on_pairs(targets, pairs, pictures, chosen, range(seeds or 1), output, options)
+        evaluate_on_pairs(targets, pairs, pictures, chosen, range(seeds or 1), output, options, stability)
     elif all(folders):
         evaluate_folders([Path(target) for target in targets], gt, chosen, output, cases, by)
     elif any(folders):
@@ -209,7 +214,7 @@ def evaluate(
     elif gt is not None or cases is not None:
         raise ValueError("--gt and --cases are for folders of pictures; models are measured on the bundled photographs")
     else:
-        evaluate_models(targets, crops, size, range(seeds or 3), output, steps, chosen, options)
+        evaluate_models(targets, crops, size, range(seeds or 3), output, steps, chosen, options, stability)
 
 
 @_typer.command()

@@ -1,13 +1,15 @@
 """``rfsr evaluate`` and ``rfsr ablate``: tables of measurements."""
 
 import importlib.util
-from collections.abc import Sequence
+import itertools
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import typer
+from torch import Tensor
 
 from rfsr_ext.cli.config import default_device
 from rfsr_ext.data import Root, evaluation_crops, photographs
@@ -15,15 +17,18 @@ from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
     FolderResult,
     Scorer,
+    Spread,
     best_and_worst,
     cases_figure,
     compare,
+    disagreement_figure,
     evaluate,
     evaluate_bicubic,
     evaluate_folder,
     evaluate_pairs,
     evaluate_pairs_bicubic,
     measure_trajectory,
+    stability_table,
     summarize,
     trajectory_figure,
 )
@@ -117,6 +122,20 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
         frame.to_parquet(aside, index=False) if path.suffix == ".parquet" else frame.to_csv(aside, index=False)
 
 
+def write_stability(
+    frame: pd.DataFrame, spreads: dict[str, Spread], references: dict[Hashable, Tensor], output: Path | None
+) -> None:
+    """Print G-STD and L-STD; with ``output`` keep them beside it, with the map of where samples disagree."""
+    table = stability_table(frame, spreads)
+    columns = {"mean": "{:.4f}".format, "std": "{:.4f}".format, "standard_error": "{:.4f}".format}
+    typer.echo("\nstandard deviation over seeds: G-STD of each metric, L-STD of pixels (l_std)\n")
+    typer.echo(table.reset_index().to_string(index=False, formatters=columns, na_rep=""))
+    if output is not None:
+        write_table(table.reset_index(), output.with_suffix(".stability.csv"))
+        with replace_file(output.with_suffix(".stability.png")) as aside:
+            disagreement_figure(spreads, references).savefig(aside, format="png", dpi=100)
+
+
 def _cases(results: dict[str, FolderResult], metric: str, frame: pd.DataFrame, path: Path) -> None:
     """Best and worst by a metric, of two folders by what changed from the first to the second."""
     values = {name: part.set_index("image")[metric] for name, part in frame.groupby("model", sort=False)}
@@ -196,6 +215,7 @@ def evaluate_on_pairs(
     seeds: Sequence[int],
     output: Path | None,
     options: dict[str, Any] | None = None,
+    stability: bool = False,
 ) -> None:
     """Upscale the LR images of pairs, keep the pictures and print the table of models and of their differences.
 
@@ -226,6 +246,13 @@ def evaluate_on_pairs(
     if others and common:
         typer.echo(f"\nAgainst {base}, {len(common)} pictures:\n")
         typer.echo(difference_table(frame[frame["image"].isin(common)], base, others))
+    if stability and common:
+        spreads = {name: Spread() for name in results}
+        for name, result in results.items():
+            for folder, image in itertools.product(result.folders, sorted(common)):
+                spreads[name].add([image], read_picture(folder / f"{image}.png")[None])
+        references = {image: read_picture(results[base].references[image]) for image in common}
+        write_stability(frame[frame["image"].isin(common)], spreads, references, output)
     typer.echo(f"\npictures: {', '.join(str(folder) for result in results.values() for folder in result.folders)}")
     if output is not None:
         write_table(frame, output)
@@ -245,6 +272,7 @@ def evaluate_models(
     steps: bool,
     preset: Preset | None = None,
     options: dict[str, Any] | None = None,
+    stability: bool = False,
 ) -> None:
     """Print the table of models and of their differences from the first one; the main process does it alone."""
     check_table(output)
@@ -256,7 +284,13 @@ def evaluate_models(
     scorers = held_out_scorers()
     models = {name: load_model(name, **(options or {})) for name in dict.fromkeys(names)}
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
-    frames += [evaluate(model, samples, scorers, seeds=seeds, name=name, suite=suite) for name, model in models.items()]
+    spreads = {name: Spread() for name in models}
+    frames += [
+        evaluate(
+            model, samples, scorers, seeds, name=name, suite=suite, on_images=spreads[name].add if stability else None
+        )
+        for name, model in models.items()
+    ]
     frame = pd.concat(frames, ignore_index=True)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} seeds; rewards are the small stand-ins\n")
     if suite is not None:
@@ -267,6 +301,8 @@ def evaluate_models(
         typer.echo(f"\nAgainst {base}:\n\n{difference_table(frame, base, others)}")
     if output is not None:
         write_table(frame, output)
+    if stability:
+        write_stability(frame, spreads, {i: sample["gt"] for i, sample in enumerate(samples)}, output)
     if steps:
         paths = [measure_trajectory(model, samples, seeds, name=name) for name, model in models.items()]
         for name, path in zip(models, paths, strict=True):

@@ -11,22 +11,26 @@ from rfsr_ext.evaluation.measure import (
     summarize,
 )
 from rfsr_ext.evaluation.pairs import PairResult, evaluate_pairs, evaluate_pairs_bicubic
+from rfsr_ext.evaluation.stability import Spread, disagreement_figure, stability_table
 
 __all__ = [
     "FolderResult",
     "PairResult",
     "Scorer",
+    "Spread",
     "best_and_worst",
     "cases_figure",
     "compare",
     "comparison_figure",
     "curves_figure",
+    "disagreement_figure",
     "evaluate",
     "evaluate_bicubic",
     "evaluate_folder",
     "evaluate_pairs",
     "evaluate_pairs_bicubic",
     "measure_trajectory",
+    "stability_table",
     "summarize",
     "trajectory_figure",
 ]

@@ -38,11 +38,13 @@ class PairResult:
             ending), ``preset``, one column per metric, and ``seed``.
         left_out: why a picture was left out, by its path.
         folders: where the pictures are, one folder per seed.
+        references: ground truths by image.
     """
 
     frame: pd.DataFrame
     left_out: dict[str, str]
     folders: list[Path]
+    references: dict[str, Path]
 
 
 def evaluate_pairs(
@@ -68,7 +70,7 @@ def evaluate_pairs(
         ValueError: if no pair fits the model, or not one picture could be measured; see also `Manifest`.
     """
     entries, left_out = _fitting(root, model.scale, name)
-    frames, folders = [], []
+    frames, folders, references = [], [], {}
     label = re.sub(r"[^\w.-]+", "_", name).strip("_.")
     for seed in seeds:
         folder = Path(pictures) / f"{label}-seed{seed}"
@@ -80,8 +82,9 @@ def evaluate_pairs(
         result = measure_pictures(made, suite, truths, name, str(root.gt))
         frames.append(result.frame.assign(seed=seed))
         folders.append(folder)
+        references |= truths
         left_out |= failed | {str(path): reason for path, reason in result.broken.items()}
-    return PairResult(pd.concat(frames, ignore_index=True), left_out, folders)
+    return PairResult(pd.concat(frames, ignore_index=True), left_out, folders, references)
 
 
 def evaluate_pairs_bicubic(root: Root, scale: int, suite: Suite, name: str = "bicubic") -> pd.DataFrame:
