@@ -118,11 +118,14 @@ def require_classes(path: Path, classes: Mapping[str, type], advice: str) -> Non
             raise ValueError(f"{name} in {str(path)!r} must be a {kind.__name__}, got {found.get(name)}; {advice}")
 
 
-def open_part(kind: type, folder: str | Path, dtype: torch.dtype = torch.float32, name: str | None = None) -> nn.Module:
+def open_part(
+    kind: type, folder: str | Path, dtype: torch.dtype = torch.float32, name: str | None = None, **options: Any
+) -> nn.Module:
     """A network from its folder (``config.json`` and weights), by diffusers or transformers, in ``dtype``.
 
     A folder that holds only half-precision files (``*.fp16.safetensors``) is opened as well.  Weights go from the file
-    into their places one by one; they are never there twice.  ``name`` is what an error calls the part.
+    into their places one by one; they are never there twice.  ``name`` is what an error calls the part; ``options`` are
+    for the class.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -136,7 +139,7 @@ def open_part(kind: type, folder: str | Path, dtype: torch.dtype = torch.float32
     files = [file.name for file in folder.iterdir()]
     halves = [name for name in files if ".fp16." in name]
     whole = [name for name in files if name.endswith((".safetensors", ".bin")) and name not in halves]
-    options: dict[str, Any] = {"variant": "fp16"} if halves and not whole else {}
+    options |= {"variant": "fp16"} if halves and not whole else {}
     # diffusers calls it torch_dtype and may change its mind; transformers has changed to dtype
     options |= {"dtype": dtype} if kind.__module__.startswith("transformers") else {"torch_dtype": dtype}
     try:
