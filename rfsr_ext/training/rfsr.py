@@ -20,7 +20,7 @@ from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.memory import bytes_of, hold_weights
 from rfsr_ext.metrics.judge import Judge
-from rfsr_ext.models import ISRModel, load_model
+from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import Rollout, generators
 from rfsr_ext.training import setup
@@ -284,14 +284,7 @@ class RFSRTrainer:
         judges: dict[str, Scorer] | None = None,
     ):
         accelerator = create_accelerator(config)
-        self.model = load_model(config.model, **config.model_options) if model is None else model
-        if config.crop_size % self.model.multiple:
-            raise ValueError(
-                f"crop_size must be a multiple of {self.model.multiple} for this model, got {config.crop_size}"
-            )
-        self.model.to(accelerator.device)
-        if config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
+        self.model = setup.build_model(config, accelerator.device, model)
         self.objective = build_objective(config, self.model, rewards, style_loss)
         dataset = setup.build_dataset(config) if dataset is None else dataset
         if validation is None:

@@ -4,6 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from rfsr_ext.training.ccsr import (
+    CCSRConfig,
+    CCSRStage1Config,
+    CCSRStage2Config,
+    CCSRStageTrainer,
+    CCSRTrainer,
+)
 from rfsr_ext.training.config import RFSRConfig, RunConfig, read_values
 from rfsr_ext.training.rfsr import RFSRTrainer
 
@@ -24,7 +31,12 @@ class Trainer(Protocol):
     def train(self, resume: bool = True) -> Result: ...
 
 
-METHODS: dict[str, tuple[type[RunConfig], Callable[[Any], Trainer]]] = {"rfsr": (RFSRConfig, RFSRTrainer)}
+METHODS: dict[str, tuple[type[RunConfig], Callable[[Any], Trainer]]] = {
+    "rfsr": (RFSRConfig, RFSRTrainer),
+    "ccsr": (CCSRConfig, CCSRTrainer),
+    "ccsr-stage1": (CCSRStage1Config, CCSRStageTrainer),
+    "ccsr-stage2": (CCSRStage2Config, CCSRStageTrainer),
+}
 
 
 def method_presets() -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -13,7 +14,7 @@ from rfsr_ext.data.stream import StreamedImages
 from rfsr_ext.files import replace_folder
 from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.losses import HaarLLLoss
-from rfsr_ext.models import ISRModel
+from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import Reward, WeightedReward, create_reward
 from rfsr_ext.sampling import TimestepWindows
 from rfsr_ext.training.config import RFSRConfig, RunConfig, create_degradation
@@ -21,6 +22,7 @@ from rfsr_ext.training.config import RFSRConfig, RunConfig, create_degradation
 __all__ = [
     "add_adapters",
     "build_dataset",
+    "build_model",
     "build_rewards",
     "build_windows",
     "data_roots",
@@ -49,6 +51,19 @@ def build_dataset(config: RunConfig) -> Dataset:
             config.data["stream"], config.crop_size, config.seed, degradation, config.data.get("lanes", 1)
         )
     return ImageFolder(data_roots(config), config.crop_size, seed=config.seed, degradation=degradation)
+
+
+def build_model(config: RunConfig, device: torch.device, model: ISRModel | None = None) -> ISRModel:
+    """The configuration's model, or the one given, where it will be trained.
+
+    Raises:
+        ValueError: if the crops do not fit it; see also `load_model`.
+    """
+    model = load_model(config.model, **config.model_options) if model is None else model
+    if config.crop_size % model.multiple:
+        raise ValueError(f"crop_size must be a multiple of {model.multiple} for this model, got {config.crop_size}")
+    model.to(device)
+    return model.enable_gradient_checkpointing() if config.gradient_checkpointing else model
 
 
 def data_roots(config: RunConfig) -> list[Root]:

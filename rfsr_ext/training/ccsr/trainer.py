@@ -1,0 +1,81 @@
+"""CCSR's stages from their settings: one of them, or both in a row."""
+
+import pandas as pd
+from torch.utils.data import Dataset
+
+from rfsr_ext.data import Sample, evaluation_crops, photographs
+from rfsr_ext.evaluation.measure import Scorer
+from rfsr_ext.metrics.judge import Judge
+from rfsr_ext.models import ISRModel
+from rfsr_ext.training import setup
+from rfsr_ext.training.ccsr.config import CCSRConfig, CCSRStage1Config, CCSRStage2Config
+from rfsr_ext.training.ccsr.consistency import Consistency
+from rfsr_ext.training.ccsr.decoder import DecoderTuning, build_perceptual_loss
+from rfsr_ext.training.ccsr.held_out import HeldOutSpread
+from rfsr_ext.training.loop import Loop, create_accelerator
+from rfsr_ext.training.rfsr import TrainingResult
+
+__all__ = ["CCSRStageTrainer", "CCSRTrainer"]
+
+
+class CCSRStageTrainer:
+    """One stage, as its settings say; what is not given is built.
+
+    Args:
+        config: of stage 1 or of stage 2.
+        model: trained in place.
+        dataset: samples as `rfsr_ext.data.Sample`, indexable by any non-negative integer.
+        validation: held-out samples.
+        judges: scorers by name that training never uses.
+    """
+
+    def __init__(
+        self,
+        config: CCSRStage1Config | CCSRStage2Config,
+        model: ISRModel | None = None,
+        *,
+        dataset: Dataset | None = None,
+        validation: list[Sample] | None = None,
+        judges: dict[str, Scorer] | None = None,
+    ):
+        if config.lora_rank:
+            raise ValueError(
+                f"lora_rank must be 0 for {config.method}, which trains all weights, got {config.lora_rank}"
+            )
+        accelerator = create_accelerator(config)
+        self.model = setup.build_model(config, accelerator.device, model)
+        dataset = setup.build_dataset(config) if dataset is None else dataset
+        if validation is None:
+            validation = evaluation_crops(photographs("validation"), config.validation_size, config.validation_crops)
+        if judges is None:
+            judges = {"judge": Judge.from_pretrained().to(accelerator.device).score}
+        kind = Consistency if isinstance(config, CCSRStage1Config) else DecoderTuning
+        self.method = kind(config, self.model)
+        distance = build_perceptual_loss(config.validation_distance)
+        self.held_out = HeldOutSpread(
+            self.model, validation, distance, judges, seeds=config.validation_seeds,
+            max_psnr_drop=config.max_psnr_drop, seed=config.seed, batch_size=config.batch_size,
+            num_inference_steps=getattr(config, "num_inference_steps", None),
+        )  # fmt: skip
+        self.loop = Loop(config, self.method, dataset, self.held_out, accelerator, name=config.method)
+
+    def train(self, resume: bool = True) -> TrainingResult:
+        """Train to ``config.iterations``, see `rfsr_ext.training.loop.Loop.train`."""
+        history = self.loop.train(resume)
+        for network in self.model.networks.values():
+            network.requires_grad_(False)
+        validation = pd.DataFrame(self.held_out.measured)
+        return TrainingResult(self.model, self.loop.folder, history, validation, self.held_out.best_iteration)
+
+
+class CCSRTrainer:
+    """Both stages in a row; the second opens what the first has written."""
+
+    def __init__(self, config: CCSRConfig):
+        self.config = config
+
+    def train(self, resume: bool = True) -> TrainingResult:
+        """Train every stage that is not done, and give the last one's result."""
+        for config in self.config.stages():
+            result = CCSRStageTrainer(config).train(resume)
+        return result
