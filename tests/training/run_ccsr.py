@@ -10,7 +10,7 @@ from tests.tiny import tiny_model
 from tests.training.conftest import TinyData
 
 SHARED = {
-    "crop_size": 32, "batch_size": 2, "learning_rate": 1e-3, "ema_decay": 0.5, "validate_every": 100,
+    "crop_size": 32, "batch_size": 2, "learning_rate": 1e-5, "ema_decay": 0.5, "validate_every": 100,
     "checkpoint_every": 1,
 }  # fmt: skip
 METHODS = {
