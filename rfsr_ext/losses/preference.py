@@ -27,8 +27,9 @@ def diffusion_dpo_loss(
         margin = −c β [(e(w) − e_ref(w)) − (e(l) − e_ref(l))]        loss = mean of weight · (−log sigmoid(margin))
 
     The output may be noise, velocity, flow or the sample itself, with the target that belongs to it.  Winner and loser
-    must have been noised to the same timestep by the same noise, which leaves the least variance.  What c is and
-    whether e is a mean or a sum over a sample's elements, public code does not agree on; β means something else in each:
+    must have been noised to the same timestep by the same noise, which leaves the least variance.  What c is, and
+    whether e is a mean or a sum over a sample's elements, public code does not agree on, so that β means different
+    things:
 
     =========== ===== ====== =========================================================================================
     convention  c     e      where

@@ -3,8 +3,8 @@
 python tests/losses/released/make.py TRAIN SD SDXL
 
 where TRAIN is train.py of SalesforceAIResearch/DiffusionDPO (b47678e), SD and SDXL are train_diffusion_dpo.py and
-train_diffusion_dpo_sdxl.py of huggingface/diffusers (58eb52c, examples/research_projects/diffusion_dpo).  Each script is
-read from its first to its last line of that part; what they ask of networks is given as numbers.
+train_diffusion_dpo_sdxl.py of huggingface/diffusers (58eb52c, examples/research_projects/diffusion_dpo).  Of each
+script the lines of that part are run; what they ask of networks is given as numbers.
 """
 
 import json
