@@ -14,7 +14,14 @@ from torch import Tensor
 
 from rfsr_ext.sampling import TimestepWindows
 
-__all__ = ["cases_figure", "comparison_figure", "curves_figure", "trajectory_figure"]
+__all__ = [
+    "best_of_figure",
+    "cases_figure",
+    "comparison_figure",
+    "curves_figure",
+    "gaps_figure",
+    "trajectory_figure",
+]
 
 _DPI = 100
 _INK, _FAINT = "#222222", "#8a8a8a"
@@ -46,7 +53,8 @@ def comparison_figure(rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequ
             )
     zoom = math.ceil(tile / min(height, width))
     height, width = height * zoom, width * zoom
-    gap, head, foot = 6, 34, 26 if any(caption for row in rows for _, caption in row) else 6  # pixels
+    lines = max(len(caption.splitlines()) for row in rows for _, caption in row)
+    gap, head, foot = 6, 34, 10 + 16 * lines if lines else 6  # pixels
     total = gap + len(titles) * (width + gap), head + len(rows) * (height + foot)
     figure = Figure(figsize=(total[0] / _DPI, total[1] / _DPI), dpi=_DPI, facecolor="white")
     for column, title in enumerate(titles):
@@ -59,7 +67,7 @@ def comparison_figure(rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequ
             axes = figure.add_axes(box)
             axes.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).float().numpy(), interpolation="nearest")
             axes.set_axis_off()
-            below = 1 - (top + height + 12) / total[1]
+            below = 1 - (top + height + foot / 2 - 1) / total[1]
             figure.text(center, below, caption, ha="center", va="center", size=9, color="#5c5c5c")
     return figure
 
@@ -180,4 +188,59 @@ def trajectory_figure(frame: pd.DataFrame, windows: TimestepWindows | None = Non
         axes.set_xlabel("sampling step", size=9, color=_INK)
         _tidy(axes)
     panels[0].set_ylabel("SSIM with ground truth", size=9, color=_INK)
+    return figure
+
+
+def best_of_figure(table: pd.DataFrame) -> Figure:
+    """Best, mean and worst of M results against M, one panel per quantity, one color per model.
+
+    Args:
+        table: what `rfsr_ext.evaluation.best_of` gave, its bootstrap intervals as bands; several of them concatenated
+            give a panel each.
+    """
+    quantities, models = list(table["quantity"].unique()), list(table["model"].unique())
+    down = math.ceil(len(quantities) / 3)
+    across = math.ceil(len(quantities) / down)
+    figure = Figure(figsize=(4.0 * across, 3.0 * down + 0.5), dpi=_DPI, facecolor="white", layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    styles = {"best": "--", "mean": "-", "worst": ":"}
+    for axes, quantity in zip(panels, quantities, strict=False):
+        for i, model in enumerate(models):
+            color = _LINES[i % len(_LINES)]
+            for kind, style in styles.items():
+                part = table[table["quantity"].eq(quantity) & table["model"].eq(model) & table["of"].eq(kind)]
+                axes.fill_between(part["count"], part["low"], part["high"], color=color, alpha=0.15, linewidth=0)
+                axes.plot(part["count"], part["value"], style, color=color, linewidth=1.6, label=f"{model}: {kind}")
+        axes.set_xscale("log", base=2)
+        counts = sorted(table["count"].unique())
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_title(quantity, size=10, color=_INK, loc="left")
+        _tidy(axes)
+    for axes in panels[len(quantities) :]:
+        axes.set_visible(False)
+    figure.supxlabel("results per image (M)", size=9, color=_INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=min(len(models), 2) * 3, frameon=False, fontsize=8)
+    return figure
+
+
+def gaps_figure(gaps: Tensor, spreads: Tensor) -> Figure:
+    """Histograms of what the weights of hierarchical preference optimization are made of.
+
+    Args:
+        gaps: differences of reward of all pairs, of any shape.
+        spreads: standard deviation of the rewards of every image.
+    """
+    figure = Figure(figsize=(8.0, 3.0), dpi=_DPI, facecolor="white", layout="constrained")
+    titles = ("difference of reward within a pair", "pairs"), ("standard deviation of an image's rewards", "images")
+    for axes, values, (title, what), color in zip(
+        figure.subplots(1, 2), (gaps, spreads), titles, (_STRUCTURE, _REWARD), strict=True
+    ):
+        values = values.flatten().tolist()
+        axes.hist(values, bins=min(40, max(5, len(values) // 4)), color=color, alpha=0.8)
+        mean = float(np.mean(values))
+        axes.axvline(mean, color=_INK, linewidth=1)
+        axes.set_title(f"{title}, mean {mean:.3f}", size=10, color=_INK, loc="left")
+        axes.set_ylabel(what, size=9, color=_INK)
+        _tidy(axes)
     return figure
