@@ -120,12 +120,14 @@ class Pairs:
     Attributes:
         groups: ``[G]`` numbers of the groups that have pairs.
         winners, losers: ``[G, N]`` numbers of candidates, the best first and the worst first.
-        weights: ``[G, N, N]`` of winner and loser, mean 1 over every group where the inter-group weight is off.
+        gaps: ``[G, N, N]`` reward of the winner less that of the loser.
+        weights: ``[G, N, N]``, what the pair counts; their mean is 1 in a group where the inter-group weight is off.
     """
 
     groups: Tensor
     winners: Tensor
     losers: Tensor
+    gaps: Tensor
     weights: Tensor
 
     def __len__(self) -> int:
@@ -137,7 +139,7 @@ def pair_candidates(rewards: Tensor, selected: int, intra_group: bool = True, in
 
     For group g with rewards R::
 
-        w_intra(i, j) = |R_i − R_j| + 1 − mean gap of the group's pairs
+        w_intra(i, j) = R_i − R_j + 1 − mean gap of the group's pairs
         w_inter(g)    = σ_g + 1 − mean of σ over the groups,   σ_g the deviation of all M rewards (divided by M)
 
     and a pair weighs w_intra · w_inter.  Of candidates with equal rewards the first counts as the better.
@@ -171,11 +173,11 @@ def pair_candidates(rewards: Tensor, selected: int, intra_group: bool = True, in
     rewards = rewards[kept]
     order = rewards.argsort(dim=1, descending=True, stable=True)
     winners, losers = order[:, :selected], order[:, -selected:].flip(1)
-    gap = (rewards.gather(1, winners)[:, :, None] - rewards.gather(1, losers)[:, None, :]).abs()
-    weights = torch.ones_like(gap)
+    gaps = rewards.gather(1, winners)[:, :, None] - rewards.gather(1, losers)[:, None, :]
+    weights = torch.ones_like(gaps)
     if intra_group:
-        weights = weights * (gap + 1 - gap.mean((1, 2), keepdim=True))
+        weights = weights * (gaps + 1 - gaps.mean((1, 2), keepdim=True))
     if inter_group:
         spread = rewards.std(1, correction=0)
         weights = weights * (spread + 1 - spread.mean())[:, None, None]
-    return Pairs(kept, winners, losers, weights)
+    return Pairs(kept, winners, losers, gaps, weights)

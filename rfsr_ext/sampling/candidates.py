@@ -75,13 +75,8 @@ def sample_candidates(
     names = [name for group in range(images) for name in candidate_files(group)]
     writer = Manifest(folder, settings, names) if state.is_main_process else contextlib.nullcontext()
     with writer as manifest:
-        groups = [range(images)]
-        if manifest is not None:
-            facts = [{"group": group} for group in range(images)]
-            groups = [
-                [g for g in range(images) if not all([manifest.has(name, facts[g]) for name in candidate_files(g)])]
-            ]
-        (todo,) = broadcast_object_list(groups)
+        missing = None if manifest is None else _missing(manifest, images)
+        (todo,) = broadcast_object_list([missing])
         progress = tqdm(total=len(todo), desc="sample candidates", unit="image", disable=not state.is_main_process)
         with contextlib.closing(progress):
             for first in range(0, len(todo), state.num_processes):
@@ -95,6 +90,14 @@ def sample_candidates(
                             manifest.add(name, {"group": group}, write)
                     progress.update()
     state.wait_for_everyone()
+
+
+def _missing(manifest: Manifest, images: int) -> list[int]:
+    """Groups of which a file is not there; a file that is not to be replaced is noticed in any of them."""
+    return [
+        group for group in range(images)
+        if not all([manifest.has(name, {"group": group}) for name in candidate_files(group)])
+    ]  # fmt: skip
 
 
 def _group(

@@ -27,6 +27,7 @@ def test_a_worked_example():
     assert pairs.losers.tolist() == [[3, 1], [0, 2]]
     # gaps of image 0: .5, .125; .5, .125, mean .3125.  Image 1: .5, .25; .3125, .0625, mean .28125
     intra = np.array([[[1.1875, 0.8125], [1.1875, 0.8125]], [[1.21875, 0.96875], [1.03125, 0.78125]]])
+    np.testing.assert_allclose(pairs.gaps[0], [[0.5, 0.125], [0.5, 0.125]])
     spread = np.std(wanted, axis=1)
     inter = spread + 1 - spread.mean()
     for switches, weights in {
