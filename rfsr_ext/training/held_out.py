@@ -15,7 +15,7 @@ from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards import WeightedReward
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "paired_ratio"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,18 +75,9 @@ class HeldOut:
             iteration: of the weights.
             log_images: gets the first batch as rows of (LR, SR, ground truth), ``[N, H, 3·W, 3]`` in [0, 1].
         """
-        frame = evaluate(
-            self.model,
-            self.samples,
-            {term.reward.name: term.measure for term in self.rewards} | self.judges,
-            seeds=(self.seed,),
-            batch_size=self.batch_size,
-            num_inference_steps=self.num_inference_steps,
-            name="held-out",
-            on_images=None if log_images is None else lambda indices, sr: self._show(indices, sr, log_images),
-        )
+        frame = self._evaluate(None if log_images is None else lambda indices, sr: self._show(indices, sr, log_images))
         frame["reward"] = self._reward(frame)
-        row = {"iteration": iteration} | frame.drop(columns=["model", "image", "seed", "prompt"]).mean().to_dict()
+        row = {"iteration": iteration} | self._row(frame)
         self.measured.append(row)
         self._warn_of_hacking(frame, iteration)
         best = next(r for r in self.measured if r["iteration"] == self.best_iteration)
@@ -95,6 +86,23 @@ class HeldOut:
             return False
         self.best_iteration = iteration
         return True
+
+    def _evaluate(self, on_images: Callable[[range, Tensor], None] | None) -> pd.DataFrame:
+        """Rows of `rfsr_ext.evaluation.evaluate`."""
+        return evaluate(
+            self.model,
+            self.samples,
+            {term.reward.name: term.measure for term in self.rewards} | self.judges,
+            seeds=(self.seed,),
+            batch_size=self.batch_size,
+            num_inference_steps=self.num_inference_steps,
+            name="held-out",
+            on_images=on_images,
+        )
+
+    def _row(self, frame: pd.DataFrame) -> dict[str, float]:
+        """What is kept of them."""
+        return frame.drop(columns=["model", "image", "seed", "prompt"]).mean().to_dict()
 
     def _reward(self, frame: pd.DataFrame) -> pd.Series:
         """Σ λ · min(r, cap) of every held-out image, see the class."""
@@ -120,7 +128,7 @@ class HeldOut:
         """Compare with the base model image by image: what may be chance is passed over."""
         now = {name: frame[name].astype(float).tolist() for name in ("reward", *self.judges)}
         first = self.base_scores = self.base_scores or now
-        ratios = {name: _paired_ratio(first[name], now[name]) for name in now}
+        ratios = {name: paired_ratio(first[name], now[name]) for name in now}
         change = {name: f"({np.mean(first[name]):.4g} to {np.mean(now[name]):.4g})" for name in now}
         for name in self.judges:
             if ratios["reward"] > 2 and ratios[name] < -2:
@@ -145,7 +153,7 @@ class HeldOut:
         self.scales, self.base_scores = state["scales"], state["base_scores"]
 
 
-def _paired_ratio(first: Sequence[float], now: Sequence[float]) -> float:
+def paired_ratio(first: Sequence[float], now: Sequence[float]) -> float:
     """Mean difference over images in units of its standard error; not a number for a single image."""
     difference = pd.Series(now) - pd.Series(first)
     with np.errstate(divide="ignore", invalid="ignore"):

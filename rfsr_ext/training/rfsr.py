@@ -1,9 +1,8 @@
 """Reward feedback learning as a `Method`, and the trainer that puts it together from a configuration."""
 
-import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,19 +73,11 @@ def build_objective(
         lambda_style=config.lambda_style,
         reference=reference,
         offload_reference=config.offload_reference,
-        disable_adapters=functools.partial(_disable_adapters, model) if config.lora_rank else None,
+        disable_adapters=functools.partial(setup.disable_adapters, model) if config.lora_rank else None,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale or 1.0,
         negative_prompt=config.negative_prompt,
     )
-
-
-@contextlib.contextmanager
-def _disable_adapters(model: ISRModel) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for network in model.trainable_networks().values():
-            stack.enter_context(getattr(network, "module", network).disable_adapter())
-        yield
 
 
 class FirstOfEvery(Dataset):

@@ -12,6 +12,7 @@ from rfsr_ext.training.ccsr import (
     CCSRTrainer,
 )
 from rfsr_ext.training.config import RFSRConfig, RunConfig, read_values
+from rfsr_ext.training.dp2o import DP2OConfig, DP2OTrainer
 from rfsr_ext.training.rfsr import RFSRTrainer
 
 __all__ = ["METHODS", "Result", "Trainer", "create_trainer", "load_config", "method_presets"]
@@ -36,6 +37,7 @@ METHODS: dict[str, tuple[type[RunConfig], Callable[[Any], Trainer]]] = {
     "ccsr": (CCSRConfig, CCSRTrainer),
     "ccsr-stage1": (CCSRStage1Config, CCSRStageTrainer),
     "ccsr-stage2": (CCSRStage2Config, CCSRStageTrainer),
+    "dp2o": (DP2OConfig, DP2OTrainer),
 }
 
 

@@ -1,7 +1,9 @@
 """From a configuration to the objects a run needs: model, data, windows, rewards, losses."""
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,15 @@ from rfsr_ext.training.config import RFSRConfig, RunConfig, create_degradation
 
 __all__ = [
     "add_adapters",
+    "as_reference",
     "build_dataset",
     "build_model",
     "build_rewards",
     "build_windows",
     "data_roots",
+    "disable_adapters",
+    "export_model",
+    "finish",
     "merge_adapters",
     "save_adapters",
     "structure_loss",
@@ -128,10 +134,47 @@ def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:
     model.networks |= {name: get_peft_model(m, lora) for name, m in model.trainable_networks().items()}
 
 
+@contextlib.contextmanager
+def disable_adapters(model: ISRModel) -> Iterator[None]:
+    """Within the block the model computes without its adapters."""
+    with contextlib.ExitStack() as stack:
+        for network in model.trainable_networks().values():
+            stack.enter_context(getattr(network, "module", network).disable_adapter())
+        yield
+
+
+@contextlib.contextmanager
+def as_reference(model: ISRModel, frozen: ISRModel | None) -> Iterator[ISRModel]:
+    """The frozen reference of a training; where there is none the model without its adapters."""
+    if frozen is not None:
+        yield frozen
+    else:
+        with disable_adapters(model):
+            yield model
+
+
 def merge_adapters(module: nn.Module) -> nn.Module:
     """A copy of a module with its adapters merged into the weights; any other module as it is."""
     merge = getattr(module, "merge_and_unload", None)
     return copy.deepcopy(module).merge_and_unload() if merge else module
+
+
+def export_model(model: ISRModel, folder: Path) -> None:
+    """Write the model as an ordinary folder, adapters merged; adapters themselves beside it, as peft keeps them."""
+    own = model.trainable_networks()
+    model.networks |= {name: merge_adapters(network) for name, network in own.items()}
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.networks |= own
+    save_adapters(own, folder.with_name(f"{folder.name}-adapters"))
+
+
+def finish(model: ISRModel) -> None:
+    """Merge adapters and freeze: what was trained is from now on an ordinary model."""
+    model.networks |= {name: merge_adapters(network) for name, network in model.trainable_networks().items()}
+    for network in model.networks.values():
+        network.requires_grad_(False)
 
 
 def save_adapters(networks: dict[str, nn.Module], folder: Path) -> None:
