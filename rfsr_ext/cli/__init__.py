@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rfsr_ext.cli.numbers import SEED, real, whole
+from rfsr_ext.cli.preferences import preferences
 
 __all__ = ["app"]
 
@@ -28,6 +29,7 @@ _typer.add_typer(_weights, name="weights")
 
 _data = typer.Typer(help="Training data.", no_args_is_help=True)
 _typer.add_typer(_data, name="data")
+_typer.add_typer(preferences, name="preferences")
 
 ModelOption = Annotated[
     list[str] | None,
@@ -78,7 +80,7 @@ def _check_processes() -> None:
 
 
 _INTERRUPTED = dict.fromkeys(
-    ("demo", "train", "ablate", "mini"),
+    ("demo", "train", "ablate", "mini", "preferences"),
     "interrupted; the same command goes on from the last checkpoint, if there is one yet",
 )
 
@@ -184,12 +186,16 @@ def evaluate(
     stability: Annotated[
         bool, typer.Option("--stability", help="Also say how much samples of one image differ: G-STD, L-STD, a map.")
     ] = False,
+    best_of: Annotated[
+        int | None, whole("So many results per crop: best, mean and worst of 1, 2, 4 … of them.", 2)
+    ] = None,
     model_option: ModelOption = None,
 ) -> None:
     """Measure folders of pictures, or models on held-out photographs or pairs, by the metrics of a preset."""
     from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.cli.evaluate import (
         choose_preset,
+        evaluate_best_of,
         evaluate_folders,
         evaluate_models,
         evaluate_on_pairs,
@@ -199,9 +205,13 @@ def evaluate(
     chosen = choose_preset(preset, metrics, channel, border)
     folders = [holds_pictures(target) for target in targets]
     options = parse_pairs("--model-option", model_option)
-    if stability and (all(folders) or (seeds or (1 if pairs else 3)) < 2):
+    if stability and (all(folders) or best_of is not None or (seeds or (1 if pairs else 3)) < 2):
         raise ValueError("--stability is for models and two --seeds or more, of which CCSR's authors take 10")
-    if pairs is not None:
+    if best_of is not None:
+        if any(folders) or pairs is not None or gt is not None or cases is not None or steps or seeds is not None:
+            raise ValueError("--best-of is for models on held-out crops alone, and its number is that of the seeds")
+        evaluate_best_of(targets, crops, size, best_of, output, chosen, options)
+    elif pairs is not None:
         if any(folders) or gt is not None or cases is not None or steps:
             raise ValueError(
                 "--pairs is for models alone, without --gt, --cases and --steps; its second folder is --gt"

@@ -19,6 +19,8 @@ from rfsr_ext.evaluation import (
     Scorer,
     Spread,
     best_and_worst,
+    best_of,
+    best_of_figure,
     cases_figure,
     compare,
     disagreement_figure,
@@ -32,12 +34,14 @@ from rfsr_ext.evaluation import (
     summarize,
     trajectory_figure,
 )
+from rfsr_ext.evaluation.best_of import add_reward
 from rfsr_ext.evaluation.folders import read_picture
 from rfsr_ext.files import replace_file
 from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
 from rfsr_ext.models import load_model
 from rfsr_ext.processes import is_main, join
 from rfsr_ext.rewards import REWARDS, create_reward
+from rfsr_ext.rewards.ranking import HybridReward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
 
@@ -45,6 +49,7 @@ __all__ = [
     "ablate_variants",
     "choose_preset",
     "difference_table",
+    "evaluate_best_of",
     "evaluate_folders",
     "evaluate_models",
     "evaluate_on_pairs",
@@ -316,6 +321,48 @@ def evaluate_models(
                     trajectory_figure(path).savefig(aside, format="png", dpi=150)
         if output is not None:
             write_table(pd.concat(paths, ignore_index=True), output.with_suffix(".steps.csv"))
+
+
+def evaluate_best_of(
+    names: Sequence[str],
+    crops: int,
+    size: int,
+    count: int,
+    output: Path | None,
+    preset: Preset | None = None,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Print Best, Mean and Worst@M of models, M up to ``count``; with ``output`` also the figure and every number.
+
+    The reward is made of the preset's metrics, halves with and without ground truth; without a preset of PSNR and SSIM
+    and of both stand-in rewards, so that the judge stays held out.
+    """
+    check_table(output)
+    suite = Suite(preset, device=default_device()) if preset else None
+    chosen = suite.metrics if suite else ("psnr", "ssim", *REWARDS)
+    compared = {name: name in METRICS and METRICS[name].reference for name in chosen}
+    hybrid = HybridReward(
+        tuple(name for name in chosen if compared[name]), tuple(name for name in chosen if not compared[name])
+    )
+    lower_better = {name for name in chosen if name in METRICS and METRICS[name].lower_better}
+    samples, scorers = evaluation_crops(photographs("test"), size, crops), held_out_scorers()
+    frames = []
+    for name in dict.fromkeys(names):
+        model = load_model(name, **(options or {})).to(default_device())
+        frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
+    frame = add_reward(pd.concat(frames, ignore_index=True), hybrid, lower_better)
+    quantities = dict.fromkeys(("reward", *chosen, *scorers))
+    curves = pd.concat([best_of(frame, name, name in lower_better) for name in quantities], ignore_index=True)
+    typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
+    typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")
+    curves["cell"] = [f"{v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in curves[["value", "low", "high"]].to_numpy()]
+    for name in quantities:
+        part = curves[curves["quantity"] == name].pivot(index=["model", "of"], columns="count", values="cell")
+        typer.echo(f"\n{name}{', lower is better' if name in lower_better else ''}, by number of results\n\n{part}")
+    if output is not None:
+        write_table(curves.drop(columns="cell"), output)
+        with replace_file(output.with_suffix(".png")) as aside:
+            best_of_figure(curves).savefig(aside, format="png", dpi=100)
 
 
 def ablate_variants(
