@@ -65,13 +65,20 @@ def app() -> None:
         raise
 
 
-_SHARED = ("train", "upscale", "evaluate", "data tag")  # what several processes can do together
+_SHARED = (
+    "train",
+    "upscale",
+    "evaluate",
+    "data tag",
+    "preferences sample",
+    "preferences score",
+)  # what several processes can do together
 
 
 def _check_processes() -> None:
     """Refuse several processes for what one does: they would write the same files at once."""
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    command = " ".join(words[: 1 + (words[:1] == ["data"])])
+    command = " ".join(words[: 1 + (words[:1] in (["data"], ["preferences"]))])
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1 and command not in _SHARED:
         raise ValueError(
             f"{launched} processes were launched, but rfsr {command} runs in one; start it by itself (several may do: "

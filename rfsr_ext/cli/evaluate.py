@@ -335,9 +335,12 @@ def evaluate_best_of(
     """Print Best, Mean and Worst@M of models, M up to ``count``; with ``output`` also the figure and every number.
 
     The reward is made of the preset's metrics, halves with and without ground truth; without a preset of PSNR and SSIM
-    and of both stand-in rewards, so that the judge stays held out.
+    and of both stand-in rewards, so that the judge stays held out.  The main process does it alone.
     """
     check_table(output)
+    join()
+    if not is_main():
+        return
     suite = Suite(preset, device=default_device()) if preset else None
     chosen = suite.metrics if suite else ("psnr", "ssim", *REWARDS)
     compared = {name: name in METRICS and METRICS[name].reference for name in chosen}

@@ -30,37 +30,42 @@ def _load(source: str, pairs: list[str] | None) -> "DP2OConfig":
 
 
 def _model(config: "DP2OConfig") -> tuple["ISRModel", Any]:
-    """The base model on its device."""
-    from accelerate import PartialState
-
+    """The base model on its device, that of this process where there are several."""
     from rfsr_ext.models import load_model
+    from rfsr_ext.processes import join, process_state
 
-    device = PartialState().device
+    join()
+    device = process_state().device
     return load_model(config.model, **config.model_options).to(device), device
 
 
 @preferences.command()
 def sample(config: Config, set_: Set = None) -> None:
     """Sample M candidates for each LR image with the base model; the same command, or rfsr train, goes on."""
+    from rfsr_ext.processes import is_main
     from rfsr_ext.training.dp2o.trainer import sample_preferences
     from rfsr_ext.training.setup import build_dataset
 
     settings = _load(config, set_)
     model, _ = _model(settings)
     found = sample_preferences(settings, model, build_dataset(settings))
-    typer.echo(f"{len(found)} images with {found.candidates} candidates each: {found.folder}")
+    if is_main():
+        typer.echo(f"{len(found)} images with {found.candidates} candidates each: {found.folder}")
 
 
 @preferences.command()
 def score(config: Config, set_: Set = None, round_: Round = 1) -> None:
     """Score candidates by the metrics of CONFIG; what has been scored is not scored again."""
     from rfsr_ext.evaluation import create_measures
+    from rfsr_ext.processes import is_main
     from rfsr_ext.training.dp2o.trainer import score_preferences
 
     settings = _load(config, set_)
     model, device = _model(settings)
     measures = create_measures(settings.full_reference, settings.no_reference, device)
     candidates, scores = score_preferences(settings, model, measures, round_)
+    if not is_main():
+        return
     typer.echo(f"{len(candidates)} images with {candidates.candidates} candidates each: {candidates.folder}\n")
     typer.echo(f"{'':24s} {'mean':>10s} {'deviation within an image':>27s}")
     for name, values in scores.values.items():

@@ -6,14 +6,12 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from rfsr_ext.data import Sample
 from rfsr_ext.data.candidates import CandidateFolder
@@ -23,6 +21,7 @@ from rfsr_ext.files import load_tensors, lock_folder, save_tensors
 from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.metrics.suite import METRICS, Preset, Suite
 from rfsr_ext.models import ISRModel
+from rfsr_ext.processes import from_main, is_main, split_map
 from rfsr_ext.rewards import Reward, create_reward
 from rfsr_ext.sampling import decode_candidates
 from rfsr_ext.weights.pyiqa import create_metric, import_pyiqa
@@ -133,7 +132,7 @@ def score_candidates(
 ) -> Scores:
     """Score every candidate by every measure; what ``scores.safetensors`` beside them holds is not scored again.
 
-    Processes that accelerate knows of share the images, and the first of them writes.
+    Several processes share the images, and the main one writes.
 
     Args:
         model: the one that sampled the candidates; it decodes them.
@@ -146,46 +145,38 @@ def score_candidates(
         ValueError: if a score is not finite.
         RuntimeError: if another run holds the folder.
     """
-    state = PartialState()
     path = candidates.folder / SCORES
     shape = (len(candidates), candidates.candidates)
     digests = [candidates.digest(group) for group in range(len(candidates))]
-    with lock_folder(candidates.folder) if state.is_main_process else contextlib.nullcontext():
-        (known,) = broadcast_object_list([_known(path, measures, digests) if state.is_main_process else None])
+    with lock_folder(candidates.folder) if is_main() else contextlib.nullcontext():
+        known = from_main(_known(path, measures, digests) if is_main() else {})
         values = {m.name: known.get(m.name, torch.full(shape, torch.nan)) for m in measures}
-        missing = torch.stack([values[m.name].isnan().any(1) for m in measures])
-        todo = missing.any(0).nonzero()[:, 0].tolist()
-
-        def write() -> None:
-            facts = {
-                m.name: {"label": m.label, "lower_better": m.lower_better, "candidates": digests} for m in measures
-            }
-            tensors, others = _read(path)
-            facts |= {name: fact for name, fact in others.items() if name not in values}
-            save_tensors(path, tensors | values, {"measures": facts})
-
+        missing = {m.name: values[m.name].isnan().any(1) for m in measures}
+        todo = torch.stack(list(missing.values())).any(0).nonzero()[:, 0].tolist()
         written = time.monotonic()
-        progress = tqdm(total=len(todo), desc="score candidates", unit="image", disable=not state.is_main_process)
-        with contextlib.closing(progress):
-            for first in range(0, len(todo), state.num_processes):
-                mine = todo[first : first + state.num_processes][state.process_index :][:1]
-                wanted = [(g, [m for m, lacks in zip(measures, missing[:, g], strict=True) if lacks]) for g in mine]
-                for group, scores in gather_object(
-                    [(g, _score(model, candidates, g, ms, batch_size)) for g, ms in wanted]
-                ):
-                    for name, column in scores.items():
-                        values[name][group] = column
-                    progress.update()
-                if state.is_main_process and time.monotonic() - written > _EVERY:
-                    write()
-                    written = time.monotonic()
-        if state.is_main_process and todo:
-            write()
-    state.wait_for_everyone()
+
+        def score(group: int) -> dict[str, Tensor]:
+            lacking = [measure for measure in measures if missing[measure.name][group]]
+            return _score(model, candidates, group, lacking, batch_size)
+
+        for group, scores in zip(todo, split_map(score, todo, "score candidates"), strict=True):
+            for name, column in scores.items():
+                values[name][group] = column
+            if is_main() and (group == todo[-1] or time.monotonic() - written > _EVERY):
+                _write(path, measures, digests, values)
+                written = time.monotonic()
     return Scores(values, frozenset(m.name for m in measures if m.lower_better))
 
 
-def _read(path) -> tuple[dict[str, Tensor], dict[str, dict]]:
+def _write(path: Path, measures: Sequence[Measure], digests: list[str], values: dict[str, Tensor]) -> None:
+    """Put scores into the file, beside those of other measures."""
+    facts = {m.name: {"label": m.label, "lower_better": m.lower_better, "candidates": digests} for m in measures}
+    tensors, others = _read(path)
+    facts |= {name: fact for name, fact in others.items() if name not in values}
+    save_tensors(path, tensors | values, {"measures": facts})
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
     try:
         tensors, metadata = load_tensors(path)
         return tensors, metadata["measures"]
@@ -193,7 +184,7 @@ def _read(path) -> tuple[dict[str, Tensor], dict[str, dict]]:
         return {}, {}
 
 
-def _known(path, measures: Sequence[Measure], digests: list[str]) -> dict[str, Tensor]:
+def _known(path: Path, measures: Sequence[Measure], digests: list[str]) -> dict[str, Tensor]:
     """Scores that are there, not a number where the candidates or what scored them were others."""
     tensors, facts = _read(path)
     known = {}

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from rfsr_ext.data.candidates import candidate_files, write_candidates
 from rfsr_ext.data.images import from_uint8, to_image, to_tensor
 from rfsr_ext.data.manifest import Manifest, versions
 from rfsr_ext.models import ISRModel
+from rfsr_ext.processes import from_main, is_main, split_map
 from rfsr_ext.sampling.color import COLOR_FIXES
 from rfsr_ext.sampling.rollout import generators, inference_condition, trajectory
 
@@ -43,8 +41,8 @@ def sample_candidates(
 ) -> None:
     """Sample M candidates for each of the first LR images of a dataset; the same call again goes on where it stopped.
 
-    The noise of candidate m of image i is `generators` ``(seed, [i + m·2³²])``, whoever makes it: processes that
-    accelerate knows of share the images, and the first of them writes.  See `rfsr_ext.data.candidates` for the files.
+    The noise of candidate m of image i is `generators` ``(seed, [i + m·2³²])``, whoever makes it.  Several processes
+    share the images, and the main one writes.  See `rfsr_ext.data.candidates` for the files.
 
     Args:
         model: as it stands, by the values of its recipe.
@@ -61,7 +59,6 @@ def sample_candidates(
         ValueError: if the folder holds candidates that were made otherwise.
         FileExistsError, RuntimeError: see `rfsr_ext.data.manifest.Manifest`.
     """
-    state = PartialState()
     settings = {
         "model": model.fingerprint(),
         "recipe": repr(model.recipe),
@@ -73,23 +70,17 @@ def sample_candidates(
         "versions": versions(),
     }
     names = [name for group in range(images) for name in candidate_files(group)]
-    writer = Manifest(folder, settings, names) if state.is_main_process else contextlib.nullcontext()
-    with writer as manifest:
-        missing = None if manifest is None else _missing(manifest, images)
-        (todo,) = broadcast_object_list([missing])
-        progress = tqdm(total=len(todo), desc="sample candidates", unit="image", disable=not state.is_main_process)
-        with contextlib.closing(progress):
-            for first in range(0, len(todo), state.num_processes):
-                mine = todo[first : first + state.num_processes][state.process_index :][:1]
-                made = [
-                    (g, *_group(model, dataset[g], g, candidates, seed, batch_size, num_inference_steps)) for g in mine
-                ]
-                for group, *content in gather_object(made):
-                    if manifest is not None:
-                        for name, write in write_candidates(group, *content).items():
-                            manifest.add(name, {"group": group}, write)
-                    progress.update()
-    state.wait_for_everyone()
+    with Manifest(folder, settings, names) if is_main() else contextlib.nullcontext() as manifest:
+        todo = from_main([] if manifest is None else _missing(manifest, images))
+
+        def make(group: int) -> tuple[Tensor, Tensor, Tensor, str]:
+            return _group(model, dataset[group], group, candidates, seed, batch_size, num_inference_steps)
+
+        for group, content in zip(todo, split_map(make, todo, "sample candidates"), strict=True):
+            if manifest is not None:
+                for name, write in write_candidates(group, *content).items():
+                    manifest.add(name, {"group": group}, write)
+    from_main(None)  # all is written before anybody goes on
 
 
 def _missing(manifest: Manifest, images: int) -> list[int]:

@@ -19,6 +19,7 @@ def command(tmp_path, monkeypatch):
     return ["dp2o-mini", *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
 
 
+@pytest.mark.slow
 def test_sample_score_show_and_train(rfsr, command, tmp_path):
     code, printed = rfsr("preferences", "show", *command)
     assert printed.err == "" and "holds no candidates; `rfsr preferences sample` makes them" in str(code)

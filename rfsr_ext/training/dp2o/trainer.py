@@ -17,6 +17,7 @@ from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.evaluation.preferences import Measure, Scores, create_measures, score_candidates
 from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel, load_model
+from rfsr_ext.processes import join
 from rfsr_ext.rewards.ranking import HybridReward, pair_candidates
 from rfsr_ext.sampling import sample_candidates
 from rfsr_ext.training import setup
@@ -112,6 +113,7 @@ class DP2OTrainer:
         test: list[Sample] | None = None,
     ):
         self.config, self.accelerator = config, create_accelerator(config)
+        join()  # sampling and scoring are shared as training is
         device = self.accelerator.device
         self.model = load_model(config.model, **config.model_options) if model is None else model
         if config.crop_size % self.model.multiple:
