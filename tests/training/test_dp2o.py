@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import random
 import re
 import signal
@@ -26,6 +25,7 @@ from rfsr_ext.training import load_config
 from rfsr_ext.training.dp2o import DP2OConfig, DP2OTrainer, PreferencePairs
 from rfsr_ext.training.dp2o.method import draw_timesteps
 from rfsr_ext.training.setup import as_reference
+from tests import launching
 from tests.models.released.dp2o import tiny_flux
 from tests.tiny import tiny_model
 from tests.training.conftest import Pixels, TinyData
@@ -290,15 +290,10 @@ def test_presets_hold_the_published_settings():
 # -- in processes of their own ----------------------------------------------------------------------------------------
 
 
-def start(folder, *arguments, launcher=(sys.executable,)):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
+def start(folder, *arguments):
     return subprocess.Popen(
-        [*launcher, str(HERE / "run_dp2o.py"), str(folder), *map(str, arguments)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [sys.executable, str(HERE / "run_dp2o.py"), str(folder), *map(str, arguments)],
+        env=launching.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -337,10 +332,7 @@ def test_killed_while_it_samples_scores_and_trains_it_ends_as_if_it_had_not_been
 def test_two_processes_do_as_one(tmp_path):
     one = start(tmp_path / "one", 6)
     assert one.wait() == 0, one.stderr.read()
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    two = start(tmp_path / "two", 6, 2, launcher=launcher)
-    _, errors = two.communicate()
-    assert two.returncode == 0, errors
+    launching.ended_well(launching.start("ddp.yaml", HERE / "run_dp2o.py", tmp_path / "two", 6, 2))
     # each of the two has sampled and scored its half, and says so itself
     shares = [json.loads(path.read_text()) for path in sorted((tmp_path / "two").glob("share-*.json"))]
     assert [share["processes"] for share in shares] == [2, 2]
