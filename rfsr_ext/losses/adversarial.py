@@ -6,6 +6,7 @@ PatchGAN; version 2 with the projected discriminator of StyleGAN-T (arXiv 2301.0
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +154,8 @@ class _Head(nn.Module):
             nn.init.normal_(self.condition.weight, 0.0, condition_width**-0.5, torch.Generator().manual_seed(seed))
             nn.init.zeros_(self.condition.bias)
         generator = torch.Generator().manual_seed(seed)
-        for conv in (self.first[0], self.second[0], self.last):
-            parametrize.register_parametrization(conv, "weight", _SpectralNorm(conv.out_channels, generator))
+        for conv, rows in ((self.first[0], channels), (self.second[0], channels), (self.last, self.width)):
+            parametrize.register_parametrization(conv, "weight", _SpectralNorm(rows, generator))
 
     @staticmethod
     def _block(channels: int, kernel: int) -> nn.Sequential:
@@ -192,7 +193,7 @@ class DINODiscriminator(nn.Module):
         ValueError: if the features cannot be normalized in four groups.
     """
 
-    def __init__(self, vit: nn.Module, condition_width: int = 0, taps: Sequence[int] | None = None, seed: int = 0):
+    def __init__(self, vit: Any, condition_width: int = 0, taps: Sequence[int] | None = None, seed: int = 0):
         super().__init__()
         width, depth = vit.config.hidden_size, vit.config.num_hidden_layers
         if width % 4:
@@ -240,7 +241,7 @@ def _changed(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def class_token(vit: nn.Module, images: Tensor) -> Tensor:
+def class_token(vit: Any, images: Tensor) -> Tensor:
     """What DINOv2 says of whole images ``[N, 3, H, W]`` in [0, 1]: its normalized class token ``[N, C]``.
 
     As in CCSR v2's code they are resized to its size (518²) and not normalized by ImageNet's mean and deviation.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,4 +38,4 @@ class VGGFeatureLoss(nn.Module):
         """One number per image, ``[N]``."""
         pairs = zip(self.vgg(pred), self.vgg(target), strict=True)
         units = ([F.normalize(F.relu(x), dim=1) for x in pair] for pair in pairs)
-        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in units)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in units]).sum(0)

@@ -37,9 +37,6 @@ class Stage(Method):
         for network in networks.values():
             network.requires_grad_(True).train()
 
-    def optimizer(self, player: str, parameters: list[nn.Parameter], config: RunConfig):
-        return torch.optim.AdamW(parameters, config.learning_rate, betas=config.adam_betas, weight_decay=1e-4)
-
     def learning_rate_factor(self, player: str, iteration: int) -> float:
         rise, fall = min(1.0, (iteration + 1) / 100), 0.5 * (1 + math.cos(math.pi * iteration / self.iterations))
         return rise * max(fall, 0.01)
@@ -82,8 +79,8 @@ def train_stage(
     """
     config = RunConfig(
         iterations=iterations, batch_size=batch_size, learning_rate=learning_rate, adam_betas=(0.9, 0.99),
-        ema_decay=ema_decay, seed=seed, mixed_precision="bf16" if bf16 else "no", checkpoint_every=checkpoint_every,
-        keep_checkpoints=1, num_workers=1, output_dir=str(folder / name),
+        weight_decay=1e-4, ema_decay=ema_decay, seed=seed, mixed_precision="bf16" if bf16 else "no",
+        checkpoint_every=checkpoint_every, keep_checkpoints=1, num_workers=1, output_dir=str(folder / name),
     )  # fmt: skip
     accelerator = create_accelerator(config, cpu=torch.device(device).type == "cpu")
     loop = Loop(config, Stage(networks, minimize, iterations, seed), dataset, accelerator=accelerator, name=name)

@@ -149,6 +149,7 @@ class RunConfig(_Settings):
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="β1 and β2 of Adam"
     )
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="apart from the gradient, as in AdamW")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="of the moving average of the weights")
     max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] | None = Field(
         1.0, description="gradients longer than this are clipped to it; null for no clipping"
@@ -157,11 +158,6 @@ class RunConfig(_Settings):
         "no",
         description="no, bf16, or fp16, which scales the loss (column loss_scale); losses and the weights that are "
         "trained stay float32",
-    )
-    frozen_dtype: Literal["bfloat16", "float16"] | None = Field(
-        None,
-        description="hold the large weights of networks that are not trained (VAE, text encoder, reference, rewards) "
-        "in bfloat16 or float16; null as they are loaded, and so they are saved in any case",
     )
     max_skipped: Count = Field(
         10, description="stop after this many iterations in a row without a finite loss and gradient"
@@ -326,6 +322,11 @@ class RFSRConfig(RunConfig):
         "gram", description="gram (eq. 6), kl (mean squared change of the predicted noise) or none (Table 4)"
     )
     lambda_style: Weight = Field(5e-5, description="weight of the style loss, λ_r")
+    frozen_dtype: Literal["bfloat16", "float16"] | None = Field(
+        None,
+        description="hold the large weights of networks that are not trained (VAE, text encoder, reference, rewards) "
+        "in bfloat16 or float16; null as they are loaded, and so they are saved in any case",
+    )
     offload_reference: bool = Field(
         False, description="keep the frozen reference on the CPU except while it is used; with lora_rank there is none"
     )

@@ -49,15 +49,16 @@ class Method(ABC):
         Raises:
             ModuleNotFoundError: if its package is not installed.
         """
+        options = {"lr": config.learning_rate, "betas": config.adam_betas, "weight_decay": config.weight_decay}
         if config.optimizer == "adam":
-            return torch.optim.Adam(parameters, config.learning_rate, betas=config.adam_betas)
+            return torch.optim.AdamW(parameters, **options)
         try:
-            from bitsandbytes.optim import Adam8bit
+            from bitsandbytes.optim import AdamW8bit
         except ImportError:
             raise ModuleNotFoundError(
                 "optimizer adam-8bit needs the package bitsandbytes; pip install 'rfsr_ext[8bit]', or write adam"
             ) from None
-        return Adam8bit(parameters, config.learning_rate, betas=config.adam_betas)
+        return AdamW8bit(parameters, **options)
 
     def learning_rate_factor(self, player: str, iteration: int) -> float:
         """What the configured learning rate is multiplied by in an iteration; 1 by default."""

@@ -201,22 +201,11 @@ class RFSR(Method):
         return self.base
 
     def export(self, folder: Path) -> None:
-        """The model as an ordinary folder, adapters merged; adapters themselves beside it, as peft keeps them."""
-        used, own = dict(self.model.networks), self.model.trainable_networks()
-        self.model.networks |= self.frozen | {name: setup.merge_adapters(network) for name, network in own.items()}
-        try:
-            self.model.save_pretrained(folder)
-        finally:
-            self.model.networks |= used
-        setup.save_adapters(own, folder.with_name(f"{folder.name}-adapters"))
+        setup.export_model(self.model, folder, self.frozen)
 
     def finish(self) -> None:
         """Give the model its frozen networks back as they were, and networks with adapters as they are saved."""
-        trained = {name: setup.merge_adapters(network) for name, network in self.model.trainable_networks().items()}
-        self.model.networks |= self.frozen | trained
-        self.model.to(self.model.device)
-        for network in self.model.networks.values():
-            network.requires_grad_(False)
+        setup.finish(self.model, self.frozen)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -159,20 +160,28 @@ def merge_adapters(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).merge_and_unload() if merge else module
 
 
-def export_model(model: ISRModel, folder: Path) -> None:
-    """Write the model as an ordinary folder, adapters merged; adapters themselves beside it, as peft keeps them."""
-    own = model.trainable_networks()
-    model.networks |= {name: merge_adapters(network) for name, network in own.items()}
+def export_model(model: ISRModel, folder: Path, frozen: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
+    """Write the model as an ordinary folder, adapters merged; adapters themselves beside it, as peft keeps them.
+
+    Args:
+        model: in training.
+        folder: is replaced as a whole.
+        frozen: networks to save in the place of those that training computes with.
+    """
+    used, own = dict(model.networks), model.trainable_networks()
+    model.networks |= dict(frozen) | {name: merge_adapters(network) for name, network in own.items()}
     try:
         model.save_pretrained(folder)
     finally:
-        model.networks |= own
+        model.networks |= used
     save_adapters(own, folder.with_name(f"{folder.name}-adapters"))
 
 
-def finish(model: ISRModel) -> None:
-    """Merge adapters and freeze: what was trained is from now on an ordinary model."""
-    model.networks |= {name: merge_adapters(network) for name, network in model.trainable_networks().items()}
+def finish(model: ISRModel, frozen: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
+    """Merge adapters and freeze: what was trained is from now on an ordinary model, with ``frozen`` as it was."""
+    trained = {name: merge_adapters(network) for name, network in model.trainable_networks().items()}
+    model.networks |= dict(frozen) | trained
+    model.to(model.device)
     for network in model.networks.values():
         network.requires_grad_(False)
 

@@ -10,13 +10,11 @@ from rfsr_ext.training.config import RunConfig, Text, Weight
 __all__ = ["CCSRConfig", "CCSRStage1Config", "CCSRStage2Config"]
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Decay = Annotated[float, Field(ge=0, le=1)]
 
 
 class _StageConfig(RunConfig):
     """What both stages are asked."""
 
-    weight_decay: Decay = Field(0.0, description="of AdamW; 0 makes it Adam")
     validation_seeds: Annotated[int, Field(ge=2, le=1000)] = Field(
         3, description="samples of every held-out crop, whose spread is measured"
     )

@@ -53,9 +53,6 @@ class Consistency(Method):
     def install(self, player: str, networks: dict[str, nn.Module]) -> None:
         self.model.networks |= networks
 
-    def optimizer(self, player, parameters, learning_rate, betas):
-        return torch.optim.AdamW(parameters, learning_rate, betas=betas, weight_decay=self.config.weight_decay)
-
     def estimate(self, latents: Tensor, timestep: Tensor | int, condition: Condition) -> tuple[Tensor, Tensor]:
         """The network's output at z_t, and the z_0 estimate that it implies."""
         output = self.model.predict(

@@ -150,9 +150,6 @@ class DecoderTuning(Method):
     def install(self, player: str, networks: dict[str, nn.Module]) -> None:
         self.installed |= networks
 
-    def optimizer(self, player, parameters, learning_rate, betas):
-        return torch.optim.AdamW(parameters, learning_rate, betas=betas, weight_decay=self.config.weight_decay)
-
     @torch.no_grad()
     def estimates(self, batch: dict[str, Any], samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What the frozen model samples for a part of a batch, latents to decode; and the enlarged LR images."""

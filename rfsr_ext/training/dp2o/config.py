@@ -88,11 +88,6 @@ class DP2OConfig(RunConfig):
             )
         if not self.full_reference and not self.no_reference:
             raise ValueError("full_reference and no_reference must name at least one metric, got none")
-        if self.frozen_dtype is not None or self.offload_reference:
-            name = "offload_reference" if self.offload_reference else "frozen_dtype"
-            raise ValueError(
-                f"{name} must be left out with method dp2o, which does not heed it, got {getattr(self, name)}"
-            )
         if self.reference == "round" and self.lora_rank:
             raise ValueError("reference must be base with lora_rank, where it is the model without adapters, got round")
         return self

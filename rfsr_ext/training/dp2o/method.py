@@ -95,12 +95,9 @@ class DP2O(Method):
             before = reference.predict(noisy, timesteps, condition)
         output = model.predict(noisy, timesteps, condition)
         target = process.target(clean, noise, timesteps)
-        return diffusion_dpo_loss(
-            *(x.unflatten(0, (2, -1)) for x in (output, before, target)),
-            self.config.beta,
-            self.config.beta_convention,
-            batch["weight"],
-        )
+        output, before, target = (x.unflatten(0, (2, -1)) for x in (output, before, target))
+        beta, convention = self.config.beta, self.config.beta_convention
+        return diffusion_dpo_loss(output, before, target, beta, convention, batch["weight"])
 
     def fingerprint(self) -> str:
         return self.base
