@@ -3,9 +3,10 @@
 from rfsr_ext.data.datasets import DistortedCrops, ImageFolder, PhotographCrops, Sample, evaluation_crops
 from rfsr_ext.data.degradation import Degradation
 from rfsr_ext.data.folders import Root
-from rfsr_ext.data.photographs import PHOTOGRAPHS, load_photograph, photographs
+from rfsr_ext.data.photographs import PACKAGED, PHOTOGRAPHS, load_photograph, photographs
 
 __all__ = [
+    "PACKAGED",
     "PHOTOGRAPHS",
     "Degradation",
     "DistortedCrops",

@@ -24,7 +24,7 @@ from rfsr_ext.data.degradation import Degradation
 from rfsr_ext.data.distortions import distort
 from rfsr_ext.data.folders import Entry, Root
 from rfsr_ext.data.images import read_image, resize, to_tensor
-from rfsr_ext.data.photographs import PHOTOGRAPHS, load_photograph
+from rfsr_ext.data.photographs import PACKAGED, PHOTOGRAPHS, load_photograph
 from rfsr_ext.data.prompts import read_prompt
 
 __all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "check_sample", "evaluation_crops"]
@@ -104,8 +104,12 @@ def _is_flat(image: np.ndarray) -> bool:
     return image.mean(axis=-1).std() < _FLAT
 
 
+def _tags(name: str) -> tuple[str, ...]:
+    return (PHOTOGRAPHS.get(name) or PACKAGED[name]).tags
+
+
 class PhotographCrops(Dataset):
-    """Endless random crops of the bundled photographs, mixed with dead leaves.
+    """Endless random crops of photographs, mixed with dead leaves.
 
     Args:
         names: photographs to crop (see `rfsr_ext.data.photographs`).
@@ -116,6 +120,7 @@ class PhotographCrops(Dataset):
         degradation: makes the low-resolution image.
         recolor: shuffle and change colors.
         length: what ``len`` says; any non-negative index is valid.
+        folder: where `PACKAGED` photographs are, see `load_photograph`.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class PhotographCrops(Dataset):
         degradation: Degradation | None = None,
         recolor: bool = True,
         length: int = 1_000_000,
+        folder: Path | None = None,
     ):
         self.size, self.seed, self.length = size, seed, length
         self.dead_leaves_share, self.empty_prompt_share = dead_leaves_share, empty_prompt_share
@@ -137,7 +143,7 @@ class PhotographCrops(Dataset):
             raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
         self.levels = []
         for name in names:
-            image = load_photograph(name)
+            image = load_photograph(name, folder)
             sizes = [(round(image.shape[0] * scale), round(image.shape[1] * scale)) for scale in _PYRAMID]
             levels = [_level(image, s) for s in sizes if min(s) >= size]
             if not levels:
@@ -155,7 +161,7 @@ class PhotographCrops(Dataset):
             name, levels = self.levels[rng.integers(len(self.levels))]
             gt = _dihedral(_random_crop(levels[rng.integers(len(levels))], self.size, rng, tries=4), rng, rotate=True)
             gt = _recolor(gt, rng) if self.recolor else gt
-            tags = PHOTOGRAPHS[name].tags
+            tags = _tags(name)
             kept = sorted(rng.choice(len(tags), rng.integers(1, len(tags) + 1), replace=False))
             prompt = "" if rng.random() < self.empty_prompt_share else ", ".join(tags[i] for i in kept)
         lr, gt = self.degradation.degrade(np.ascontiguousarray(gt), rng)
@@ -329,12 +335,19 @@ def _log(report: Report) -> None:
 
 
 def evaluation_crops(
-    names: list[str], size: int, count: int, seed: int = 0, degradation: Degradation | None = None
+    names: list[str],
+    size: int,
+    count: int,
+    seed: int = 0,
+    degradation: Degradation | None = None,
+    folder: Path | None = None,
 ) -> list[Sample]:
     """A fixed set of crops for measuring: a regular grid over each photograph at 0.4, 0.65 and full scale.
 
     Flat backgrounds are left out.  Photographs take turns, so that any ``count`` holds about as many crops of each; the
     degradation of a crop depends on ``seed`` and on its place alone.
+
+    ``folder`` is where `PACKAGED` photographs are, see `load_photograph`.
 
     Raises:
         ValueError: if the photographs hold fewer than ``count`` crops of this size.
@@ -342,7 +355,7 @@ def evaluation_crops(
     degradation = degradation or Degradation()
     columns = []
     for name in names:
-        image = load_photograph(name)
+        image = load_photograph(name, folder)
         crops = []
         for scale in (0.4, 0.65, 1.0):
             shape = (round(image.shape[0] * scale), round(image.shape[1] * scale))
@@ -362,5 +375,5 @@ def evaluation_crops(
         gt = np.ascontiguousarray(gt)
         digest = hashlib.sha256(key.encode()).digest()[:8]
         lr, gt = degradation.degrade(gt, np.random.default_rng(int.from_bytes(digest, "little")))
-        samples.append(Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=", ".join(PHOTOGRAPHS[name].tags)))
+        samples.append(Sample(gt=to_tensor(gt), lr=to_tensor(lr), prompt=", ".join(_tags(name))))
     return samples
