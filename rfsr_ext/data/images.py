@@ -281,8 +281,8 @@ def resize(image: np.ndarray, size: tuple[int, int], resample=Image.Resampling.B
     return np.stack(channels, axis=-1)
 
 
-def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Write ``[H, W, 3]`` in [0, 1] as JPEG of this quality and read it back."""
+def jpeg(image: np.ndarray, quality: int, subsampling: str = "4:2:0") -> np.ndarray:
+    """Write ``[H, W, 3]`` in [0, 1] as JPEG of this quality and subsampling of colors, and read it back."""
     buffer = io.BytesIO()
-    Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
     return from_uint8(np.asarray(Image.open(buffer)))

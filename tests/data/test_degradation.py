@@ -48,6 +48,18 @@ def test_the_mini_preset_is_what_the_small_weights_were_made_with():
     assert digests == ["89d05a35f582f71c", "9438031359e85134", "7dd443afc882d761"]
 
 
+def test_a_round_may_leave_the_colors_of_jpeg_their_size():
+    sharp = np.ascontiguousarray(load_photograph("coffee")[:128, :128])
+    clean = resize(sharp, (32, 32))
+
+    def error(subsampling):
+        first = Round(noise_range=(0, 0), blur_sigma=(0.1, 0.1), jpeg_range=(95, 95), jpeg_subsampling=subsampling)
+        lr, _ = Degradation(first=first).degrade(sharp, np.random.default_rng(0))
+        return np.mean((lr - clean) ** 2)
+
+    assert error("4:4:4") < 0.7 * error("4:2:0")
+
+
 def test_depends_on_the_generator_alone():
     degrade, original = Degradation().degrade, image()
     untouched = original.copy()
@@ -458,6 +470,8 @@ def test_changes_to_a_preset():
         ({"first": 3}, "first must be a mapping of a round's parameters, got 3"),
         ({"first": None}, "first must be a mapping of a round's parameters, got None"),
         ({"jpeg": [30, 95]}, "unknown key 'jpeg'; valid are scale, "),
+        ({"first": {"jpeg_subsampling": "4:4:4"}, "second": {}}, "first.jpeg_subsampling must be 4:2:0 with"),
+        ({"first": {"jpeg_subsampling": "4:1:1"}}, "first.jpeg_subsampling must be 4:2:0 or 4:4:4, got '4:1:1'"),
         ({"second": {"jpeg_rang": [30, 95]}}, "unknown key 'second.jpeg_rang'; did you mean 'jpeg_range'?"),
         ({"first": {"jpeg_range": [95, 30]}}, r"first.jpeg_range must be \[low, high\], whole numbers from 1 to 100"),
         ({"first": {"jpeg_range": [30.5, 95]}}, r"first.jpeg_range must be \[low, high\], whole numbers"),

@@ -71,7 +71,7 @@ def _one_round(settings: Degradation, image: np.ndarray, rng: np.random.Generato
     image = resize(image, (height // settings.scale, width // settings.scale), _FILTERS[rng.integers(len(_FILTERS))])
     image = image + rng.normal(0, rng.uniform(*settings.first.noise_range) / 255, image.shape).astype(np.float32)
     low, high = settings.first.jpeg_range
-    return jpeg(image, int(rng.integers(low, high + 1)))
+    return jpeg(image, int(rng.integers(low, high + 1)), settings.first.jpeg_subsampling)
 
 
 def _two_rounds(settings: Degradation, image: Any, rng: np.random.Generator, stages: ModuleType) -> tuple[Any, Any]:

@@ -52,6 +52,7 @@ class Round:
         poisson_scale_range: factor of Poisson noise.
         gray_noise_prob: probability of one noise for all channels.
         jpeg_range: libjpeg quality, whole numbers, both ends included; the public code draws real numbers.
+        jpeg_subsampling: of its colors, "4:2:0" (half as wide and high) or, with one round only, "4:4:4".
     """
 
     blur_prob: float = 1.0
@@ -67,6 +68,7 @@ class Round:
     poisson_scale_range: tuple[float, float] = (0.0, 0.0)
     gray_noise_prob: float = 0.0
     jpeg_range: tuple[int, int] = (70, 95)
+    jpeg_subsampling: str = "4:2:0"
 
     def __post_init__(self) -> None:
         for name in ("blur_prob", "sinc_prob", "gaussian_noise_prob", "gray_noise_prob"):
@@ -79,11 +81,13 @@ class Round:
         set_field(self, "noise_range", interval("noise_range", self.noise_range, 0, 255))
         set_field(self, "poisson_scale_range", interval("poisson_scale_range", self.poisson_scale_range, 0, 255))
         set_field(self, "jpeg_range", interval("jpeg_range", self.jpeg_range, 1, 100, whole=True))
+        if self.jpeg_subsampling not in ("4:2:0", "4:4:4"):
+            raise ValueError(f"jpeg_subsampling must be 4:2:0 or 4:4:4, got {self.jpeg_subsampling!r}")
 
 
 # What a degradation of one round leaves out.
 _ONE_ROUND = {name: getattr(Round(), name) for name in Round.__dataclass_fields__} | {
-    name: None for name in ("blur_sigma", "noise_range", "jpeg_range")
+    name: None for name in ("blur_sigma", "noise_range", "jpeg_range", "jpeg_subsampling")
 }
 
 
@@ -97,7 +101,8 @@ class Degradation:
     noise once per batch, here every sample draws its own, so that no pool of pairs is needed to mix them.
 
     With one round, ``second: null``, it is a small relative for images of 64 to 128 pixels, with Gaussian blur, an
-    antialiased resize to the final size, Gaussian noise and JPEG.  It is what the small weights were made with.
+    antialiased resize to the final size, Gaussian noise and JPEG, which may leave colors their size.  It is what the
+    small weights were made with.
 
     Attributes:
         scale: how many times smaller the result is.
@@ -136,6 +141,10 @@ class Degradation:
                     f"{name} must be left out without a second round, which blurs with isotropic Gaussians, adds "
                     "Gaussian noise and resizes once; give second, or start from the preset realesrgan-a"
                 )
+            return
+        for name in ("first", "second"):
+            if getattr(self, name).jpeg_subsampling != "4:2:0":
+                raise ValueError(f"{name}.jpeg_subsampling must be 4:2:0 with a second round, got 4:4:4")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
