@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rfsr_ext.cli.numbers import whole
+
 if TYPE_CHECKING:
     from rfsr_ext.models import ISRModel
     from rfsr_ext.training.dp2o import DP2OConfig
@@ -15,7 +17,7 @@ preferences = typer.Typer(help="A model's own results for the same image, ranked
 
 Config = Annotated[str, typer.Argument(help="A YAML file of method dp2o, or a preset: dp2o-mini, dp2o-sd2, dp2o-flux.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")]
-Round = Annotated[int, typer.Option("--round", help="Which round's candidates.", min=1)]
+Round = Annotated[int, whole("Which round's candidates.", 1, name="--round")]
 
 
 def _load(source: str, pairs: list[str] | None) -> "DP2OConfig":
@@ -79,7 +81,7 @@ def show(
     config: Config,
     set_: Set = None,
     round_: Round = 1,
-    images: Annotated[int, typer.Option(help="Images to show, those whose rewards spread most.", min=1)] = 6,
+    images: Annotated[int, whole("Images to show, those whose rewards spread most.", 1)] = 6,
     output: Annotated[Path | None, typer.Option(help="Folder for the pictures; that of the candidates.")] = None,
 ) -> None:
     """Picture the best and the worst candidates with their scores, and the gaps of all pairs as a histogram."""

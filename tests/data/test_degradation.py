@@ -409,7 +409,8 @@ def test_rounds_and_samples_are_independent():
 KERNELS = [0.45, 0.25, 0.12, 0.03, 0.12, 0.03]
 ONE = dict(blur_prob=1, kernel_prob=KERNELS, sinc_prob=0.1, blur_sigma=[0.2, 3], betag_range=[0.5, 4],
            betap_range=[1, 2], resize_prob=[0.2, 0.7, 0.1], resize_range=[0.3, 1.5], gaussian_noise_prob=0.5,
-           noise_range=[1, 15], poisson_scale_range=[0.05, 2.0], gray_noise_prob=0.4, jpeg_range=[60, 95])  # fmt: skip
+           noise_range=[1, 15], poisson_scale_range=[0.05, 2.0], gray_noise_prob=0.4, jpeg_range=[60, 95],
+           jpeg_subsampling="4:2:0")  # fmt: skip
 TWO = ONE | dict(blur_prob=0.5, blur_sigma=[0.2, 1.5], resize_prob=[0.3, 0.4, 0.3], resize_range=[0.6, 1.2],
                  noise_range=[1, 12], poisson_scale_range=[0.05, 1.0], jpeg_range=[60, 100])  # fmt: skip
 SETS = {

@@ -9,7 +9,7 @@ from rfsr_ext.cli import _typer
 from rfsr_ext.importing import import_object
 from rfsr_ext.models import ISRModel, list_models, load_model
 from rfsr_ext.models.catalog import PUBLISHED
-from rfsr_ext.training.config import PRESETS
+from rfsr_ext.training import RFSRConfig
 from tests.models.released.seesr import layout
 from tests.models.released.seesr.model import seesr_model
 
@@ -31,7 +31,7 @@ def test_every_entry_leads_to_a_class_and_a_preset():
     for name, published in PUBLISHED.items():
         kind = import_object(published.model, "model")
         assert issubclass(kind, ISRModel) and callable(kind.from_released), name
-        assert not published.preset or published.preset in PRESETS
+        assert not published.preset or published.preset in RFSRConfig.presets
         assert sum(file.base for file in published.files) == 1 and published.parameters > 1e9
     assert list_models() == ["mini", *PUBLISHED]
 

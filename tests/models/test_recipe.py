@@ -14,7 +14,7 @@ from tests.tiny import PixelModel
 ACCEPTED = {
     "guidance_scale": {"zero", "half"}, "added_prompt": {"empty", "text"}, "negative_prompt": {"empty", "text"},
     "start_timestep": {"zero", "null"}, "color_fix": {"null"}, "overlap": {"zero"}, "min_side": {"zero"},
-    "structure_window": {"null"}, "reward_window": {"null"},
+    "t_max": {"zero"}, "t_min": {"zero"}, "structure_window": {"null"}, "reward_window": {"null"},
 }  # fmt: skip
 
 

@@ -183,6 +183,7 @@ ACCEPTED = {
     "balance_rewards": {"true", "false"}, "ema_decay": {"zero"}, "lambda_structure": {"zero", "half"},
     "lambda_style": {"zero", "half"}, "seed": {"zero"}, "num_workers": {"zero"}, "lora_rank": {"zero"},
     "max_psnr_drop": {"zero", "minus", "half"}, "rewards": {"mapping"}, "model_options": {"mapping"},
+    "weight_decay": {"zero"},
 }  # fmt: skip
 
 
