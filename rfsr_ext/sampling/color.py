@@ -1,4 +1,4 @@
-"""Color corrections of a result against the image it was made from, band by band and in place: both may be large."""
+"""Color corrections of a result against the image it was made from, band by band: both may be large."""
 
 from collections.abc import Iterator
 
@@ -29,12 +29,15 @@ def _statistics(image: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]
     return mean.float(), (variance + 1e-5).sqrt().float()
 
 
-def adain_color_fix(image: Tensor, reference: Tensor) -> Tensor:
+def adain_color_fix(image: Tensor, reference: Tensor, inplace: bool = False) -> Tensor:
     """Give each channel of ``image`` the mean and spread of ``reference``, both ``[N, 3, H, W]`` (SeeSR).
 
-    As in the other correction, ``image`` is changed and returned; of ``reference``, which may be larger to the right
-    and below, only bands of rows are asked for.
+    Args:
+        image: to correct.
+        reference: may be larger to the right and below; only bands of its rows are asked for.
+        inplace: change ``image`` itself, which saves the memory of a second one.
     """
+    image = image if inplace else image.clone()
     (mean, std), (wanted_mean, wanted_std) = (_statistics(x, *image.shape[-2:]) for x in (image, reference))
     return image.sub_(mean).mul_(wanted_std / std).add_(wanted_mean)
 
@@ -49,11 +52,12 @@ def _low_frequencies(image: Tensor) -> Tensor:
     return image
 
 
-def wavelet_color_fix(image: Tensor, reference: Tensor) -> Tensor:
+def wavelet_color_fix(image: Tensor, reference: Tensor, inplace: bool = False) -> Tensor:
     """Replace the low frequencies of ``image`` by those of ``reference``, both ``[N, 3, H, W]`` (StableSR).
 
-    See `adain_color_fix` for what becomes of both.
+    Arguments are those of `adain_color_fix`.
     """
+    image = image if inplace else image.clone()
     height, width = image.shape[-2:]
     above = image[..., :0, :]  # rows that are changed already, as they were
     for top, bottom in _bands(height):
@@ -65,4 +69,8 @@ def wavelet_color_fix(image: Tensor, reference: Tensor) -> Tensor:
     return image
 
 
-COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, None: lambda image, reference: image}
+COLOR_FIXES = {
+    "wavelet": wavelet_color_fix,
+    "adain": adain_color_fix,
+    None: lambda image, reference, inplace=False: image,
+}

@@ -129,7 +129,7 @@ def upscale(
             run.advance()
             bar.update()
     sr = model.decode(run.state.latents)[crop].float()
-    sr = COLOR_FIXES[color_fix](sr, condition.image).clamp_(0, 1)
+    sr = COLOR_FIXES[color_fix](sr, condition.image, inplace=True).clamp_(0, 1)
     wanted = [n * model.scale for n in image.shape[-2:]]
     if list(sr.shape[-2:]) != wanted:
         sr = F.interpolate(sr, wanted, mode="bicubic", antialias=True).clamp(0, 1)

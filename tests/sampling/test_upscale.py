@@ -234,7 +234,7 @@ def smooth(seed):
 
 def test_adain_takes_the_statistics_of_the_reference():
     image, reference = torch.rand(1, 3, 96, 96) * 0.3, smooth(0)
-    fixed = adain_color_fix(image.clone(), reference)
+    fixed = adain_color_fix(image, reference)
     torch.testing.assert_close(fixed.mean((2, 3)), reference.mean((2, 3)))
     torch.testing.assert_close(fixed.std((2, 3)), reference.std((2, 3)), rtol=1e-3, atol=1e-3)
     correlation = torch.corrcoef(torch.stack([fixed[0, 0].flatten(), image[0, 0].flatten()]))[0, 1]
@@ -244,18 +244,21 @@ def test_adain_takes_the_statistics_of_the_reference():
 @pytest.mark.parametrize("fix", [adain_color_fix, wavelet_color_fix])
 def test_color_fixes_undo_a_cast_and_leave_a_good_image_alone(fix):
     image = smooth(1) + 0.05 * torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(fix(image.clone(), image), image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fix(image, image), image, atol=1e-5, rtol=0)
     cast = image + torch.tensor([0.2, 0.0, -0.1]).reshape(1, 3, 1, 1)
-    assert fix(cast, image) is cast
+    untouched = cast.clone()
+    torch.testing.assert_close(fix(cast, image), image, atol=1e-3, rtol=0)
+    assert torch.equal(cast, untouched)
+    assert fix(cast, image, inplace=True) is cast
     torch.testing.assert_close(cast, image, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("fix", [adain_color_fix, wavelet_color_fix])
 def test_color_fixes_go_band_by_band(fix, monkeypatch):
     image, reference = torch.rand(1, 3, 150, 40), torch.rand(1, 3, 160, 48)
-    whole = fix(image.clone(), reference[..., :150, :40])
+    whole = fix(image, reference[..., :150, :40])
     monkeypatch.setattr("rfsr_ext.sampling.color._BAND", 40)
-    torch.testing.assert_close(fix(image.clone(), reference), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fix(image, reference), whole, atol=1e-5, rtol=0)
 
 
 def test_wavelet_fix_keeps_the_detail_and_drops_its_own_shading():
