@@ -181,7 +181,7 @@ def upscaling(folder: Path, told: Callable[[int], None]) -> None:
 
 def sampling(folder: Path, told: Callable[[int], None]) -> None:
     root = Root(lr=str(folder / "lr"), gt=str(folder / "gt"))
-    evaluate_pairs(PixelModel(), root, Suite(get_preset("weightless")), folder / "out", name="tiny")
+    evaluate_pairs(PixelModel(), root, Suite(get_preset("basic")), folder / "out", name="tiny")
     told(1)
 
 
