@@ -25,6 +25,14 @@ def start(configuration: str, *command, options: tuple = ()) -> subprocess.Popen
     )  # fmt: skip
 
 
+def start_alone(script: str | Path, *arguments) -> subprocess.Popen:
+    """A script in a process of its own, which can be killed; there is no launcher between."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, (script, *arguments))],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 def ended_well(process: subprocess.Popen) -> str:
     """Wait for it; gives what it printed."""
     printed, errors = process.communicate(timeout=500)

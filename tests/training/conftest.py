@@ -1,10 +1,12 @@
 """What trainings of a few seconds need."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from rfsr_ext.files import save_tensors
+from rfsr_ext.files import load_tensors, save_tensors
 from rfsr_ext.rewards import Reward, WeightedReward
 from tests import tiny
 
@@ -44,6 +46,17 @@ class TinyData(torch.utils.data.Dataset):
         gt = torch.from_numpy(rng.random((3, 32, 32), dtype=np.float32))
         lr = torch.nn.functional.avg_pool2d(gt, 4)
         return {"gt": gt, "lr": lr, "prompt": "cat" if index % 2 else ""}
+
+
+def end_state(folder):
+    """The tensors of a run's newest checkpoint."""
+    return load_tensors(sorted((Path(folder) / "checkpoints").glob("*.safetensors"))[-1])[0]
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture

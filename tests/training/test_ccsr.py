@@ -1,7 +1,5 @@
 """CCSR's two stages on the tiny model."""
 
-import subprocess
-import sys
 import time
 
 import pandas as pd
@@ -253,10 +251,8 @@ def test_both_in_a_row_and_resumed(tmp_path, monkeypatch):
         tiny_model(0, 6, spacing="ccsr-v2", t_min=0.5) if name == "mini" else load_model(name, **options)
     ))  # fmt: skip
     monkeypatch.setattr("rfsr_ext.training.setup.build_dataset", lambda config: TinyData())
-    monkeypatch.setattr("rfsr_ext.training.ccsr.trainer.photographs", lambda _: None)
-    monkeypatch.setattr(
-        "rfsr_ext.training.ccsr.trainer.evaluation_crops", lambda *_: [TinyData()[i] for i in range(500, 502)]
-    )
+    held_out = [TinyData()[i] for i in range(500, 502)]
+    monkeypatch.setattr("rfsr_ext.training.setup.build_validation", lambda config: held_out)
     shared = {k: v for k, v in SHARED.items() if k in RunConfig.model_fields}
     own = {name: METHODS[name]["config"] | {"validation_distance": "vgg-random"} for name in METHODS}
     config = CCSRConfig(**shared | {"iterations": 2}, **own, output_dir=str(tmp_path))
@@ -323,24 +319,17 @@ def test_accumulated_parts_equal_one_batch(tmp_path, stage):
     pd.testing.assert_frame_equal(one[columns], cut[columns], rtol=1e-3)
 
 
-def killable(*arguments):
-    return subprocess.Popen(
-        [sys.executable, run_ccsr.__file__, *map(str, arguments)],
-        env=launching.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", METHODS)
 def test_killed_it_resumes_to_the_same_bits(tmp_path, stage):
     run(stage, tmp_path / "whole", 12)
-    process = killable(stage, tmp_path / "killed", 12)
+    process = launching.start_alone(run_ccsr.__file__, stage, tmp_path / "killed", 12)
     while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/iteration-000003*")):
         time.sleep(0.01)
     process.kill()
     process.communicate()
     assert process.returncode == -9 and end_state(tmp_path / "killed")[1]["iteration"] < 12
-    launching.ended_well(killable(stage, tmp_path / "killed", 12))
+    launching.ended_well(launching.start_alone(run_ccsr.__file__, stage, tmp_path / "killed", 12))
     assert_same_state(end_state(tmp_path / "whole"), end_state(tmp_path / "killed"))
 
 

@@ -6,8 +6,6 @@ import math
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import torch
 
 from rfsr_ext.data.candidates import CandidateFolder
 from rfsr_ext.evaluation import Measure
-from rfsr_ext.files import load_tensors
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.training import load_config
@@ -28,7 +25,7 @@ from rfsr_ext.training.setup import as_reference
 from tests import launching
 from tests.models.released.dp2o import tiny_flux
 from tests.tiny import tiny_model
-from tests.training.conftest import Pixels, TinyData
+from tests.training.conftest import Pixels, TinyData, assert_same_state, end_state
 
 HERE = Path(__file__).parent
 
@@ -64,16 +61,6 @@ def settings(tmp_path):
 def run(settings, model=None, **changes):
     given = parts() | {name: changes.pop(name) for name in list(changes) if name in parts()}
     return DP2OTrainer(DP2OConfig.from_dict(settings | changes), model or Pixels(), **given).train()
-
-
-def end_state(folder):
-    return load_tensors(sorted((Path(folder) / "checkpoints").glob("*.safetensors"))[-1])[0]
-
-
-def assert_same_state(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 # -- the method -------------------------------------------------------------------------------------------------------
@@ -290,13 +277,6 @@ def test_presets_hold_the_published_settings():
 # -- in processes of their own ----------------------------------------------------------------------------------------
 
 
-def start(folder, *arguments):
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "run_dp2o.py"), str(folder), *map(str, arguments)],
-        env=launching.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def results(folder):
     """Everything that must be the same bits."""
     found = {path: path.read_bytes() for path in folder.rglob("latents.safetensors")}
@@ -307,13 +287,13 @@ def results(folder):
 
 @pytest.mark.slow
 def test_killed_while_it_samples_scores_and_trains_it_ends_as_if_it_had_not_been(tmp_path):
-    whole = start(tmp_path / "whole", 12)
+    whole = launching.start_alone(HERE / "run_dp2o.py", tmp_path / "whole", 12)
     assert whole.wait() == 0, whole.stderr.read()
     rng = random.Random(0)
     stages = ["preferences/round-1/*/latents*", "checkpoints/*", "preferences/round-2/*/latents*", None]
     kills = 0
     for stage in stages:
-        process = start(tmp_path / "killed", 12)
+        process = launching.start_alone(HERE / "run_dp2o.py", tmp_path / "killed", 12)
         if stage is not None:  # at a random moment of the stage
             while process.poll() is None and not list((tmp_path / "killed").glob(f"**/{stage}")):
                 time.sleep(0.005)
@@ -330,7 +310,7 @@ def test_killed_while_it_samples_scores_and_trains_it_ends_as_if_it_had_not_been
 
 @pytest.mark.slow
 def test_two_processes_do_as_one(tmp_path):
-    one = start(tmp_path / "one", 6)
+    one = launching.start_alone(HERE / "run_dp2o.py", tmp_path / "one", 6)
     assert one.wait() == 0, one.stderr.read()
     launching.ended_well(launching.start("ddp.yaml", HERE / "run_dp2o.py", tmp_path / "two", 6, 2))
     # each of the two has sampled and scored its half, and says so itself

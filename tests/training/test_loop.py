@@ -3,8 +3,6 @@
 import logging
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -291,20 +289,12 @@ def test_two_precisions_in_one_process_whatever_the_order(tmp_path):
     assert [m.dtypes for m in methods.values()] == [{dtype} for dtype in wanted]
 
 
-def start(*arguments):
-    """``toy.py`` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, toy.__file__, *map(str, arguments)],
-        env=launching.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_killed_it_resumes_to_the_same_bits(tmp_path):
     train(tmp_path / "whole", iterations=400)
     rng, kills = random.Random(0), 0
     while kills < 3:
-        process = start(tmp_path / "killed", 400)
+        process = launching.start_alone(toy.__file__, tmp_path / "killed", 400)
         seen = {path.name for path in checkpoints(tmp_path / "killed")}
         while process.poll() is None and {path.name for path in checkpoints(tmp_path / "killed")} <= seen:
             time.sleep(0.01)
@@ -314,5 +304,5 @@ def test_killed_it_resumes_to_the_same_bits(tmp_path):
         assert process.returncode == -signal.SIGKILL
         kills += 1
     assert end_state(tmp_path / "killed")[1]["iteration"] < 400
-    launching.ended_well(start(tmp_path / "killed", 400))
+    launching.ended_well(launching.start_alone(toy.__file__, tmp_path / "killed", 400))
     assert_same_state(end_state(tmp_path / "whole"), end_state(tmp_path / "killed"))

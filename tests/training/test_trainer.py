@@ -3,8 +3,6 @@ import logging
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,22 +19,12 @@ from rfsr_ext.sampling import sample
 from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer, setup
 from tests import launching
 from tests.training import run_tiny
-from tests.training.conftest import Brightness, Pixels, make_tiny_model
+from tests.training.conftest import Brightness, Pixels, assert_same_state, end_state, make_tiny_model
 
 
 def run(settings, parts, model=None, **changes):
     config = RFSRConfig.from_dict(settings | changes)
     return RFSRTrainer(config, model or Pixels(), **parts).train()
-
-
-def end_state(folder):
-    return load_tensors(sorted((Path(folder) / "checkpoints").glob("*.safetensors"))[-1])[0]
-
-
-def assert_same_state(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_the_reward_rises_and_everything_is_written(settings, parts):
@@ -318,20 +306,13 @@ def test_sentences(settings, parts, changes, sentence):
     assert not Path(settings["output_dir"]).exists()
 
 
-def start(folder, *arguments):
-    return subprocess.Popen(
-        [sys.executable, run_tiny.__file__, str(folder), *map(str, arguments)],
-        env=launching.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_killed_ten_times_it_ends_as_if_it_had_not_been(tmp_path):
-    whole = start(tmp_path / "whole", 40, 2)
+    whole = launching.start_alone(run_tiny.__file__, tmp_path / "whole", 40, 2)
     assert whole.wait() == 0, whole.stderr.read()
     rng, kills = random.Random(0), 0
     while True:
-        process = start(tmp_path / "killed", 40, 2)
+        process = launching.start_alone(run_tiny.__file__, tmp_path / "killed", 40, 2)
         checkpoints = tmp_path / "killed" / "checkpoints"
         seen = len(list(checkpoints.glob("*")))
         if kills < 10:  # once it is under way, at a random moment
