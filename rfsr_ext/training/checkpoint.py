@@ -15,7 +15,7 @@ __all__ = ["CheckpointFolder", "TrainingState", "cut_like", "whole"]
 
 # What stands in a checkpoint beside its tensors.
 _FACTS = {"iteration": int, "config": dict, "fingerprint": str, "history": list, "seconds": float, "method": dict,
-          "held_out": dict, "optimizer_steps": dict}  # fmt: skip
+          "held_out": dict, "optimizer_steps": dict, "scalers": dict}  # fmt: skip
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -77,14 +77,18 @@ class HeldOut:
         """
         frame = self._evaluate(None if log_images is None else lambda indices, sr: self._show(indices, sr, log_images))
         frame["reward"] = self._reward(frame)
-        row = {"iteration": iteration} | self._row(frame)
-        self.measured.append(row)
         self._warn_of_hacking(frame, iteration)
+        row = {"iteration": iteration} | self._row(frame)
+        return self._record(row, lambda row, best: row["reward"] > best["reward"])
+
+    def _record(self, row: dict[str, Any], is_better: Callable[[dict[str, Any], dict[str, Any]], bool]) -> bool:
+        """Append a row to ``measured``, and say whether its weights are the best so far, at a PSNR that is kept."""
+        self.measured.append(row)
         best = next(r for r in self.measured if r["iteration"] == self.best_iteration)
         kept = row["psnr"] >= self.measured[0]["psnr"] - self.max_psnr_drop
-        if row is not self.measured[0] and not (kept and row["reward"] > best["reward"]):
+        if row is not self.measured[0] and not (kept and is_better(row, best)):
             return False
-        self.best_iteration = iteration
+        self.best_iteration = row["iteration"]
         return True
 
     def _evaluate(self, on_images: Callable[[range, Tensor], None] | None) -> pd.DataFrame:

@@ -14,11 +14,10 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import Dataset
 
-from rfsr_ext.data import Sample, evaluation_crops, photographs
+from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.memory import bytes_of, hold_weights
-from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import Rollout, generators
@@ -267,10 +266,8 @@ class RFSRTrainer:
         self.model = setup.build_model(config, accelerator.device, model)
         self.objective = build_objective(config, self.model, rewards, style_loss)
         dataset = setup.build_dataset(config) if dataset is None else dataset
-        if validation is None:
-            validation = evaluation_crops(photographs("validation"), config.validation_size, config.validation_crops)
-        if judges is None:
-            judges = {"judge": Judge.from_pretrained().to(accelerator.device).score}
+        validation = setup.build_validation(config) if validation is None else validation
+        judges = setup.build_judges(accelerator.device) if judges is None else judges
         self.method = RFSR(config, self.objective)
         self.held_out = HeldOut(
             self.model,

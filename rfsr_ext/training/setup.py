@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from rfsr_ext.data import ImageFolder, PhotographCrops, Root, photographs
+from rfsr_ext.data import ImageFolder, PhotographCrops, Root, Sample, evaluation_crops, photographs
 from rfsr_ext.data.stream import StreamedImages
+from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.files import replace_folder
 from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.losses import HaarLLLoss
+from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import Reward, WeightedReward, create_reward
 from rfsr_ext.sampling import TimestepWindows
@@ -26,8 +28,10 @@ __all__ = [
     "add_adapters",
     "as_reference",
     "build_dataset",
+    "build_judges",
     "build_model",
     "build_rewards",
+    "build_validation",
     "build_windows",
     "data_roots",
     "disable_adapters",
@@ -71,6 +75,16 @@ def build_model(config: RunConfig, device: torch.device, model: ISRModel | None 
         raise ValueError(f"crop_size must be a multiple of {model.multiple} for this model, got {config.crop_size}")
     model.to(device)
     return model.enable_gradient_checkpointing() if config.gradient_checkpointing else model
+
+
+def build_validation(config: RunConfig) -> list[Sample]:
+    """Held-out crops of the bundled photographs."""
+    return evaluation_crops(photographs("validation"), config.validation_size, config.validation_crops)
+
+
+def build_judges(device: torch.device) -> dict[str, Scorer]:
+    """The scorers that training never uses: the judge that ships."""
+    return {"judge": Judge.from_pretrained().to(device).score}
 
 
 def data_roots(config: RunConfig) -> list[Root]:

@@ -70,10 +70,4 @@ class HeldOutSpread(HeldOut):
         row = {"iteration": iteration} | table["mean"].drop("l_std").to_dict()
         row |= {f"g_std_{name}": table["std"][name] for name in ("psnr", "distance", *self.judges)}
         row["l_std"] = table["std"]["l_std"]
-        self.measured.append(row)
-        best = next(r for r in self.measured if r["iteration"] == self.best_iteration)
-        kept = row["psnr"] >= self.measured[0]["psnr"] - self.max_psnr_drop
-        if row is not self.measured[0] and not (kept and row["distance"] < best["distance"]):
-            return False
-        self.best_iteration = iteration
-        return True
+        return self._record(row, lambda row, best: row["distance"] < best["distance"])

@@ -3,9 +3,8 @@
 import pandas as pd
 from torch.utils.data import Dataset
 
-from rfsr_ext.data import Sample, evaluation_crops, photographs
+from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.measure import Scorer
-from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel
 from rfsr_ext.training import setup
 from rfsr_ext.training.ccsr.config import CCSRConfig, CCSRStage1Config, CCSRStage2Config
@@ -45,10 +44,8 @@ class CCSRStageTrainer:
         accelerator = create_accelerator(config)
         self.model = setup.build_model(config, accelerator.device, model)
         dataset = setup.build_dataset(config) if dataset is None else dataset
-        if validation is None:
-            validation = evaluation_crops(photographs("validation"), config.validation_size, config.validation_crops)
-        if judges is None:
-            judges = {"judge": Judge.from_pretrained().to(accelerator.device).score}
+        validation = setup.build_validation(config) if validation is None else validation
+        judges = setup.build_judges(accelerator.device) if judges is None else judges
         kind = Consistency if isinstance(config, CCSRStage1Config) else DecoderTuning
         self.method = kind(config, self.model)
         distance = build_perceptual_loss(config.validation_distance)
@@ -62,8 +59,7 @@ class CCSRStageTrainer:
     def train(self, resume: bool = True) -> TrainingResult:
         """Train to ``config.iterations``, see `rfsr_ext.training.loop.Loop.train`."""
         history = self.loop.train(resume)
-        for network in self.model.networks.values():
-            network.requires_grad_(False)
+        setup.finish(self.model)
         validation = pd.DataFrame(self.held_out.measured)
         return TrainingResult(self.model, self.loop.folder, history, validation, self.held_out.best_iteration)
 

@@ -15,8 +15,7 @@ from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.data.candidates import CandidateFolder
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.evaluation.preferences import Measure, Scores, create_measures, score_candidates
-from rfsr_ext.metrics.judge import Judge
-from rfsr_ext.models import ISRModel, load_model
+from rfsr_ext.models import ISRModel
 from rfsr_ext.processes import join
 from rfsr_ext.rewards.ranking import HybridReward, pair_candidates
 from rfsr_ext.sampling import sample_candidates
@@ -115,27 +114,18 @@ class DP2OTrainer:
         self.config, self.accelerator = config, create_accelerator(config)
         join()  # sampling and scoring are shared as training is
         device = self.accelerator.device
-        self.model = load_model(config.model, **config.model_options) if model is None else model
-        if config.crop_size % self.model.multiple:
-            raise ValueError(
-                f"crop_size must be a multiple of {self.model.multiple} for this model, got {config.crop_size}"
-            )
-        self.model.to(device)
-        if config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
+        self.model = setup.build_model(config, device, model)
         self.hybrid = hybrid_reward(config)
         if measures is None:
             measures = create_measures(config.full_reference, config.no_reference, device)
         self.measures = list(measures)
         self.dataset = setup.build_dataset(config) if dataset is None else dataset
-        size = config.validation_size
-        if validation is None:
-            validation = evaluation_crops(photographs("validation"), size, config.validation_crops)
+        self.validation = setup.build_validation(config) if validation is None else validation
+        self.judges = setup.build_judges(device) if judges is None else judges
         if test is None:
-            test = evaluation_crops(photographs("test"), size, config.report_crops) if config.report_crops else []
-        if judges is None:
-            judges = {"judge": Judge.from_pretrained().to(device).score}
-        self.validation, self.test, self.judges = validation, test, judges
+            size, count = config.validation_size, config.report_crops
+            test = evaluation_crops(photographs("test"), size, count) if count else []
+        self.test = test
         self.base = self.model.fingerprint()
         self.adapted = False
         self.original = None if config.lora_rank else self.model.reference()
