@@ -10,7 +10,15 @@ import typer
 
 from rfsr_ext.cli.evaluate import difference_table, held_out_scorers, mean_table
 from rfsr_ext.data import Sample, evaluation_crops, photographs
-from rfsr_ext.evaluation import compare, comparison_figure, curves_figure, evaluate, evaluate_bicubic, summarize
+from rfsr_ext.evaluation import (
+    compare,
+    comparison_figure,
+    curves_figure,
+    evaluate,
+    evaluate_bicubic,
+    save_figure,
+    summarize,
+)
 from rfsr_ext.files import replace_file
 from rfsr_ext.metrics import psnr
 from rfsr_ext.models import ISRModel, load_model
@@ -65,8 +73,7 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
         "curves.png": curves_figure(result.history),
     }
     for name, figure in figures.items():
-        with replace_file(output / name) as path:
-            figure.savefig(path, format="png", dpi=100)
+        save_figure(figure, output / name)
     report = {
         "config": config.to_dict(),
         "stand_ins": ["mini model", *REWARDS, f"VGG19 ({config.vgg_weights})"],

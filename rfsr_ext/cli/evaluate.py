@@ -30,6 +30,7 @@ from rfsr_ext.evaluation import (
     evaluate_pairs,
     evaluate_pairs_bicubic,
     measure_trajectory,
+    save_figure,
     stability_table,
     summarize,
     trajectory_figure,
@@ -137,8 +138,7 @@ def write_stability(
     typer.echo(table.reset_index().to_string(index=False, formatters=columns, na_rep=""))
     if output is not None:
         write_table(table.reset_index(), output.with_suffix(".stability.csv"))
-        with replace_file(output.with_suffix(".stability.png")) as aside:
-            disagreement_figure(spreads, references).savefig(aside, format="png", dpi=100)
+        save_figure(disagreement_figure(spreads, references), output.with_suffix(".stability.png"))
 
 
 def _cases(results: dict[str, FolderResult], metric: str, frame: pd.DataFrame, path: Path) -> None:
@@ -155,8 +155,7 @@ def _cases(results: dict[str, FolderResult], metric: str, frame: pd.DataFrame, p
             truth = results[first].references.get(image)
             rows.append(row + ([(read_picture(truth), "")] if truth else []))
     titles = [Path(name).name for name in results] + (["ground truth"] if results[first].references else [])
-    with replace_file(path) as aside:
-        cases_figure(rows, titles).savefig(aside, format="png", dpi=100)
+    save_figure(cases_figure(rows, titles), path)
 
 
 def _print_means(frame: pd.DataFrame, suite: Suite) -> None:
@@ -317,8 +316,7 @@ def evaluate_models(
                 bands.loc[sorted({1, *range(5, len(bands), 5), *bands.idxmax(), len(bands)})].round(4).to_string()
             )
             if output is not None:
-                with replace_file(output.with_suffix(f".{Path(name).name}.png")) as aside:
-                    trajectory_figure(path).savefig(aside, format="png", dpi=150)
+                save_figure(trajectory_figure(path), output.with_suffix(f".{Path(name).name}.png"), dpi=150)
         if output is not None:
             write_table(pd.concat(paths, ignore_index=True), output.with_suffix(".steps.csv"))
 
@@ -364,8 +362,7 @@ def evaluate_best_of(
         typer.echo(f"\n{name}{', lower is better' if name in lower_better else ''}, by number of results\n\n{part}")
     if output is not None:
         write_table(curves.drop(columns="cell"), output)
-        with replace_file(output.with_suffix(".png")) as aside:
-            best_of_figure(curves).savefig(aside, format="png", dpi=100)
+        save_figure(best_of_figure(curves), output.with_suffix(".png"))
 
 
 def ablate_variants(

@@ -85,9 +85,8 @@ def show(
     output: Annotated[Path | None, typer.Option(help="Folder for the pictures; that of the candidates.")] = None,
 ) -> None:
     """Picture the best and the worst candidates with their scores, and the gaps of all pairs as a histogram."""
-    from rfsr_ext.evaluation import create_measures, gaps_figure
+    from rfsr_ext.evaluation import create_measures, gaps_figure, save_figure
     from rfsr_ext.evaluation.preferences import extremes_figure
-    from rfsr_ext.files import replace_file
     from rfsr_ext.rewards.ranking import pair_candidates
     from rfsr_ext.training.dp2o.trainer import hybrid_reward, score_preferences
 
@@ -106,6 +105,5 @@ def show(
     typer.echo(f"{len(pairs)} pairs of {len(pairs.groups)} images")
     for name, figure in figures.items():
         target = (output or candidates.folder) / f"{name}.png"
-        with replace_file(target) as path:
-            figure.savefig(path, format="png", dpi=100)
+        save_figure(figure, target)
         typer.echo(f"{target}")

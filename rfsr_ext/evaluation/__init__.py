@@ -7,6 +7,7 @@ from rfsr_ext.evaluation.figures import (
     comparison_figure,
     curves_figure,
     gaps_figure,
+    save_figure,
     trajectory_figure,
 )
 from rfsr_ext.evaluation.folders import FolderResult, best_and_worst, evaluate_folder
@@ -45,6 +46,7 @@ __all__ = [
     "evaluate_pairs_bicubic",
     "gaps_figure",
     "measure_trajectory",
+    "save_figure",
     "score_candidates",
     "stability_table",
     "summarize",

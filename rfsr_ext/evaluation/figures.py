@@ -1,10 +1,11 @@
 """The figures: before and after, training curves, and the trajectory of the paper's Figure 1.
 
-Each function returns a `matplotlib.figure.Figure` that belongs to no window; save it with ``figure.savefig(path)``.
+Each function returns a `matplotlib.figure.Figure` that belongs to no window; save it with `save_figure`.
 """
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rfsr_ext.files import replace_file
 from rfsr_ext.sampling import TimestepWindows
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "comparison_figure",
     "curves_figure",
     "gaps_figure",
+    "save_figure",
     "trajectory_figure",
 ]
 
@@ -27,6 +30,12 @@ _DPI = 100
 _INK, _FAINT = "#222222", "#8a8a8a"
 _STRUCTURE, _REWARD = "#2a6fb0", "#d1662b"  # distinguishable in gray and to color-blind readers
 _LINES = (_INK, "#2a6fb0", "#d1662b", "#3c8d5a", "#8a5aa8")
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = _DPI) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with replace_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=dpi)
 
 
 def comparison_figure(rows: Sequence[Sequence[tuple[Tensor, str]]], titles: Sequence[str], tile: int = 320) -> Figure:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rfsr_ext.data import Sample
-from rfsr_ext.evaluation import best_of, best_of_figure, compare, comparison_figure
+from rfsr_ext.evaluation import best_of, best_of_figure, compare, comparison_figure, save_figure
 from rfsr_ext.evaluation.best_of import add_reward
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.evaluation.preferences import Measure, evaluate_measures
@@ -104,8 +104,7 @@ class Report:
                 table.to_csv(path, index=False)
         figures = {"best_of": best_of_figure(curves), "worst_and_best": self._pictures(frame)}
         for name, figure in figures.items():
-            with replace_file(folder / f"{name}.png") as path:
-                figure.savefig(path, format="png", dpi=100)
+            save_figure(figure, folder / f"{name}.png")
 
     def _pictures(self, frame: pd.DataFrame):
         """One row per photograph: LR image, worst and best of each model, ground truth."""
