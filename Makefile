@@ -6,6 +6,7 @@
 #                   what was tried before is not tried again
 # make soak    what takes hours: random kills, fuzzed operators and files, a long run, sanitizers; goes on where it
 #              stopped; ARGS="operators --operators 1000" for a part of it
+# make book    build README, course, guides, reference and reports as a static site, build/book/docs/index.html
 # make bench   set up, time the losses against every other way to compute them; ARGS="--operators haar" narrows it down
 # make install-matrix   install into fresh environments; ROWS="no-compiler two-torches" or ROWS=all chooses, see --help
 #
@@ -22,7 +23,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Each process takes about 2 GB.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test notebooks mutants soak bench install-matrix clean
+.PHONY: demo test notebooks mutants soak book bench install-matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rfsr demo
@@ -44,6 +45,9 @@ mutants: $(VENV)/.installed-test
 soak: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m tests.soak $(ARGS)
 
+book: $(VENV)/.installed-book
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/book
+
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -59,6 +63,10 @@ $(VENV)/.installed: $(BUILD) | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install -e ".[test]"
+	touch $@
+
+$(VENV)/.installed-book: $(VENV)/.installed
+	$(BIN)/python -m pip install -e ".[book]"
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed

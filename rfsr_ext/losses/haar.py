@@ -8,7 +8,7 @@ __all__ = ["HaarLLLoss"]
 
 
 class HaarLLLoss(nn.Module):
-    """L_dwt = mean |DWT(pred)_LL − DWT(target)_LL| of the orthonormal Haar transform.
+    """L_dwt = ``mean |DWT(pred)_LL − DWT(target)_LL|`` of the orthonormal Haar transform.
 
     Accepts ``[N, 3, H, W]`` images of any size; see `rfsr_ext.haar_ll_l1_loss`, which it calls, for the arguments:
     ``mode`` (extension of odd sizes), ``level`` and ``input_range``, which is ``(-1, 1)`` for a decoder's output.
