@@ -39,7 +39,7 @@ copybutton_exclude = ".linenos, .gp"
 default_role = "py:obj"  # `rfsr_ext.losses.HaarLLLoss` in a docstring is a link
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False  # what torch says of every forward() helps nobody
 autodoc_member_order = "bysource"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
-
