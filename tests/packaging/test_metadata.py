@@ -65,7 +65,7 @@ def test_make_installs_what_each_target_needs():
     installs = dict(
         re.findall(r"^\$\(VENV\)/\.installed(\S*):.*\n(?:\t.*\n)*?\t.*pip install -e (.+)$", makefile, re.MULTILINE)
     )
-    assert installs == {"": '".[train]"', "-test": '".[test]"', "-bench": '".[bench]"'}
+    assert installs == {"": '".[train]"', "-test": '".[test]"', "-bench": '".[bench]"', "-book": '".[book]"'}
     test = makefile.partition("\ntest: ")[2].partition("\n\n")[0]
     for tool in ("ruff check", "ruff format --check", "pyrefly check", "pytest"):
         assert tool in test
