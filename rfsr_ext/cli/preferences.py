@@ -47,11 +47,11 @@ def sample(config: Config, set_: Set = None) -> None:
     """Sample M candidates for each LR image with the base model; the same command, or rfsr train, goes on."""
     from rfsr_ext.processes import is_main
     from rfsr_ext.training.dp2o.trainer import sample_preferences
-    from rfsr_ext.training.setup import build_dataset
+    from rfsr_ext.training.setup import build_samples
 
     settings = _load(config, set_)
     model, _ = _model(settings)
-    found = sample_preferences(settings, model, build_dataset(settings))
+    found = sample_preferences(settings, model, build_samples(settings, model, settings.images))
     if is_main():
         typer.echo(f"{len(found)} images with {found.candidates} candidates each: {found.folder}")
 

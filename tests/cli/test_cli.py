@@ -15,8 +15,10 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from rfsr_ext.cli import _typer
+from rfsr_ext.cli import _typer, errors
+from rfsr_ext.data.datasets import CheckedSamples
 from tests.odd import ODD
 
 
@@ -88,6 +90,14 @@ def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
     assert sentence in str(code)
     assert "\n" not in str(code)
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_an_error_of_a_loader_process_is_one_sentence():
+    with pytest.raises(ValueError) as error:
+        next(iter(DataLoader(CheckedSamples([], 8, 4), sampler=[5], num_workers=1)))
+    assert "Traceback" in str(error.value)
+    sentence = errors.sentence(error.value)
+    assert sentence.startswith("dataset must give a sample for every index") and "\n" not in sentence
 
 
 def numbers():

@@ -19,7 +19,7 @@ from rfsr_ext.sampling import sample
 from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer, setup
 from tests import launching
 from tests.training import run_tiny
-from tests.training.conftest import Brightness, Pixels, assert_same_state, end_state, make_tiny_model
+from tests.training.conftest import Brightness, FewSamples, Pixels, assert_same_state, end_state, make_tiny_model
 
 
 def run(settings, parts, model=None, **changes):
@@ -303,6 +303,15 @@ def test_sentences(settings, parts, changes, sentence):
     given = {k: v for k, v in parts.items() if k != "dataset"} if "data" in changes else parts
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)):
         RFSRTrainer(RFSRConfig.from_dict(settings | changes), Pixels(), **given)
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_samples_are_asked_for_before_the_work(settings, parts):
+    """As many as there are trajectories of two iterations: three batches of two, of which the last is the sixth."""
+    settings |= {"points_per_rollout": 2}
+    RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts | {"dataset": FewSamples(6)})
+    with pytest.raises(ValueError, match=r"dataset must give a sample for every index .* got IndexError\(5\) for 5"):
+        RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts | {"dataset": FewSamples(5)})
     assert not Path(settings["output_dir"]).exists()
 
 

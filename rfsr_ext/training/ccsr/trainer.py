@@ -23,7 +23,7 @@ class CCSRStageTrainer:
     Args:
         config: of stage 1 or of stage 2.
         model: trained in place.
-        dataset: samples as `rfsr_ext.data.Sample`, indexable by any non-negative integer.
+        dataset: samples as `rfsr_ext.data.Sample`, one for every index that the run asks for.
         validation: held-out samples.
         judges: scorers by name that training never uses.
     """
@@ -43,7 +43,7 @@ class CCSRStageTrainer:
             )
         accelerator = create_accelerator(config)
         self.model = setup.build_model(config, accelerator.device, model)
-        dataset = setup.build_dataset(config) if dataset is None else dataset
+        dataset = setup.build_samples(config, self.model, config.iterations * config.batch_size, dataset)
         validation = setup.build_validation(config) if validation is None else validation
         judges = setup.build_judges(accelerator.device) if judges is None else judges
         kind = Consistency if isinstance(config, CCSRStage1Config) else DecoderTuning

@@ -92,8 +92,7 @@ class DP2OTrainer:
     Args:
         config: all settings.
         model: the pre-trained model; it is trained in place.
-        dataset: samples as `rfsr_ext.data.Sample`, indexable by any non-negative integer; candidates are sampled for
-            the first ones.
+        dataset: samples as `rfsr_ext.data.Sample`; candidates are sampled for the first ones.
         measures: the metrics that the settings name.
         validation: held-out samples, measured during training.
         judges: scorers by name that training never uses.
@@ -119,7 +118,7 @@ class DP2OTrainer:
         if measures is None:
             measures = create_measures(config.full_reference, config.no_reference, device)
         self.measures = list(measures)
-        self.dataset = setup.build_dataset(config) if dataset is None else dataset
+        self.dataset = setup.build_samples(config, self.model, config.images, dataset)
         self.validation = setup.build_validation(config) if validation is None else validation
         self.judges = setup.build_judges(device) if judges is None else judges
         if test is None:
