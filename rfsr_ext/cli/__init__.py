@@ -47,9 +47,9 @@ def app() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "matplotlib", "PIL", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if os.getcwd() not in sys.path:  # settings may name package.module:Name of the folder one works in
-        sys.path.append(os.getcwd())
     try:
+        if (folder := _working_folder()) not in sys.path:  # settings may name package.module:Name in it
+            sys.path.append(folder)
         _check_processes()
         _typer()
     except (ValueError, TypeError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
@@ -58,11 +58,13 @@ def app() -> None:
         from rfsr_ext.cli.errors import sentence
 
         sys.exit(f"rfsr: {sentence(error)}")
-    except SystemExit as stopped:
-        if stopped.code == 130:  # what typer makes of KeyboardInterrupt
-            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-            print(f"rfsr: {_INTERRUPTED.get(command, 'interrupted; nothing is half written')}", file=sys.stderr)
-        raise
+
+
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise FileNotFoundError("the folder one works in is gone; change to another") from None
 
 
 _SHARED = (
@@ -84,12 +86,6 @@ def _check_processes() -> None:
             f"{launched} processes were launched, but rfsr {command} runs in one; start it by itself (several may do: "
             f"{', '.join(_SHARED)})"
         )
-
-
-_INTERRUPTED = dict.fromkeys(
-    ("demo", "train", "ablate", "mini", "preferences"),
-    "interrupted; the same command goes on from the last checkpoint, if there is one yet",
-)
 
 
 @_typer.command()

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from rfsr_ext.cli import app
+from rfsr_ext.__main__ import main
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def rfsr(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["rfsr", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            app()
+            main()
         return stopped.value.code, capsys.readouterr()
 
     return run

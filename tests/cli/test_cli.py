@@ -7,6 +7,8 @@ import inspect
 import json
 import os
 import re
+import subprocess
+import sys
 import types
 import typing
 
@@ -276,6 +278,23 @@ def test_an_interruption_is_said(rfsr, tmp_path, monkeypatch, arguments, sentenc
     monkeypatch.setattr(importlib.import_module("rfsr_ext.cli.demo"), "run_demo", interrupt)
     code, printed = rfsr(*arguments)
     assert code == 130 and printed.err.endswith(sentence)
+
+
+def test_a_working_folder_that_is_gone_is_said(rfsr, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert rfsr("doctor")[0] == "rfsr: the folder one works in is gone; change to another"
+
+
+@pytest.mark.parametrize("package", ["typer", "torch"])
+def test_an_interruption_while_packages_are_imported_is_said(tmp_path, package):
+    """The first that the command line imports, and the first that takes long."""
+    (tmp_path / f"{package}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-m", "rfsr_ext", "upscale", "x.png"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 130 and not run.stdout
+    assert run.stderr.strip() == "rfsr: interrupted; nothing is half written"
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(rfsr, tmp_path, monkeypatch):
