@@ -389,8 +389,9 @@ def mini_build(
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast or not; measured by default.")] = None,
 ) -> None:
     """Train the mini model, both small rewards and the judge from the bundled photographs; resumable."""
+    from rfsr_ext.cli.config import choose_device
     from rfsr_ext.mini.build import build
     from rfsr_ext.weights import WEIGHTS
 
-    for name, seconds in build(work, output or WEIGHTS, device=device, seed=seed, bf16=bf16).items():
+    for name, seconds in build(work, output or WEIGHTS, device=choose_device(device), seed=seed, bf16=bf16).items():
         typer.echo(f"{name:12s} {seconds / 60:6.1f} min")

@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 from torch import Tensor
 
-from rfsr_ext.cli.config import default_device
+from rfsr_ext.cli.config import choose_device
 from rfsr_ext.data import Root, evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
@@ -179,7 +179,7 @@ def evaluate_folders(
     """
     check_table(output)
     join()  # each has a GPU of its own from here on
-    suite = Suite(preset or get_preset("basic"), references is not None, default_device())
+    suite = Suite(preset or get_preset("basic"), references is not None, choose_device())
     if by is not None and by not in suite.metrics:
         raise ValueError(f"--by must be one of {', '.join(suite.metrics)}, got {by!r}")
     left_out = [name for name in suite.preset.metrics if name not in suite.metrics]
@@ -231,11 +231,11 @@ def evaluate_on_pairs(
     check_table(output)
     join()  # each has a GPU of its own from here on
     root = Root(lr=str(pairs[0]), gt=str(pairs[1]))
-    suite = Suite(preset or get_preset("basic"), device=default_device())
+    suite = Suite(preset or get_preset("basic"), device=choose_device())
     results, frames = {}, []
     for name in dict.fromkeys(names):
         model = load_model(name, **(options or {}))
-        model.to(default_device())
+        model.to(choose_device())
         results[name] = evaluate_pairs(model, root, suite, pictures, seeds, name)
         frames = frames or [evaluate_pairs_bicubic(root, model.scale, suite)]
         frames.append(results[name].frame)
@@ -283,7 +283,7 @@ def evaluate_models(
     join()
     if not is_main():
         return
-    suite = Suite(preset, device=default_device()) if preset else None
+    suite = Suite(preset, device=choose_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops)
     scorers = held_out_scorers()
     models = {name: load_model(name, **(options or {})) for name in dict.fromkeys(names)}
@@ -339,7 +339,7 @@ def evaluate_best_of(
     join()
     if not is_main():
         return
-    suite = Suite(preset, device=default_device()) if preset else None
+    suite = Suite(preset, device=choose_device()) if preset else None
     chosen = suite.metrics if suite else ("psnr", "ssim", *REWARDS)
     compared = {name: name in METRICS and METRICS[name].reference for name in chosen}
     hybrid = HybridReward(
@@ -349,7 +349,7 @@ def evaluate_best_of(
     samples, scorers = evaluation_crops(photographs("test"), size, crops), held_out_scorers()
     frames = []
     for name in dict.fromkeys(names):
-        model = load_model(name, **(options or {})).to(default_device())
+        model = load_model(name, **(options or {})).to(choose_device())
         frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
     frame = add_reward(pd.concat(frames, ignore_index=True), hybrid, lower_better)
     quantities = dict.fromkeys(("reward", *chosen, *scorers))

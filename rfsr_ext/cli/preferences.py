@@ -33,12 +33,12 @@ def _load(source: str, pairs: list[str] | None) -> "DP2OConfig":
 
 def _model(config: "DP2OConfig") -> tuple["ISRModel", Any]:
     """The base model on its device, that of this process where there are several."""
-    from rfsr_ext.cli.config import default_device
+    from rfsr_ext.cli.config import choose_device
     from rfsr_ext.models import load_model
     from rfsr_ext.processes import join
 
     join()  # each has a GPU of its own from here on
-    device = default_device()
+    device = choose_device()
     return load_model(config.model, **config.model_options).to(device), device
 
 

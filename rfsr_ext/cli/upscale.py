@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from rfsr_ext.cli.config import default_device
+from rfsr_ext.cli.config import choose_device
 from rfsr_ext.cli.errors import disk_is_full, sentence
 from rfsr_ext.data.images import SUFFIXES, read_header, read_image_and_alpha, resize, to_image, to_tensor, to_uint8
 from rfsr_ext.files import make_folder, replace_file
@@ -111,9 +111,10 @@ def upscale_files(
     """
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
+    device = choose_device(device)
     images = _images(paths)
     join()  # each has a GPU of its own from here on
-    isr = load_model(model, **(model_options or {})).to(device or default_device())
+    isr = load_model(model, **(model_options or {})).to(device)
     tiling(isr, tile, overlap)  # refused before any work
     targets = _targets(images, output, isr.scale, overwrite)
     make_folder(output)

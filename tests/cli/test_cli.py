@@ -15,11 +15,13 @@ import typing
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from rfsr_ext.cli import _typer, errors
+from rfsr_ext.cli.config import choose_device
 from rfsr_ext.data.datasets import CheckedSamples
 from tests.odd import ODD
 
@@ -92,6 +94,19 @@ def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
     assert sentence in str(code)
     assert "\n" not in str(code)
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("given", ["foo", "cuda:7", "meta", ""])
+def test_a_device_that_is_not_there_is_refused_before_the_work(rfsr, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    wanted = f"--device must be one that torch finds here (cpu, cuda, cuda:0, cuda:1), got {given!r}; give one"
+    monkeypatch.chdir(tmp_path)
+    for command in (["upscale", "x.png"], ["data", "tag", "."], ["mini", "build"]):
+        code, _ = rfsr(*command, "--device", given)
+        assert code == f"rfsr: {wanted}"
+    assert not list(tmp_path.iterdir())
+    assert choose_device("cuda:1") == "cuda:1"
 
 
 def test_an_error_of_a_loader_process_is_one_sentence():
