@@ -1,5 +1,6 @@
 """``rfsr config show``: every setting with what it means; and what commands share of reading their options."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import typer
 import yaml
 
-__all__ = ["choose_device", "model_options", "parse_pairs", "show_config"]
+__all__ = ["check_target", "choose_device", "model_options", "parse_pairs", "show_config"]
 
 
 def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -58,6 +59,17 @@ def choose_device(given: str | None = None) -> str:
     if given not in found:
         raise ValueError(f"--device must be one that torch finds here ({', '.join(found)}), got {given!r}; give one")
     return given
+
+
+def check_target(path: Path, overwrite: bool) -> Path:
+    """The path of a result, refused before the work if a file there would be replaced unasked.
+
+    Raises:
+        FileExistsError: as said.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{str(path)!r} exists already; give another --output or --overwrite")
+    return path
 
 
 def show_config(path: str, overrides: dict[str, Any]) -> None:

@@ -211,7 +211,7 @@ def test_results_and_inputs_are_not_overwritten(rfsr, quick, tmp_path, monkeypat
     (tmp_path / "upscaled").mkdir()
     (tmp_path / "upscaled" / "cat_x4.png").write_text("mine")
     code, _ = rfsr("upscale", "cat.png")
-    assert code == "rfsr: 'upscaled/cat_x4.png' exists already; give another folder (--output) or --overwrite"
+    assert code == "rfsr: 'upscaled/cat_x4.png' exists already; give another --output or --overwrite"
     assert (tmp_path / "upscaled" / "cat_x4.png").read_text() == "mine" and not quick
     assert rfsr("upscale", "cat.png", "--overwrite")[0] == 0
     Image.new("RGB", (8, 8)).save("cat_x4.png")
