@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "check_unheld",
     "decode_text",
     "load_tensors",
     "lock_folder",
@@ -231,6 +232,17 @@ def _discard(stage: Path) -> None:
     shutil.rmtree(stage, ignore_errors=True)
 
 
+def check_unheld(path: str | Path, names: Sequence[str]) -> None:
+    """Refuse a folder that no run has held before and that has one of the files or folders a run will write in it.
+
+    Raises:
+        FileExistsError: as said.
+    """
+    path = Path(path)
+    if foreign := [name for name in names if os.path.lexists(path / name) and not (path / LOCK).exists()]:
+        raise _not_ours(path, foreign[0])
+
+
 @contextlib.contextmanager
 def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
     """Hold a folder, made if need be, for as long as the block lasts: nobody else who asks can have it meanwhile.
@@ -241,16 +253,14 @@ def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
 
     Args:
         path: the folder.
-        names: what the run will write in it; a folder that no run has held before must have none of them.
+        names: what the run will write in it, see `check_unheld`.
 
     Raises:
-        FileExistsError: if the folder has one of ``names`` and no run has held it before.
+        FileExistsError: see `check_unheld`.
         RuntimeError: if another run holds the folder; its process and host are named.
     """
     path = make_folder(path)
-    foreign = [] if (path / LOCK).exists() else [name for name in names if os.path.lexists(path / name)]
-    if foreign:
-        raise _not_ours(path, foreign[0])
+    check_unheld(path, names)
     with _open(path / LOCK, os.O_RDWR | os.O_CREAT) as descriptor:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

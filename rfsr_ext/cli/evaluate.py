@@ -368,11 +368,10 @@ def evaluate_best_of(
 def ablate_variants(
     config: str, variants: Sequence[str] | None, seeds: Sequence[int], crops: int, size: int, output: Path
 ) -> None:
-    """Train and compare; the table and every row land in ``output``."""
+    """Train and compare; every row lands in ``output/ablation.csv``."""
     variants = list(variants or VARIANTS)
     samples = evaluation_crops(photographs("test"), size, crops)
     frame = ablate(RFSRConfig.load(config), samples, held_out_scorers(), variants, seeds, output)
-    write_table(frame, output / "ablation.csv")
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} training seeds; rewards are stand-ins\n")
     typer.echo(mean_table(frame))
     typer.echo(f"\nAgainst base:\n\n{difference_table(frame, 'base', variants)}")

@@ -320,6 +320,23 @@ def test_a_file_in_the_place_of_a_folder_is_named(rfsr, tmp_path, monkeypatch):
     assert (tmp_path / "afile").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["demo", "--output", "mine"], "table.txt"),
+        (["ablate", "--output", "mine", "--crops", 1], "ablation.csv"),
+        (["train", "dp2o-mini", "--set", "output_dir=mine"], "results.csv"),
+    ],
+)
+def test_results_do_not_replace_files_of_the_users_own(rfsr, tmp_path, monkeypatch, arguments, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    code, _ = rfsr(*arguments)
+    assert code == f"rfsr: folder 'mine' holds a {name!r} that rfsr did not write; move it away or give another folder"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """Ground truths, results of two makers, and a file that is no picture among the first one's."""

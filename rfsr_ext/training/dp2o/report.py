@@ -16,8 +16,9 @@ from rfsr_ext.files import replace_file
 from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards.ranking import HybridReward
 
-__all__ = ["Report"]
+__all__ = ["WRITTEN", "Report"]
 
+WRITTEN = ("results.csv", "best_of.csv", "changes.csv", "best_of.png", "worst_and_best.png")
 _PICTURED = 6
 
 
@@ -93,7 +94,7 @@ class Report:
         return f"{len(self.samples)} held-out crops, {len(self.seeds)} results each:\n{shown}\n"
 
     def write(self, folder: Path) -> None:
-        """``changes.csv``, ``best_of.csv`` and ``.png``, ``results.csv`` and ``worst_and_best.png``."""
+        """The files `WRITTEN`."""
         frame = self.frame
         names = [*(measure.name for measure in self.measures), *self.judges]
         lower_better = {measure.name for measure in self.measures if measure.lower_better}

@@ -15,6 +15,7 @@ from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.data.candidates import CandidateFolder
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.evaluation.preferences import Measure, Scores, create_measures, score_candidates
+from rfsr_ext.files import check_unheld
 from rfsr_ext.models import ISRModel
 from rfsr_ext.processes import join
 from rfsr_ext.rewards.ranking import HybridReward, pair_candidates
@@ -23,7 +24,7 @@ from rfsr_ext.training import setup
 from rfsr_ext.training.dp2o.config import DP2OConfig
 from rfsr_ext.training.dp2o.held_out import HeldOutSpread
 from rfsr_ext.training.dp2o.method import DP2O, PreferencePairs
-from rfsr_ext.training.dp2o.report import Report
+from rfsr_ext.training.dp2o.report import WRITTEN, Report
 from rfsr_ext.training.loop import Loop, create_accelerator
 from rfsr_ext.training.rfsr import TrainingResult
 
@@ -134,7 +135,10 @@ class DP2OTrainer:
 
         Raises:
             ValueError, FileNotFoundError: as the parts of a round do, and see `Loop.train`.
+            FileExistsError: if the folder has files of the report's names and no run has held it before.
         """
+        if self.test and self.accelerator.is_main_process:
+            check_unheld(self.config.output_dir, WRITTEN)
         for round_ in range(1, self.config.rounds + 1):
             _, held_out, loop = self._round(round_)
             history = loop.train(resume)
