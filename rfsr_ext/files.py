@@ -84,9 +84,24 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
+@contextlib.contextmanager
+def _new_name() -> Iterator[None]:
+    """Say what it is when a file or folder cannot be made because "there is no such file": /proc, say, takes none.
+
+    Raises:
+        PermissionError: instead of `FileNotFoundError`.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        folder = os.path.dirname(error.filename) or os.curdir
+        raise PermissionError(f"nothing new can be written into {folder!r}; give another folder") from None
+
+
 def _mkdir(path: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with _new_name():
+            path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         file = next(p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir())
         raise NotADirectoryError(f"{str(path)!r} must be a folder, but {str(file)!r} is a file; give another") from None
@@ -97,7 +112,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; when the block ends well it takes the place of ``path``, else nothing has changed."""
     path = Path(path)
     _mkdir(path.parent)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    with _new_name():
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(descriptor)
     aside = Path(name)
     try:
@@ -120,9 +136,12 @@ def make_folder(path: str | Path) -> Path:
     path = Path(path)
     _mkdir(path)
     try:
-        tempfile.TemporaryFile(dir=path).close()
+        with _new_name():
+            tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
     return path
 
 

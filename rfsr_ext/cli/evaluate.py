@@ -37,7 +37,7 @@ from rfsr_ext.evaluation import (
 )
 from rfsr_ext.evaluation.best_of import add_reward
 from rfsr_ext.evaluation.folders import read_picture
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import make_folder, replace_file
 from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
 from rfsr_ext.models import load_model
 from rfsr_ext.processes import is_main, join
@@ -111,7 +111,7 @@ def difference_table(frame: pd.DataFrame, base: str, names: Sequence[str]) -> st
 
 
 def check_table(path: Path | None) -> None:
-    """Refuse, before anything is measured, a table that could not be written afterwards."""
+    """Refuse, before anything is measured, a table that could not be written afterwards; make its folder."""
     if path is None:
         return
     if path.suffix not in (".csv", ".parquet"):
@@ -120,6 +120,7 @@ def check_table(path: Path | None) -> None:
         raise ModuleNotFoundError(
             "writing .parquet needs pyarrow (pip install 'rfsr_ext[metrics]'); give a .csv instead"
         )
+    make_folder(path.parent)
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
@@ -178,6 +179,8 @@ def evaluate_folders(
         ValueError: at the end, if a picture could not be measured; the others were.
     """
     check_table(output)
+    if cases is not None:
+        make_folder(cases.parent)
     join()  # each has a GPU of its own from here on
     suite = Suite(preset or get_preset("basic"), references is not None, choose_device())
     if by is not None and by not in suite.metrics:

@@ -84,6 +84,7 @@ def test_config_show_prints_every_setting(rfsr):
         ),
         (["upscale", "x.png", "--output", "x.png"], "'x.png' must be a folder, but 'x.png' is a file; give another"),
         (["upscale", "x.png", "--output", "x.png/out"], "'x.png/out' must be a folder, but 'x.png' is a file"),
+        (["evaluate", ".", "--output", "x.png/table.csv"], "'x.png' must be a folder, but 'x.png' is a file"),
     ],
 )
 def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
