@@ -1,7 +1,6 @@
 """Reward feedback learning as a `Method`, and the trainer that puts it together from a configuration."""
 
 import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,6 @@ def build_objective(
         lambda_style=config.lambda_style,
         reference=reference,
         offload_reference=config.offload_reference,
-        disable_adapters=functools.partial(setup.disable_adapters, model) if config.lora_rank else None,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale or 1.0,
         negative_prompt=config.negative_prompt,

@@ -36,7 +36,6 @@ __all__ = [
     "build_validation",
     "build_windows",
     "data_roots",
-    "disable_adapters",
     "export_model",
     "finish",
     "merge_adapters",
@@ -175,22 +174,19 @@ def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def disable_adapters(model: ISRModel) -> Iterator[None]:
-    """Within the block the model computes without its adapters."""
-    with contextlib.ExitStack() as stack:
-        for network in model.trainable_networks().values():
-            stack.enter_context(getattr(network, "module", network).disable_adapter())
-        yield
-
-
-@contextlib.contextmanager
 def as_reference(model: ISRModel, frozen: ISRModel | None) -> Iterator[ISRModel]:
-    """The frozen reference of a training; where there is none the model without its adapters."""
-    if frozen is not None:
-        yield frozen
-    else:
-        with disable_adapters(model):
-            yield model
+    """The frozen reference of a training; where there is none the model itself, for as long without its adapters.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    with contextlib.ExitStack() as stack:
+        for network in model.trainable_networks().values() if frozen is None else ():
+            adapted = getattr(network, "module", network)
+            if not hasattr(adapted, "disable_adapter"):
+                raise ValueError("reference must be the frozen pre-trained model where there are no adapters, got None")
+            stack.enter_context(adapted.disable_adapter())
+        yield model if frozen is None else frozen
 
 
 def merge_adapters(module: nn.Module) -> nn.Module:

@@ -66,7 +66,7 @@ def test_lora_trains_adapters_and_its_base_is_the_reference(settings, parts):
         **parts,
     )
     assert all("lora_" in name for name in trainer.loop.states["model"].parameters)
-    with trainer.objective.disable_adapters():
+    with setup.as_reference(model, trainer.objective.reference):
         condition = model.condition(parts["validation"][0]["lr"][None], [""])
         z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         base = model.predict(z, torch.tensor(500), condition)
