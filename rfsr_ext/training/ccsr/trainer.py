@@ -10,7 +10,7 @@ from rfsr_ext.training import setup
 from rfsr_ext.training.ccsr.config import CCSRConfig, CCSRStage1Config, CCSRStage2Config
 from rfsr_ext.training.ccsr.consistency import Consistency
 from rfsr_ext.training.ccsr.decoder import DecoderTuning, build_perceptual_loss
-from rfsr_ext.training.ccsr.held_out import HeldOutSpread
+from rfsr_ext.training.ccsr.held_out import HeldOutStability
 from rfsr_ext.training.loop import Loop, create_accelerator
 from rfsr_ext.training.rfsr import TrainingResult
 
@@ -49,7 +49,7 @@ class CCSRStageTrainer:
         kind = Consistency if isinstance(config, CCSRStage1Config) else DecoderTuning
         self.method = kind(config, self.model)
         distance = build_perceptual_loss(config.validation_distance)
-        self.held_out = HeldOutSpread(
+        self.held_out = HeldOutStability(
             self.model, validation, distance, judges, seeds=config.validation_seeds,
             max_psnr_drop=config.max_psnr_drop, seed=config.seed, batch_size=config.batch_size,
             num_inference_steps=getattr(config, "num_inference_steps", None),

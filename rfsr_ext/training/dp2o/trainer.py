@@ -22,7 +22,7 @@ from rfsr_ext.rewards.ranking import HybridReward, pair_candidates
 from rfsr_ext.sampling import sample_candidates
 from rfsr_ext.training import setup
 from rfsr_ext.training.dp2o.config import DP2OConfig
-from rfsr_ext.training.dp2o.held_out import HeldOutSpread
+from rfsr_ext.training.dp2o.held_out import HeldOutExtremes
 from rfsr_ext.training.dp2o.method import DP2O, PreferencePairs
 from rfsr_ext.training.dp2o.report import WRITTEN, Report
 from rfsr_ext.training.loop import Loop, create_accelerator
@@ -147,7 +147,7 @@ class DP2OTrainer:
         validation = pd.DataFrame(held_out.measured)
         return DP2OResult(self.model, loop.folder, history, validation, held_out.best_iteration, report)
 
-    def _round(self, round_: int) -> tuple[DP2O, HeldOutSpread, Loop]:
+    def _round(self, round_: int) -> tuple[DP2O, HeldOutExtremes, Loop]:
         config = self.config.of_round(round_)
         sample_preferences(self.config, self.model, self.dataset, round_)
         candidates, scores = score_preferences(self.config, self.model, self.measures, round_)
@@ -163,7 +163,7 @@ class DP2OTrainer:
         )  # fmt: skip
         method = DP2O(config, self._trained(), self._reference(round_), f"{self.base} round {round_}")
         loops: list[Loop] = []
-        held_out = HeldOutSpread(
+        held_out = HeldOutExtremes(
             self.model,
             self.validation,
             self.measures,
