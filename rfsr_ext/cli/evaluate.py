@@ -19,7 +19,6 @@ from rfsr_ext.evaluation import (
     Scorer,
     Spread,
     best_and_worst,
-    best_of,
     best_of_figure,
     cases_figure,
     compare,
@@ -35,7 +34,7 @@ from rfsr_ext.evaluation import (
     summarize,
     trajectory_figure,
 )
-from rfsr_ext.evaluation.best_of import add_reward
+from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.folders import read_picture
 from rfsr_ext.files import make_folder, replace_file
 from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
@@ -356,7 +355,7 @@ def evaluate_best_of(
         frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
     frame = add_reward(pd.concat(frames, ignore_index=True), hybrid, lower_better)
     quantities = dict.fromkeys(("reward", *chosen, *scorers))
-    curves = pd.concat([best_of(frame, name, name in lower_better) for name in quantities], ignore_index=True)
+    curves = best_of_table(frame, quantities, lower_better)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
     typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")
     curves["cell"] = [f"{v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in curves[["value", "low", "high"]].to_numpy()]
