@@ -20,6 +20,7 @@ from torch import Tensor
 __all__ = [
     "check_unheld",
     "decode_text",
+    "disk_errors",
     "load_tensors",
     "lock_folder",
     "make_folder",
@@ -69,7 +70,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Give errors of writing the name of what was to be written, and those of safetensors their type, `OSError`."""
     try:
         yield
@@ -117,7 +118,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     os.close(descriptor)
     aside = Path(name)
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             yield aside
             _sync(aside)
         aside.chmod(0o644)
@@ -171,7 +172,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         new = stage / "new"
         try:
             new.mkdir()
-            with _disk_errors(path):
+            with disk_errors(path):
                 yield new
             names = sorted(file.relative_to(new).as_posix() for file in new.rglob("*") if not file.is_dir())
             (new / MANIFEST).write_text(json.dumps({"files": names}, indent=2) + "\n", encoding="utf-8")

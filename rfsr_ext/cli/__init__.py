@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,7 @@ def app() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "matplotlib", "PIL", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    threading.excepthook = _failed_thread
     try:
         if (folder := _working_folder()) not in sys.path:  # settings may name package.module:Name in it
             sys.path.append(folder)
@@ -58,6 +60,14 @@ def app() -> None:
         from rfsr_ext.cli.errors import sentence
 
         sys.exit(f"rfsr: {sentence(error)}")
+
+
+def _failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """That a disk is full TensorBoard's thread tells the main one, which says it; anything else is shown as ever."""
+    from rfsr_ext.cli.errors import disk_is_full
+
+    if failed.exc_value is None or not disk_is_full(failed.exc_value):
+        threading.__excepthook__(failed)
 
 
 def _working_folder() -> str:

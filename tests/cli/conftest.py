@@ -1,6 +1,7 @@
 """The command line as a user types it."""
 
 import sys
+import threading
 
 import pytest
 
@@ -10,6 +11,7 @@ from rfsr_ext.__main__ import main
 @pytest.fixture
 def rfsr(monkeypatch, capsys):
     """Run ``rfsr`` with arguments; gives its exit code and what it printed."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # is set anew, and comes back after the test
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["rfsr", *map(str, arguments)])

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import types
 import typing
 
@@ -276,6 +277,20 @@ def test_a_disk_that_takes_nothing_ends_the_batch_and_is_named(rfsr, quick, tmp_
     monkeypatch.setattr(os, "fsync", fsync)
     assert words in code and "'elsewhere/a_x4.png'" in code and len(files) == 1
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [(OSError(errno.ENOSPC, "No space left on device"), False), (ValueError(), True)]
+)
+def test_a_thread_leaves_a_full_disk_to_the_main_one(rfsr, capsys, error, shown):
+    def fail():
+        raise error
+
+    rfsr("--help")
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert ("Traceback" in capsys.readouterr().err) == shown
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import random
@@ -313,6 +314,17 @@ def test_samples_are_asked_for_before_the_work(settings, parts):
     with pytest.raises(ValueError, match=r"dataset must give a sample for every index .* got IndexError\(5\) for 5"):
         RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts | {"dataset": FewSamples(5)})
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_a_disk_that_tensorboard_fills_is_named(settings, parts, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts)
+    monkeypatch.setattr(trainer.loop.accelerator, "log", full)
+    with pytest.raises(OSError) as error:
+        trainer.train()
+    assert error.value.filename == str(Path(settings["output_dir"]) / "tensorboard")
 
 
 @pytest.mark.slow
