@@ -87,7 +87,7 @@ def _check_processes() -> None:
 
 
 _INTERRUPTED = dict.fromkeys(
-    ("demo", "train", "ablate", "mini", "preferences"),
+    ("demo", "train", "ablate", "compare", "mini", "preferences"),
     "interrupted; the same command goes on from the last checkpoint, if there is one yet",
 )
 
@@ -291,6 +291,21 @@ def ablate(
     from rfsr_ext.cli.evaluate import ablate_variants
 
     ablate_variants(config, variants.split(",") if variants else None, range(seeds), crops, size, output)
+
+
+@_typer.command()
+def compare(
+    config: Annotated[str, typer.Argument(help="A YAML file of ways of training, or the preset: mini.")] = "mini",
+    model: Annotated[str | None, typer.Option(help="The base model, as for a training; CONFIG's by default.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for everything; CONFIG's by default.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
+) -> None:
+    """Train a model in several ways at the same cost, over seeds, and compare quality, spread and cost."""
+    from rfsr_ext.cli.compare import compare_ways
+    from rfsr_ext.cli.config import parse_pairs
+
+    given = {"model": model, "output_dir": output and str(output)}
+    compare_ways(config, parse_pairs("--set", set_) | {key: value for key, value in given.items() if value})
 
 
 @_typer.command()

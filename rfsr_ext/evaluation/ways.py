@@ -113,7 +113,8 @@ def markdown_table(table: pd.DataFrame, difference: bool = False) -> str:
 
 
 def _number(value: float, error: float, signed: bool) -> str:
-    """With as many digits as its error's first two."""
-    digits = int(np.clip(1 - np.floor(np.log10(error)), 0, 6)) if error > 0 else 2
+    """With as many digits as its error's first two; without an error two, or none if it is whole."""
+    known = error > 0
+    digits = int(np.clip(1 - np.floor(np.log10(error)), 0, 6)) if known else 0 if float(value).is_integer() else 2
     shown = f"{value:{'+' if signed else ''}.{digits}f}"
-    return f"{shown} ± {error:.{digits}f}" if error > 0 else shown
+    return f"{shown} ± {error:.{digits}f}" if known else shown

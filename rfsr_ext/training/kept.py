@@ -55,7 +55,7 @@ def find_result(path: Path, settings: Mapping[str, Any]) -> pd.DataFrame | None:
                 f"{str(path)!r} was made with other settings ({key} {made.get(key)!r}, now {settings.get(key)!r}); "
                 "give another folder, or delete that of this run to make it anew"
             )
-    return pd.read_csv(path, keep_default_na=False) if path.is_file() else None
+    return pd.read_csv(path, keep_default_na=False, float_precision="round_trip") if path.is_file() else None
 
 
 def keep_result(path: Path, table: pd.DataFrame) -> None:

@@ -83,6 +83,11 @@ def test_markdown_has_as_many_digits_as_the_error_and_marks_what_is_beyond_twice
     assert markdown_table(pd.DataFrame(rows)).splitlines()[:3] == [
         "|  | way |", "| --- | ---: |", "| psnr | 24.312 ± 0.050 |"
     ]  # fmt: skip
+    exact = {"error_images": 0.0, "error_seeds": np.nan}
+    whole = pd.DataFrame([row | exact | {"mean": mean} for mean in (240.0, 1.5, np.nan)])
+    assert [line.split()[3] for line in markdown_table(whole.assign(quantity=["a", "b", "c"])).splitlines()[2:]] == [
+        "240", "1.50", "nan"
+    ]  # fmt: skip
     shown = markdown_table(pd.DataFrame(rows), difference=True).splitlines()
     assert shown[2:] == ["| psnr | **+7.0 ± 3.0** |", "| ssim | +5.0 ± 3.0 |"]
 
