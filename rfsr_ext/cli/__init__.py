@@ -194,7 +194,7 @@ def evaluate(
         bool, typer.Option("--stability", help="Also say how much samples of one image differ: G-STD, L-STD, a map.")
     ] = False,
     best_of: Annotated[
-        int | None, whole("So many results per crop: best, mean and worst of 1, 2, 4 … of them.", 2)
+        int | None, whole("So many results per crop or pair: best, mean and worst of 1, 2, 4 … of them.", 2)
     ] = None,
     model_option: ModelOption = None,
 ) -> None:
@@ -215,9 +215,14 @@ def evaluate(
     if stability and (all(folders) or best_of is not None or (seeds or (1 if pairs else 3)) < 2):
         raise ValueError("--stability is for models and two --seeds or more, of which CCSR's authors take 10")
     if best_of is not None:
-        if any(folders) or pairs is not None or gt is not None or cases is not None or steps or seeds is not None:
-            raise ValueError("--best-of is for models on held-out crops alone, and its number is that of the seeds")
-        evaluate_best_of(targets, crops, size, best_of, output, chosen, options)
+        if any(folders) or gt is not None or cases is not None or steps or seeds is not None:
+            raise ValueError(
+                "--best-of is for models on held-out crops or --pairs, and its number is that of the seeds"
+            )
+        if pairs is not None:
+            evaluate_on_pairs(targets, pairs, pictures, chosen, range(best_of), output, options, best_of_seeds=True)
+        else:
+            evaluate_best_of(targets, crops, size, best_of, output, chosen, options)
     elif pairs is not None:
         if any(folders) or gt is not None or cases is not None or steps:
             raise ValueError(
