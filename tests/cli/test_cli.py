@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -100,7 +101,7 @@ def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
 
 @pytest.mark.parametrize("given", ["foo", "cuda:7", "meta", ""])
 def test_a_device_that_is_not_there_is_refused_before_the_work(rfsr, tmp_path, monkeypatch, given):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     wanted = f"--device must be one that torch finds here (cpu, cuda, cuda:0, cuda:1), got {given!r}; give one"
     monkeypatch.chdir(tmp_path)
@@ -323,7 +324,10 @@ def test_an_interruption_while_packages_are_imported_is_said(tmp_path, package):
     (tmp_path / f"{package}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     command = [sys.executable, "-m", "rfsr_ext", "upscale", "x.png"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert run.returncode == 130 and not run.stdout
     assert run.stderr.strip() == "rfsr: interrupted; nothing is half written"
 
