@@ -42,6 +42,7 @@ def test_a_browser_shows_front_page_chapter_and_reference(book):
         page.goto((book / "docs/index.html").as_uri(), wait_until="domcontentloaded")
         assert page.locator("h1").first.inner_text().startswith("rfsr_ext")
         page.locator("article a", has_text="the first notebook").click()
+        page.wait_for_load_state("domcontentloaded")
         assert page.locator("article img").count() > 0 and page.locator("article pre").count() > 5
         page.goto((book / "docs/reference/losses.html").as_uri(), wait_until="domcontentloaded")
         assert page.locator("dt#rfsr_ext\\.losses\\.HaarLLLoss, dt[id$='HaarLLLoss']").count() == 1
