@@ -52,8 +52,9 @@ class RFSRObjective:
         kl: hold the style by the mean squared change of the network's output instead (Table 4, "KL"): up to a factor,
             the Kullback–Leibler divergence between the two models' denoising steps.
         lambda_style: λ_r.
-        reference: the frozen pre-trained model, for ``style_loss`` and ``kl``; None for ``model`` without its adapters.
+        reference: the frozen pre-trained model; needed by ``style_loss`` and ``kl``, unless ``adapters``.
         offload_reference: keep the reference's own networks where they are, on the CPU, except while they are used.
+        adapters: ``model`` will be trained by adapters, and is its own reference without them.
         num_inference_steps: of the rollout; None takes the recipe's.
         guidance_scale: of classifier-free guidance in the rollout and in the step with gradient; 1 is none, as in the
             paper.
@@ -74,10 +75,13 @@ class RFSRObjective:
         lambda_style: float = 5e-5,
         reference: ISRModel | None = None,
         offload_reference: bool = False,
+        adapters: bool = False,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         negative_prompt: str = "",
     ):
+        if (style_loss or kl) and reference is None and not adapters:
+            raise ValueError("reference must be the frozen pre-trained model when the style is held, got None")
         check_rewards(rewards, windows.reward)
         self.model, self.windows = model, windows
         self.structure_loss, self.lambda_structure = structure_loss, lambda_structure

@@ -71,6 +71,7 @@ def build_objective(
         lambda_style=config.lambda_style,
         reference=reference,
         offload_reference=config.offload_reference,
+        adapters=bool(config.lora_rank),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale or 1.0,
         negative_prompt=config.negative_prompt,
