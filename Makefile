@@ -6,7 +6,7 @@
 #                   what was tried before is not tried again
 # make soak    what takes hours: random kills, fuzzed operators and files, a long run, sanitizers; goes on where it
 #              stopped; ARGS="operators --operators 1000" for a part of it
-# make book    build README, course, guides, reference and reports as a static site, build/book/docs/index.html
+# make book    build README, course, guides, reference and reports as a static site, build/book/index.html
 # make bench   set up, time the losses against every other way to compute them; ARGS="--operators haar" narrows it down
 # make install-matrix   install into fresh environments; ROWS="no-compiler two-torches" or ROWS=all chooses, see --help
 #

@@ -25,7 +25,7 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"
 
 html_theme = "furo"
 html_title = f"{project} {release}"
-html_extra_path = ["root"]  # the site opens at its front page
+html_extra_path = ["site"]  # the site opens at its front page
 html_baseurl = os.environ.get("BOOK_URL", "")
 
 nb_execution_mode = "off"  # the stored outputs are what the tests compare with

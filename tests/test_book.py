@@ -31,7 +31,7 @@ def test_every_notebook_guide_and_room_has_a_page(book):
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM, reason="no browser: see tests/notebooks/test_browser.py")
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium or Chrome on PATH, and CHROMIUM is not set")
 def test_a_browser_shows_front_page_chapter_and_reference(book):
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:

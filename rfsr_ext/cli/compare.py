@@ -13,8 +13,7 @@ import yaml
 from rfsr_ext.cli.config import choose_device
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.data.manifest import versions
-from rfsr_ext.evaluation import best_of_figure, comparison_figure, create_measures, save_figure
-from rfsr_ext.evaluation.measure import enlarge_bicubic
+from rfsr_ext.evaluation import best_of_figure, comparison_figure, create_measures, enlarge_bicubic, save_figure
 from rfsr_ext.evaluation.ways import best_of_ways, markdown_table, reward_ways, ways_table
 from rfsr_ext.files import replace_file
 from rfsr_ext.rewards.ranking import HybridReward
