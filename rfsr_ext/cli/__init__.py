@@ -386,7 +386,7 @@ def data_tag(
 
 @_mini.command("build")
 def mini_build(
-    photographs: Annotated[Path, typer.Option(help="Folder in which the photographs' Debian packages are unpacked.")],
+    photographs: Annotated[Path, typer.Argument(help="Folder in which the photographs' Debian packages are unpacked.")],
     output: Annotated[Path | None, typer.Option(help="Receives the weights; the package itself by default.")] = None,
     work: Annotated[Path, typer.Option(help="State of unfinished stages.")] = Path("runs/mini-build"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

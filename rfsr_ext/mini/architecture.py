@@ -18,7 +18,7 @@ from rfsr_ext.data import PACKAGED, PHOTOGRAPHS
 __all__ = ["LATENT_CHANNELS", "autoencoder", "denoiser", "scheduler", "text_encoder", "tokenizer"]
 
 LATENT_CHANNELS = 16
-START_NOISE = 0.2  # σ where sampling starts, for latents of deviation 1
+START_NOISE = 0.12  # σ where sampling starts, for latents of deviation 1
 LINEAR_WIDTHS = (6, 12, 24)  # half of the condition's embedding, see `rfsr_ext.mini.linear_start`
 TEXT_WIDTH = 64
 TEXT_LENGTH = 32
