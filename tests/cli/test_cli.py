@@ -371,8 +371,8 @@ def test_demo_in_small(rfsr, tmp_path):
     code, printed = rfsr("demo", "--output", tmp_path / "demo", "--iterations", 8, "--crops", 3)  # 8 reach both windows
     assert code == 0
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert set(report["means"]) == {"bicubic", "base", "fine-tuned"}
-    assert {"psnr", "ssim", "mini-iqa", "mini-preference", "judge"} <= set(report["fine_tuned_minus_base"])
+    assert set(report["means"]) == {"bicubic", "base", "fine-tuned", "without style loss"}
+    assert {"psnr", "ssim", "mini-iqa", "mini-preference", "judge"} <= set(report["minus_base"]["fine-tuned"])
     assert "random" in " ".join(report["stand_ins"])
     for name in ("comparison.png", "curves.png"):
         with Image.open(tmp_path / "demo" / name) as image:
