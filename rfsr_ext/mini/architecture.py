@@ -136,8 +136,8 @@ def scheduler() -> DDIMScheduler:
     """A constant β, so that σ grows as √t up to `START_NOISE`; sampled by DDIM, predicting z_0.
 
     Stable Diffusion's schedule ends in noise, in which a large network finds the picture.  A small one starts from the
-    enlarged LR image, whose latents are about 0.2 from the truth's, under a little less noise, and estimates z_0 itself:
-    what it does not understand of the noise it leaves away.  (Predicting noise, it left as speckle what it did not understand.)
+    enlarged LR image, whose latents are about 0.2 from the truth's, under a little less noise, and estimates z_0
+    itself: what it does not understand of the noise it leaves away.  (Predicting noise, it left that as speckle.)
 
     With 50 steps the timesteps are 999, 979, …, 19, so that the paper's t ∈ [600, 1000] and [0, 200] are its sampling
     steps 1–20 and 41–50; σ falls from 0.12 to 0.09 in the former and from 0.05 in the latter.
