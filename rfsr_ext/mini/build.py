@@ -27,7 +27,7 @@ class BuildPlan:
 
     autoencoder: int = 4000
     estimator: int = 1600
-    denoiser: int = 6000
+    denoiser: int = 4000
     denoiser_128: int = 1500
     iqa: int = 1200
     preference: int = 1200

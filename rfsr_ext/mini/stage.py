@@ -53,7 +53,7 @@ class Stage(Method):
         return {"iterations": self.iterations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["iterations"] != self.iterations:
+        if self.falling and state["iterations"] != self.iterations:
             raise ValueError(
                 f"iterations of this stage must be {state['iterations']}, which its unfinished run began with, got "
                 f"{self.iterations}; give another work folder"
