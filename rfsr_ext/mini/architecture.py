@@ -6,6 +6,7 @@ import math
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rfsr_ext.data import PACKAGED, PHOTOGRAPHS
+from rfsr_ext.data.photographs import Photograph
 
 __all__ = ["LATENT_CHANNELS", "autoencoder", "denoiser", "scheduler", "text_encoder", "tokenizer"]
 
@@ -52,9 +54,9 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def tokenizer() -> CLIPTokenizer:
+def tokenizer(photographs: Mapping[str, Photograph] = PHOTOGRAPHS | PACKAGED) -> CLIPTokenizer:
     """A byte-level BPE tokenizer of CLIP's format, learned from the photographs' tags."""
-    corpus = [tag for photograph in (PHOTOGRAPHS | PACKAGED).values() for tag in photograph.tags] + list(_EXTRA_WORDS)
+    corpus = [tag for photograph in photographs.values() for tag in photograph.tags] + list(_EXTRA_WORDS)
     merges = _learn_merges(re.findall(r"[a-z]+", " ".join(corpus)))
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges)]

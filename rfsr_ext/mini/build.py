@@ -30,7 +30,7 @@ class BuildPlan:
     denoiser: int = 4000
     denoiser_128: int = 1500
     iqa: int = 1200
-    preference: int = 1200
+    preference: int = 800
     judge: int = 1000
 
 
