@@ -115,7 +115,7 @@ tiles = [enlarged[0], *(images[step - 1][0] for step in shown), gt[0]]
 show(
     pictures(tiles, titles, columns=4, tile=1.92),
     "A cat's face: bicubic enlargement, the estimate at five steps, the truth, with the SSIM of low and high band: "
-    + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
+    + "; ".join(title.strip().replace("\n", ", ") for title in titles) + ".",
 )  # fmt: skip
 
 # %%
@@ -430,9 +430,9 @@ falls = {name: [mean[column][b] - mean[column][a] for column in BANDS] for name,
 print(f"{'steps':17s}{'low band':>10s}{'high bands':>12s}")
 for name, (low, high) in falls.items():
     print(f"{name:17s}{low:+10.4f}{high:+12.4f}")
-worst = min(falls, key=lambda name: falls[name][0])
-more = "the low band" if sum(low - high for low, high in falls.values()) < 0 else "the high bands"
-print(f"\nthe low band loses most in steps {worst}; over all steps {more} loses more")
+for k, band in enumerate(("low band", "high bands")):
+    worst, whole = min(falls, key=lambda name: falls[name][k]), sum(fall[k] for fall in falls.values())
+    print(f"{band}: falls most in steps {worst}; over all steps {whole:+.4f}")
 
 # %% [markdown]
 # **What to see.** Where the low band loses most is where a structure loss has most to hold. If that is not the first
