@@ -78,7 +78,7 @@ def pictures(
 
 
 def _picture(figure: Figure) -> str:
-    """The figure as a data URI: PNG or WebP, whichever is smaller, both without loss: what is compared is its pixels."""
+    """The figure as a data URI: PNG or WebP, whichever is smaller, without loss: its pixels are what is compared."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     image, files = Image.open(buffer).convert("RGB"), {}

@@ -148,16 +148,16 @@ print("\nMiniIQA likes the result of RFSR better than the true photograph:", ", 
 # where the style loss is missing it has its way. Here are the pictures that belong to the numbers.
 
 # %%
-place = {"cat": (1, 40, 64), "flower": (2, 8, 20)}
+place = ((1, 40, 64), (2, 8, 20))  # cat and flower: number, top, left
 columns = ["bicubic", "base", "rewards only", "all of RFSR", "no style loss", "truth"]
 tiles, titles = [], []
-for name, (k, top, left) in place.items():
+for k, top, left in place:
     for column in columns:
         tiles.append(images[column][k, :, top : top + 64, left : left + 64])
         titles.append(caption(column, k))
 show(
     pictures(tiles, titles, columns=6, tile=1.92),
-    "Details of 64 pixels of a cat and a flower, with the scores of the whole pictures: "
+    "Details of 64 pixels, above a cat's and below a flower's, with the scores of the whole pictures: "
     + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
 )  # fmt: skip
 
@@ -185,7 +185,11 @@ def draw(times):
     with torch.no_grad():
         values = zip(crops, iqa.score(exaggerated), judge.score(exaggerated), strict=True)
     titles = [f"{name}\nMiniIQA {liking:.2f} · judge {judged:.0f}" for name, liking, judged in values]
-    alt = f"The three pictures with {times} times the change that training made. " + ", ".join(titles).replace("\n", " ") + "."
+    alt = (
+        f"The three pictures with {times} times the change that training made. "
+        + ", ".join(titles).replace("\n", " ")
+        + "."
+    )
     return pictures(list(exaggerated), titles, tile=2.56), alt
 
 

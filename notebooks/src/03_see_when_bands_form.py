@@ -59,7 +59,9 @@ enlarged = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
 # %%
 scheduler = copy.deepcopy(model.scheduler)
 scheduler.set_timesteps(50)
-share = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], torch.ones(1)])  # after the last step no noise is left
+share = torch.cat(
+    [scheduler.alphas_cumprod[scheduler.timesteps], torch.ones(1)]
+)  # after the last step no noise is left
 process = model.process(50)  # the package's own copy of the noise schedule
 
 
@@ -110,11 +112,11 @@ shown = [1, 10, 20, 35, 50]
 at = {step: [value.item() for value in band_ssim(images[step - 1], gt)] for step in shown}
 bicubic_ssim = [value.item() for value in band_ssim(enlarged, gt)]
 titles = [f"step {s}\nlow {a:.3f} · high {b:.3f}" for s, (a, b) in at.items()]
-titles = ["bicubic\nlow {:.3f} · high {:.3f}".format(*bicubic_ssim), *titles, "truth\n"]
-tiles = [enlarged[0], *(images[step - 1][0] for step in shown), gt[0]]
+titles = ["low resolution\n", "bicubic\nlow {:.3f} · high {:.3f}".format(*bicubic_ssim), *titles, "truth\n"]
+tiles = [lr[0], enlarged[0], *(images[step - 1][0] for step in shown), gt[0]]
 show(
     pictures(tiles, titles, columns=4, tile=1.92),
-    "A cat's face: bicubic enlargement, the estimate at five steps, the truth, with the SSIM of low and high band: "
+    "A cat's face: low resolution, bicubic enlargement, the estimate at five steps, the truth, with the SSIM of low and high band: "
     + "; ".join(title.strip().replace("\n", ", ") for title in titles) + ".",
 )  # fmt: skip
 
@@ -277,7 +279,9 @@ show(
 for column, title in BANDS.items():
     best = int(mean[column].idxmax())
     verdict = "above" if mean[column][50] > floor[column] else "below"
-    print(f"{title:25s} best at step {best}: {mean[column][best]:.3f}; {say(column)}: {verdict} bicubic, {floor[column]:.3f}")
+    print(
+        f"{title:25s} best at step {best}: {mean[column][best]:.3f}; {say(column)}: {verdict} bicubic, {floor[column]:.3f}"
+    )
 
 # %% [markdown]
 # But six crops are few, and crops differ from each other far more than steps do. The fair question is *paired*: by how
@@ -329,8 +333,13 @@ show(
     + ".",
 )
 gained = int((growth[49] > growth[0]).sum())
-print(f"more fine detail at step 50 than at step 1 in {gained} of 6 crops; most of it in steps",
-      max(((a, b) for a, b in ((1, 20), (20, 40), (40, 50))), key=lambda w: growth[w[1] - 1].mean() - growth[w[0] - 1].mean()))
+print(
+    f"more fine detail at step 50 than at step 1 in {gained} of 6 crops; most of it in steps",
+    max(
+        ((a, b) for a, b in ((1, 20), (20, 40), (40, 50))),
+        key=lambda w: growth[w[1] - 1].mean() - growth[w[0] - 1].mean(),
+    ),
+)
 
 # %% [markdown]
 # **What to see.** Put this figure beside the last one. Where the amount of detail grows while its agreement with the truth

@@ -153,11 +153,16 @@ def report(results):
     return left
 
 
+# %%
 left = report(results)
 titles = [f"{n}\n4–8 px: {100 * left[n][0]:.0f} % · 2–4 px: {100 * left[n][1]:.0f} %" for n in results]
 show(
-    pictures([x[0] for x in (enlarged, *results.values(), truths)], ["bicubic\n", *titles, "truth 1\n"], columns=3, tile=1.92),
-    "The fur after 60 steps, with what is left of two octaves: " + "; ".join(t.replace("\n", ", ") for t in titles) + ".",
+    pictures(
+        [x[0] for x in (enlarged, *results.values(), truths)], ["bicubic\n", *titles, "truth 1\n"], columns=3, tile=1.92
+    ),
+    "The fur after 60 steps, with what is left of two octaves: "
+    + "; ".join(t.replace("\n", ", ") for t in titles)
+    + ".",
 )
 assert left["pixel L1"][0] < 0.5 and left["pixel L1"][1] < 0.5, "the pixel loss must smooth both octaves"
 check("Haar LL leaves the finest octave", left["Haar LL"][1], 1.0, 1e-4)

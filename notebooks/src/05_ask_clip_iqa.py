@@ -210,7 +210,10 @@ versions = torch.stack([shown, soften(shown)], dim=1).flatten(0, 1)
 learned = prompt_pair_score(look(versions), sentences, scale).tolist()
 show(
     pictures(
-        [*versions], [f"{n}\nr = {r:.2f}" for n, r in zip(["sharp", "softened"] * 3, learned, strict=True)], 4, tile=1.92
+        [*versions],
+        [f"{n}\nr = {r:.2f}" for n, r in zip(["sharp", "softened"] * 3, learned, strict=True)],
+        4,
+        tile=1.92,
     ),
     "Three crops of held-out photographs, each sharp and softened. Scores of the learned pair: "
     + "; ".join(f"{a:.2f} and {b:.2f}" for a, b in zip(learned[::2], learned[1::2], strict=True))
@@ -364,7 +367,9 @@ show(
 assert scores[last] > scores[0] and similarity[last] < similarity[0], "score up, fidelity down"
 first = next((k for k in range(last + 1) if scores[k] > iqa.score(eye)), None)
 says = "likes" if judge[last] > judge[0] else "dislikes"
-print(f"the score passes that of the truth at step {first}; at step {last} the judge {says} the picture against the start")
+print(
+    f"the score passes that of the truth at step {first}; at step {last} the judge {says} the picture against the start"
+)
 
 # %% [markdown]
 # **What to see.** Score up, fidelity down: slowly in the first steps, then faster. From the step named above on, the score
@@ -436,7 +441,9 @@ show(
     f"{raw.max():.1f}; that of the score falls from {size[0]:.2f} to {size[last]:.4f} at step {last}.",
 )
 end = "the score is exactly 1 and no gradient is left" if len(path) < 81 else f"the score is {scores[-1]:.6f}"
-print(f"after {len(path) - 1} of 80 steps {end}; its gradient is {size[0] / size[size > 0].min():.0f} times smaller at its smallest than at the start")
+print(
+    f"after {len(path) - 1} of 80 steps {end}; its gradient is {size[0] / size[size > 0].min():.0f} times smaller at its smallest than at the start"
+)
 
 # %% [markdown]
 # **What to see.** $q$ never gets tired, the score does, by the factor printed. In 32-bit numbers it can finally *be* 1, and

@@ -100,7 +100,9 @@ show(
 )
 assert scores["reward climbed"] > scores["truth"] and likeness["reward climbed"] < likeness["pre-trained model"]
 fell = judged["reward climbed"] < judged["pre-trained model"]
-print("the judge notices: its score fell" if fell else "the judge is fooled along with the reward: its score did not fall")
+print(
+    "the judge notices: its score fell" if fell else "the judge is fooled along with the reward: its score did not fall"
+)
 
 # %% [markdown]
 # **What to see.** The reward now prefers our picture to the *true photograph*. Look at it, and at the truth beside it. SSIM
@@ -550,7 +552,10 @@ def at_reward(way, column):
     return np.interp(half, points[:, 0], points[:, column], left=np.nan, right=np.nan)
 
 
-print(f"at the reward {half:.2f}:", "; ".join(f"{way} SSIM {at_reward(way, 1):.3f}, judge {at_reward(way, 2):.0f}" for way in WAYS))
+print(
+    f"at the reward {half:.2f}:",
+    "; ".join(f"{way} SSIM {at_reward(way, 1):.3f}, judge {at_reward(way, 2):.0f}" for way in WAYS),
+)
 
 # %% [markdown]
 # **What to see.** First the pictures: what does the unheld run do to contrast, edges and colors? Which of the held ones

@@ -249,7 +249,9 @@ LAMBDA = {"structure": preset.lambda_structure, "iqa": preset.rewards["mini-iqa"
           "preference": preset.rewards["mini-preference"], "style": preset.lambda_style}  # fmt: skip
 for name, config in (("mini", preset), ("paper", paper)):
     first = next(iter(config.rewards.values()))
-    print(f"{name:5s} structure : first reward : style = {config.lambda_structure / first:g} : 1 : {config.lambda_style / first:g}")
+    print(
+        f"{name:5s} structure : first reward : style = {config.lambda_structure / first:g} : 1 : {config.lambda_style / first:g}"
+    )
 
 
 def LL(x):
@@ -548,12 +550,13 @@ show(figure, f"A noisy weight rises towards 1 in 600 iterations. Its averages en
 # %%
 scorers = {"mini-iqa": iqa.score, "mini-preference": preference.score, "judge": Judge.from_pretrained().score}
 with redirect_stderr(io.StringIO()):
+    bicubic = evaluate_bicubic(test, scorers, model.scale)
     before = evaluate(model, test, scorers, num_inference_steps=10, name="before")
     longer = config.replace(batch_size=3, iterations=30, output_dir=f"{folder.name}/thirty")
     run = RFSRTrainer(longer, model.reference(), **parts).train()
     after = evaluate(run.model, test, scorers, num_inference_steps=10, name="after")
 change = compare(pd.concat([before, after]), "before", "after")
-bicubic, moved = evaluate_bicubic(test, scorers), {"up": [], "down": [], "within 2 errors": []}
+moved = {"up": [], "down": [], "within 2 errors": []}
 print("12 held-out crops  bicubic   before    after    change ± standard error")
 for name, row in change.loc[["judge", "psnr", "low_ssim", "high_ssim", "mini-iqa", "mini-preference"]].iterrows():
     digits = f"+.{max(1, -int(np.floor(np.log10(row.standard_error))))}f"  # as many as the standard error leaves
@@ -621,10 +624,14 @@ clipped = record.grad_norm.clip(upper=1.0)
 for window, part in record.groupby("window"):
     print(f"{window:9s} {(part.grad_norm > 1).sum():2d} of {len(part)} gradients clipped; typical norm after it "
           f"{clipped[part.index].median():.2f}")  # fmt: skip
-alpha, sigma = model.process(10).level(timesteps)
-print("\nan answer's error or gradient reaches the picture, or comes back from it, times", *(f"{st:>7d}" for st in (1, 4, 9, 10)))
-for name, factor in (("picture (ours)", 0 * sigma + 1), ("velocity", sigma), ("noise", sigma / alpha)):
-    print(f"  if the network answers with {name:15s}", *(f"{factor[st - 1]:7.2f}" for st in (1, 4, 9, 10)))
+stable_diffusion = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+share = {"here": scheduler.alphas_cumprod[timesteps], "Stable Diffusion": stable_diffusion[timesteps]}
+print("\nthe picture's gradient comes back to the network times, at step" + "".join(f"{st:8d}" for st in (1, 4, 9, 10)))
+print(f"{'if it answers with the picture (ours)':64s}" + f"{1:8.2f}" * 4)
+for where, bar in share.items():
+    for answer, factor in (("velocity", (1 - bar).sqrt()), ("noise", (1 / bar - 1).sqrt())):
+        line = f"if it answers with {answer}, on the schedule {where}"
+        print(f"{line:64s}" + "".join(f"{factor[st - 1]:8.2f}" for st in (1, 4, 9, 10)))
 
 # %% [markdown]
 # **What to see.** No learning curve. Each point is another picture at another step, and that matters more than thirty
@@ -633,9 +640,9 @@ for name, factor in (("picture (ours)", 0 * sigma + 1), ("velocity", sigma), ("n
 # The right panel and the lines below it say who moves the weights. What lies above the dotted line is clipped to 1. Adam
 # then divides by the root of a running mean of *squares*, which the larger gradients make. So a window whose gradients
 # stay smaller after clipping moves the weights less, whatever its $\lambda$ was meant to say. The second table says what
-# the kind of answer adds to that: ours has no factor of its own; with velocity or noise the last steps would push by a
-# few percent of what the first do. Whether an optimizer per window, or weights of 1/factor, would train better, the paper
-# does not ask.
+# the kind of answer adds to that: ours has no factor of its own; with velocity or noise the last steps, which the rewards
+# train, push by a fraction of what the first do. Whether an optimizer per window, or weights of 1/factor, would train
+# better, the paper does not ask.
 #
 # ## 8 · Two bugs that no log shows
 #

@@ -64,7 +64,9 @@ NAMES = {"base": "base", "rfsr": "RFSR", "no-style": "no style loss", "structure
 NAMES |= {name: name.replace("-", " ") for name in VARIANTS if name not in NAMES}
 STYLE = {name: {"color": COLORS[k % 6], "marker": "Dosv^<>PX*hpd"[k]} for k, name in enumerate(NAMES)}
 STYLE["base"]["color"] = "black"
-strip = to_tensor(read_image("results/ablation_mini.png"))  # 2 × 4 pictures of 96 pixels: base, RFSR, no style, structure
+strip = to_tensor(
+    read_image("results/ablation_mini.png")
+)  # 2 × 4 pictures of 96 pixels: base, RFSR, no style, structure
 crops = [evaluation_crops(["chelsea"], 96, 5)[4], evaluation_crops(["coffee"], 96, 6)[5]]
 for row, crop in enumerate(crops):
     base, rfsr, no_style, structure = strip[:, 96 * row : 96 * (row + 1)].split(96, dim=2)
@@ -98,7 +100,10 @@ for kind, spoil in DISTORTIONS.items():
     rng = np.random.default_rng(0)
     spoiled = [spoil(x.movedim(0, -1).numpy(), 0.5, rng).clip(0, 1).astype(np.float32) for x in sharp]
     right[kind] = (originals > judge.score(torch.from_numpy(np.stack(spoiled)).movedim(-1, 1))).double().mean().item()
-for name, kinds in (("an input has", INPUT_FAULTS), ("rewards invite", [k for k in DISTORTIONS if k not in INPUT_FAULTS])):
+for name, kinds in (
+    ("an input has", INPUT_FAULTS),
+    ("rewards invite", [k for k in DISTORTIONS if k not in INPUT_FAULTS]),
+):
     print(f"faults that {name:14s}:", ", ".join(f"{kind} {right[kind]:.0%}" for kind in kinds))
 
 # %% [markdown]
@@ -380,7 +385,9 @@ check("the ratios", D.mean(0) / [standard_error(column) for column in D.T], ever
 for (name, measure), value in everything.items():
     if 2 < abs(value) < threshold:
         print(f"past 2 but not past the threshold: {NAMES[name]}, {measure}, {value:+.1f}")
-print(f"{(everything.abs() > 2).sum()} of {QUESTIONS} pass 2, {(everything.abs() > threshold).sum()} pass the threshold")
+print(
+    f"{(everything.abs() > 2).sum()} of {QUESTIONS} pass 2, {(everything.abs() > threshold).sum()} pass the threshold"
+)
 
 # %% [markdown]
 # **What to see.** Related measures err together, so that luck strikes less often than in as many independent questions, but
@@ -665,7 +672,9 @@ def verify_holm():
     check("four p-values", holm([0.01, 0.04, 0.03, 0.005]), [1, 0, 0, 1], 0)
     check("stops at the first failure", holm([0.03, 0.03, 0.04]), [0, 0, 0], 0)
     p = [math.erfc(abs(value) / math.sqrt(2)) for value in everything]  # of all ratios
-    check("nearly as many as pass the threshold by flipped signs", sum(holm(p)), (everything.abs() > threshold).sum(), 3)
+    check(
+        "nearly as many as pass the threshold by flipped signs", sum(holm(p)), (everything.abs() > threshold).sum(), 3
+    )
 
 
 exercise(3, verify_holm)

@@ -348,7 +348,9 @@ for name, options in settings.items():
     images = sample(candidate, test_lr, test_prompts, generators(0, range(6)))
     results[name] = images, iqa.score(images).mean().item(), psnr(images, test_gt).mean().item()
     changes = [results[name][k] - results["before"][k] for k in (1, 2)]
-    print("{:7s} reward {:.3f}   PSNR {:.2f} dB   change {:+.3f}, {:+.2f} dB".format(name, *results[name][1:], *changes))
+    print(
+        "{:7s} reward {:.3f}   PSNR {:.2f} dB   change {:+.3f}, {:+.2f} dB".format(name, *results[name][1:], *changes)
+    )
 enlarged = toy.condition(test_lr, test_prompts).image
 check("untrained, the toy only enlarges", results["before"][0], enlarged, 1e-4)
 
