@@ -69,19 +69,21 @@ prompts = [crop["prompt"] for crop in crops.values()]
 #
 # The model ships with the package and stands in for SeeSR or PASD, large models that the paper trains ([its
 # card](../rfsr_ext/weights/README.md)). It has never seen these three photographs. We fine-tune four copies of it, live,
-# with the settings of the preset `mini` (a file in the package) but a short run, on crops of *other* photographs:
+# with the settings of the preset `mini` (a file in the package) but a short run of 20 sampling steps instead of 50, on crops
+# of *other* photographs:
 #
 # * **structure only**: the coarse half of the picture is held to the true photograph,
 # * **rewards only**: two networks score the picture, and training raises their scores. `MiniIQA` stands in for CLIP-IQA (is
 #   the picture sharp and clean?), `MiniPreference` for ImageReward (does it fit the prompt?). The style loss is on,
-# * **all of RFSR**: structure in steps 1 to 20, rewards and style loss in steps 41 to 50,
+# * **all of RFSR**: structure in steps 1 to 8, rewards and style loss in steps 17 to 20 (of 50: 1 to 20 and 41 to 50),
 # * **no style loss**: the same without what holds the style. This one may cheat.
 #
 # All are sampled from the same noise, so what differs between two pictures is the training alone. *Bicubic* enlargement,
 # which needs no network, stands beside them: a model that does not look better than that has no use.
 
 # %%
-RUN = {"iterations": 30, "batch_size": 2, "learning_rate": 1e-4, "seed": 1, "validate_every": 30, "validation_crops": 1}
+RUN = {"iterations": 30, "batch_size": 2, "learning_rate": 1e-4, "seed": 1, "validate_every": 30, "validation_crops": 1,
+       "num_inference_steps": 20, "structure_window": [1, 8], "reward_window": [17, 20]}  # fmt: skip
 LOSSES = {
     "structure only": {"reward_window": None},
     "rewards only": {"structure_window": None},
@@ -90,12 +92,12 @@ LOSSES = {
 }
 model = load_model("mini")
 images = {"bicubic": F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1),
-          "base": sample(model, lr, prompts, generators(0, range(3)))}  # fmt: skip
+          "base": sample(model, lr, prompts, generators(0, range(3)), 20)}  # fmt: skip
 with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # no progress bars
     for name, changes in LOSSES.items():
         config = RFSRConfig.load("mini", {**RUN, **changes, "output_dir": f"{folder}/{name}"})
         tuned = RFSRTrainer(config, model.reference()).train().model
-        images[name] = sample(tuned, lr, prompts, generators(0, range(3)))
+        images[name] = sample(tuned, lr, prompts, generators(0, range(3)), 20)
 images["truth"] = gt
 
 # %%
@@ -294,8 +296,8 @@ caught(lambda: check("structure loss", wrong_loss(before, gt), haar_ll_l1_loss(b
 # Replace the line that raises, run the cell, and read the verdict. A solution stands below each; *Run All* never
 # stops at an open one.
 #
-# **Exercise 1 (warm-up).** Training draws one sampling step per iteration, evenly from those that have a loss: structure at
-# 1 to 20, rewards at 41 to 50. What share of the iterations trains structure?
+# **Exercise 1 (warm-up).** Training draws one sampling step per iteration, evenly from those that have a loss: of 50 steps,
+# structure at 1 to 20 and rewards at 41 to 50. What share of the iterations trains structure?
 # <details><summary>Hint</summary>Count the steps of both windows.</details>
 
 
