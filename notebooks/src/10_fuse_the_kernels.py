@@ -223,6 +223,7 @@ points = {"LL, slices": work["slices"] / 28, "LL, fused": work["package"] / 8}
 points |= {f"Gram, C = {c}": c / 4 for c in (64, 512)}  # C FLOP for each number of 4 bytes that is read
 
 
+# %%
 def roofline(machine, points, rates=None):
     """Both limits over the intensity; the points lie on them unless rates say what was measured."""
     figure, axes = panels(width=6.4, height=3.0)
