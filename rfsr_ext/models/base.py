@@ -254,7 +254,7 @@ class ISRModel(ABC):
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """The network's output (noise, velocity or flow, as the scheduler's ``prediction_type`` says).
+        """The network's output (noise, velocity, flow or z_0, as the scheduler's ``prediction_type`` says).
 
         ``latents`` ``[N, C, h, w]`` are scaled for the network already; ``timestep`` is a scalar or ``[N]``.
         """
