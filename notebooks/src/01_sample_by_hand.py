@@ -129,7 +129,7 @@ show(
 #
 # The lower row is ours: even at $t=999$ the flower is there. A small model could not find a flower in noise. It does not
 # have to: it starts from the *enlarged* photograph, whose latents $z_{LR}$ are not far from the truth's, and only fills in
-# what that lacks. How far, the next cell says. In training its noise also held the difference, so that the noisiest
+# what that lacks. How far, the next cell says, and what the autoencoder alone loses. In training its noise also held the difference, so that the noisiest
 # $z_T$ is the noised *enlarged* photograph, and every $z_t$ lies on the straight way from there to the truth (as in
 # ResShift, another super-resolution model):
 #
@@ -141,6 +141,10 @@ T = int(scheduler.timesteps[0])
 alpha_T, sigma_T = alpha_bar[T].sqrt(), (1 - alpha_bar[T]).sqrt()
 z_lr = model.encode(bicubic)
 of_training = noise + (z_lr - z0) * alpha_T / sigma_T
+with torch.no_grad():
+    print(
+        f"the truth, encoded and decoded: {psnr(model.decode(z0).clamp(0, 1), gt)[0]:.1f} dB, about the most that a sample can reach"
+    )
 check("z_T is the noised enlarged photograph", add_noise(z0, of_training, T), add_noise(z_lr, noise, T), 1e-5)
 rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
 print(f"root mean square of z_0 {rms(z0):.2f}, of z_LR − z_0 {rms(z_lr - z0):.2f}; noise at the start {sigma_T:.2f}")
@@ -321,7 +325,9 @@ with torch.no_grad():
 # Each single step agrees with diffusers to the last bits of 32-bit numbers. Over fifty steps through a network such bits
 # grow, which is why the end is compared with `1e-3`, a quarter of a gray level.
 #
-# **What does it cost?** One pass of U-Net and ControlNet per step. The text encoder and the decoder run once.
+# **What does it cost?** One pass of U-Net and ControlNet per step. The text encoder and the decoder run once. (SeeSR and PASD
+# need two passes: they ask the network without the prompt, too, or with a *negative* one, "blurry, lowres", and move the
+# answer away from that. This is *classifier-free guidance*; the mini model does without.)
 
 # %%
 passes = len(scheduler.timesteps)

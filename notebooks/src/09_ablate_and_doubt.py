@@ -64,9 +64,7 @@ NAMES = {"base": "base", "rfsr": "RFSR", "no-style": "no style loss", "structure
 NAMES |= {name: name.replace("-", " ") for name in VARIANTS if name not in NAMES}
 STYLE = {name: {"color": COLORS[k % 6], "marker": "Dosv^<>PX*hpd"[k]} for k, name in enumerate(NAMES)}
 STYLE["base"]["color"] = "black"
-strip = to_tensor(
-    read_image("results/ablation_mini.png")
-)  # 2 × 4 pictures of 96 pixels: base, RFSR, no style, structure
+strip = to_tensor(read_image("results/ablation_mini.png"))  # 2 × 4 pictures of 96 pixels
 crops = [evaluation_crops(["chelsea"], 96, 5)[4], evaluation_crops(["coffee"], 96, 6)[5]]
 for row, crop in enumerate(crops):
     base, rfsr, no_style, structure = strip[:, 96 * row : 96 * (row + 1)].split(96, dim=2)
