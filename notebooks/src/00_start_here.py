@@ -124,7 +124,7 @@ show(
 )  # fmt: skip
 
 # %% [markdown]
-# **What to see.** Look at the rim of the cup, the spoon and the dark gaps, first in *bicubic* and *base*: whose edges are
+# **What to see.** Look at the rim of the cup and the edge of the coffee, first in *bicubic* and *base*: whose edges are
 # sharper, and who draws things that the truth does not have? Then in *base*, *structure only* and *all of RFSR*. What is
 # there with the structure loss alone is not the rewards' doing, whatever the picture is called; only what differs between
 # the last two can be. Now all columns, as numbers. The *judge* is a score of about 0 (ruined) to 100 (untouched) that
