@@ -289,7 +289,7 @@ check("softmax of two and sigmoid", z.softmax(-1)[0, 0], torch.sigmoid(z[0, 0] -
 model, some = load_model("mini"), evaluation_crops(photographs("test"), 64, 24)
 sharp, lr = (torch.stack([s[key] for s in some]) for key in ("gt", "lr"))
 made = {"bicubic": F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1),
-        "model": sample(model, lr, [s["prompt"] for s in some], generators(0, range(24))),
+        "model": sample(model, lr, [s["prompt"] for s in some], generators(0, range(24)), 20),
         "softened": soften(sharp), "truth": sharp}  # fmt: skip
 with torch.no_grad():
     spread = {name: iqa.score(x) for name, x in made.items()}
