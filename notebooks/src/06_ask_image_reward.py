@@ -199,7 +199,7 @@ for row, name in enumerate(names):
 strip = [torch.from_numpy(load_photograph(name).copy()).movedim(-1, 0)[None, :, :300, 80:380] for name in names]
 strip = torch.cat([F.interpolate(x, size=72, mode="bilinear", antialias=True)[0] for x in strip], dim=1)
 figure, (left, axes) = panels(columns=2, width=6.8, height=3.3, width_ratios=[1, 7])
-left.imshow(strip.movedim(0, -1), aspect="auto")
+left.imshow(strip.clamp(0, 1).movedim(0, -1), aspect="auto")
 left.set_axis_off()
 axes.imshow(table - table.mean(1, keepdim=True), cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
 axes.set_xticks(range(4), [f"“{PHOTOGRAPHS[name].tags[0]}, …”" for name in names])
