@@ -35,7 +35,7 @@ def seconds_per_evaluation():
     model, best = load_model("mini"), float("inf")
     with torch.no_grad():
         condition = model.condition(torch.zeros(1, 3, 16, 16), [""])
-        latents = torch.zeros(1, 12, 16, 16)
+        latents = torch.zeros(1, model.latent_channels, 16, 16)
         for _ in range(12):
             start = time.process_time()
             for _ in range(5):
