@@ -30,7 +30,7 @@ class BuildPlan:
     denoiser: int = 4000
     denoiser_128: int = 1500
     iqa: int = 1200
-    preference: int = 800
+    preference: int = 600
     judge: int = 1000
 
 
@@ -106,7 +106,7 @@ def build(
     others = crops(64, 7)
     iqa, seconds["iqa"] = train_iqa(DistortedCrops(others, INPUT_FAULTS), vae, work, plan.iqa, **options)
     preference, seconds["preference"] = train_preference(
-        DistortedCrops(others, INPUT_FAULTS), vae, model.tokenizer, work, plan.preference, **options
+        DistortedCrops(others, INPUT_FAULTS), vae, model.tokenizer, iqa, work, plan.preference, **options
     )
     judge, seconds["judge"] = train_judge(DistortedCrops(others, DISTORTIONS), work, plan.judge, **options)
 
