@@ -107,14 +107,18 @@ def plan() -> tuple[list[Extension], dict]:
 
 
 def build_ext_command(notes: dict) -> type:
+    import torch
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildLibraries(BuildExtension):
         def __init__(self, *args, **kwargs):
-            # These are no Python modules, so their names carry no Python version.
-            super().__init__(*args, **{**kwargs, "no_python_abi_suffix": True})
+            # These are no Python modules, so their names carry no Python version. Ninja would read a $ or a quotation
+            # mark in a path as something else; without it files are compiled one after another.
+            plain = not set("$\"'") & set(f"{ROOT}{torch.__file__}")
+            super().__init__(*args, **{**kwargs, "no_python_abi_suffix": True, "use_ninja": plain})
 
         def run(self):
+            self.force = True  # setuptools does not see that a header has changed; `reuse` does
             self.record = dict(notes)
             self.previous = read_record()
             super().run()

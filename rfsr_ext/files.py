@@ -18,7 +18,9 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "check_unheld",
     "decode_text",
+    "disk_errors",
     "load_tensors",
     "lock_folder",
     "make_folder",
@@ -68,7 +70,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Give errors of writing the name of what was to be written, and those of safetensors their type, `OSError`."""
     try:
         yield
@@ -83,9 +85,24 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
+@contextlib.contextmanager
+def _new_name() -> Iterator[None]:
+    """Say what it is when a file or folder cannot be made because "there is no such file": /proc, say, takes none.
+
+    Raises:
+        PermissionError: instead of `FileNotFoundError`.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        folder = os.path.dirname(error.filename) or os.curdir
+        raise PermissionError(f"nothing new can be written into {folder!r}; give another folder") from None
+
+
 def _mkdir(path: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with _new_name():
+            path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         file = next(p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir())
         raise NotADirectoryError(f"{str(path)!r} must be a folder, but {str(file)!r} is a file; give another") from None
@@ -96,11 +113,12 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; when the block ends well it takes the place of ``path``, else nothing has changed."""
     path = Path(path)
     _mkdir(path.parent)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    with _new_name():
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(descriptor)
     aside = Path(name)
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             yield aside
             _sync(aside)
         aside.chmod(0o644)
@@ -119,9 +137,12 @@ def make_folder(path: str | Path) -> Path:
     path = Path(path)
     _mkdir(path)
     try:
-        tempfile.TemporaryFile(dir=path).close()
+        with _new_name():
+            tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
     return path
 
 
@@ -151,7 +172,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         new = stage / "new"
         try:
             new.mkdir()
-            with _disk_errors(path):
+            with disk_errors(path):
                 yield new
             names = sorted(file.relative_to(new).as_posix() for file in new.rglob("*") if not file.is_dir())
             (new / MANIFEST).write_text(json.dumps({"files": names}, indent=2) + "\n", encoding="utf-8")
@@ -231,6 +252,17 @@ def _discard(stage: Path) -> None:
     shutil.rmtree(stage, ignore_errors=True)
 
 
+def check_unheld(path: str | Path, names: Sequence[str]) -> None:
+    """Refuse a folder that no run has held before and that has one of the files or folders a run will write in it.
+
+    Raises:
+        FileExistsError: as said.
+    """
+    path = Path(path)
+    if foreign := [name for name in names if os.path.lexists(path / name) and not (path / LOCK).exists()]:
+        raise _not_ours(path, foreign[0])
+
+
 @contextlib.contextmanager
 def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
     """Hold a folder, made if need be, for as long as the block lasts: nobody else who asks can have it meanwhile.
@@ -241,16 +273,14 @@ def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
 
     Args:
         path: the folder.
-        names: what the run will write in it; a folder that no run has held before must have none of them.
+        names: what the run will write in it, see `check_unheld`.
 
     Raises:
-        FileExistsError: if the folder has one of ``names`` and no run has held it before.
+        FileExistsError: see `check_unheld`.
         RuntimeError: if another run holds the folder; its process and host are named.
     """
     path = make_folder(path)
-    foreign = [] if (path / LOCK).exists() else [name for name in names if os.path.lexists(path / name)]
-    if foreign:
-        raise _not_ours(path, foreign[0])
+    check_unheld(path, names)
     with _open(path / LOCK, os.O_RDWR | os.O_CREAT) as descriptor:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -133,6 +133,16 @@ def test_a_file_is_not_a_folder(tmp_path, name):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="there is no /proc")
+@pytest.mark.parametrize("use", [
+    lambda: files.make_folder("/proc"), lambda: files.make_folder("/proc/x"), lambda: files.make_folder("/proc/x/y"),
+    lambda: files.lock_folder("/proc/x").__enter__(), lambda: files.replace_file("/proc/x").__enter__(),
+])  # fmt: skip
+def test_a_folder_that_takes_no_files_is_named(use):
+    with pytest.raises(PermissionError, match="^nothing new can be written into '/proc'; give another folder$"):
+        use()
+
+
 def test_the_current_folder_and_a_link_to_one(tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -47,9 +48,10 @@ def app() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "matplotlib", "PIL", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if os.getcwd() not in sys.path:  # settings may name package.module:Name of the folder one works in
-        sys.path.append(os.getcwd())
+    threading.excepthook = _failed_thread
     try:
+        if (folder := _working_folder()) not in sys.path:  # settings may name package.module:Name in it
+            sys.path.append(folder)
         _check_processes()
         _typer()
     except (ValueError, TypeError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
@@ -58,11 +60,21 @@ def app() -> None:
         from rfsr_ext.cli.errors import sentence
 
         sys.exit(f"rfsr: {sentence(error)}")
-    except SystemExit as stopped:
-        if stopped.code == 130:  # what typer makes of KeyboardInterrupt
-            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-            print(f"rfsr: {_INTERRUPTED.get(command, 'interrupted; nothing is half written')}", file=sys.stderr)
-        raise
+
+
+def _failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """That a disk is full TensorBoard's thread tells the main one, which says it; anything else is shown as ever."""
+    from rfsr_ext.cli.errors import disk_is_full
+
+    if failed.exc_value is None or not disk_is_full(failed.exc_value):
+        threading.__excepthook__(failed)
+
+
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise FileNotFoundError("the folder one works in is gone; change to another") from None
 
 
 _SHARED = (
@@ -84,12 +96,6 @@ def _check_processes() -> None:
             f"{launched} processes were launched, but rfsr {command} runs in one; start it by itself (several may do: "
             f"{', '.join(_SHARED)})"
         )
-
-
-_INTERRUPTED = dict.fromkeys(
-    ("demo", "train", "ablate", "mini", "preferences"),
-    "interrupted; the same command goes on from the last checkpoint, if there is one yet",
-)
 
 
 @_typer.command()
@@ -401,8 +407,10 @@ def mini_build(
 
     for package in *.deb; do dpkg-deb -x "$package" photographs/; done
     """
+    from rfsr_ext.cli.config import choose_device
     from rfsr_ext.mini.build import build
     from rfsr_ext.weights import WEIGHTS
 
+    device = choose_device(device)
     for name, seconds in build(photographs, work, output or WEIGHTS, device=device, seed=seed, bf16=bf16).items():
         typer.echo(f"{name:12s} {seconds / 60:6.1f} min")

@@ -1,5 +1,6 @@
-"""``rfsr config show``: every setting with what it means; and ``KEY=VALUE`` options."""
+"""``rfsr config show``: every setting with what it means; and what commands share of reading their options."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import typer
 import yaml
 
-__all__ = ["default_device", "model_options", "parse_pairs", "show_config"]
+__all__ = ["check_target", "choose_device", "model_options", "parse_pairs", "show_config"]
 
 
 def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -42,11 +43,33 @@ def model_options(
     return options if dtype == "float32" else {**options, "torch_dtype": dtype}
 
 
-def default_device() -> str:
-    """Where models compute if nobody says otherwise."""
+def choose_device(given: str | None = None) -> str:
+    """Where models compute: what ``--device`` says, else a GPU if there is one.
+
+    Raises:
+        ValueError: if torch finds no such device.
+    """
     import torch  # here, because settings need none
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if given is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    found = ["cpu"]
+    if (kind := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        found += [kind.type, *(f"{kind.type}:{k}" for k in range(torch.accelerator.device_count()))]
+    if given not in found:
+        raise ValueError(f"--device must be one that torch finds here ({', '.join(found)}), got {given!r}; give one")
+    return given
+
+
+def check_target(path: Path, overwrite: bool) -> Path:
+    """The path of a result, refused before the work if a file there would be replaced unasked.
+
+    Raises:
+        FileExistsError: as said.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{str(path)!r} exists already; give another --output or --overwrite")
+    return path
 
 
 def show_config(path: str, overrides: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import typer
 
+from rfsr_ext.cli.config import choose_device
 from rfsr_ext.data import Degradation, Root
 from rfsr_ext.data.check import Report, check_root, modes
 from rfsr_ext.data.degraded import degrade_folder, read_manifest
@@ -140,13 +141,14 @@ def tag_data(folder: Path, tagger: str, weights: Path | None, device: str, overw
     """Write tags beside the pictures of a folder; several processes share them.
 
     Raises:
-        ValueError: if the tagger cannot be opened; at the end, if a picture could not be read.
+        ValueError: if there is no such device or tagger; at the end, if a picture could not be read.
         FileNotFoundError: if there is no picture, or a file of the tagger is missing.
     """
     from rfsr_ext.networks.taggers import load_tagger  # diffusers and transformers, which the other commands go without
 
     if not folder.is_dir():  # before gigabytes are read
         raise FileNotFoundError(f"data folder {shown(folder)!r} does not exist; give a folder of images")
+    device = choose_device(device)
     join()  # each has a GPU of its own from here on
     result = tag_folder(folder, load_tagger(tagger, weights, device), overwrite)
     if not is_main():

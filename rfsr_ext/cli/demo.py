@@ -20,7 +20,7 @@ from rfsr_ext.evaluation import (
     save_figure,
     summarize,
 )
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import check_unheld, replace_file
 from rfsr_ext.metrics import Judge, psnr
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import REWARDS, create_reward
@@ -30,6 +30,9 @@ from rfsr_ext.training import RFSRConfig, RFSRTrainer
 __all__ = ["run_demo"]
 
 PICTURED = 6
+_WRITTEN = {  # beside what training writes
+    "comparison.png": "picture", "curves.png": "curves", "table.txt": "table", "report.json": "all numbers",
+}  # fmt: skip
 
 
 def _comparison(models: dict[str, ISRModel], samples: list[Sample], seed: int):
@@ -62,6 +65,7 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
     overrides = {"output_dir": str(output), "seed": seed} | ({"iterations": iterations} if iterations else {})
     config = RFSRConfig.load("mini", overrides)
     without = config.replace(style_loss="none", output_dir=str(output / "without-style"))
+    check_unheld(output, tuple(_WRITTEN))
     typer.echo("RFSR on the mini model; its rewards and VGG19 are small stand-ins (see rfsr_ext/weights/README.md)")
     result, hacked = RFSRTrainer(config).train(), RFSRTrainer(without).train()
 
@@ -93,6 +97,5 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
         path.write_text(table + "\n")
     typer.echo(f"\n{crops} held-out crops of 128 pixels, mean ± standard error over crops:\n\n{table}\n")
     typer.echo(f"two runs of {config.iterations} iterations, {report['seconds']:.0f} s in all")
-    for name, what in (("comparison.png", "picture"), ("curves.png", "curves"), ("table.txt", "table"),
-                       ("report.json", "all numbers"), ("model", "fine-tuned model")):  # fmt: skip
+    for name, what in {**_WRITTEN, "model": "fine-tuned model"}.items():
         typer.echo(f"{what + ':':18s}{output / name}")

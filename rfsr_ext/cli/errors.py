@@ -30,11 +30,13 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """The message of an exception; system errors and failed allocations are put into plain words."""
+    """The message of an exception, wherever it was raised; system errors and failed allocations in plain words."""
     if isinstance(error, OSError) and error.errno is not None:
         place = "a file that the system does not name" if error.filename is None else repr(str(error.filename))
         return _SYSTEM.get(error.errno, f"{error.strerror} ({{}})").format(place)
     text = str(error)
+    if found := re.match(r"Caught (\w+) in DataLoader worker process .*\n\1: (.*)", text, re.DOTALL):
+        text = found[2].strip()  # torch puts the whole traceback of a loader process into the message
     if isinstance(error, ModuleNotFoundError) and text == f"No module named {error.name!r}":
         return f"{text}; pip install 'rfsr_ext[train]' brings what the command line needs"
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text):

@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 from torch import Tensor
 
-from rfsr_ext.cli.config import default_device
+from rfsr_ext.cli.config import choose_device
 from rfsr_ext.data import Root, evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
@@ -19,7 +19,6 @@ from rfsr_ext.evaluation import (
     Scorer,
     Spread,
     best_and_worst,
-    best_of,
     best_of_figure,
     cases_figure,
     compare,
@@ -35,9 +34,9 @@ from rfsr_ext.evaluation import (
     summarize,
     trajectory_figure,
 )
-from rfsr_ext.evaluation.best_of import add_reward
+from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.folders import read_picture
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import make_folder, replace_file
 from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
 from rfsr_ext.models import load_model
 from rfsr_ext.processes import is_main, join
@@ -111,7 +110,7 @@ def difference_table(frame: pd.DataFrame, base: str, names: Sequence[str]) -> st
 
 
 def check_table(path: Path | None) -> None:
-    """Refuse, before anything is measured, a table that could not be written afterwards."""
+    """Refuse, before anything is measured, a table that could not be written afterwards; make its folder."""
     if path is None:
         return
     if path.suffix not in (".csv", ".parquet"):
@@ -120,6 +119,7 @@ def check_table(path: Path | None) -> None:
         raise ModuleNotFoundError(
             "writing .parquet needs pyarrow (pip install 'rfsr_ext[metrics]'); give a .csv instead"
         )
+    make_folder(path.parent)
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
@@ -178,8 +178,10 @@ def evaluate_folders(
         ValueError: at the end, if a picture could not be measured; the others were.
     """
     check_table(output)
+    if cases is not None:
+        make_folder(cases.parent)
     join()  # each has a GPU of its own from here on
-    suite = Suite(preset or get_preset("basic"), references is not None, default_device())
+    suite = Suite(preset or get_preset("basic"), references is not None, choose_device())
     if by is not None and by not in suite.metrics:
         raise ValueError(f"--by must be one of {', '.join(suite.metrics)}, got {by!r}")
     left_out = [name for name in suite.preset.metrics if name not in suite.metrics]
@@ -231,11 +233,11 @@ def evaluate_on_pairs(
     check_table(output)
     join()  # each has a GPU of its own from here on
     root = Root(lr=str(pairs[0]), gt=str(pairs[1]))
-    suite = Suite(preset or get_preset("basic"), device=default_device())
+    suite = Suite(preset or get_preset("basic"), device=choose_device())
     results, frames = {}, []
     for name in dict.fromkeys(names):
         model = load_model(name, **(options or {}))
-        model.to(default_device())
+        model.to(choose_device())
         results[name] = evaluate_pairs(model, root, suite, pictures, seeds, name)
         frames = frames or [evaluate_pairs_bicubic(root, model.scale, suite)]
         frames.append(results[name].frame)
@@ -283,7 +285,7 @@ def evaluate_models(
     join()
     if not is_main():
         return
-    suite = Suite(preset, device=default_device()) if preset else None
+    suite = Suite(preset, device=choose_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops)
     scorers = held_out_scorers()
     models = {name: load_model(name, **(options or {})) for name in dict.fromkeys(names)}
@@ -339,7 +341,7 @@ def evaluate_best_of(
     join()
     if not is_main():
         return
-    suite = Suite(preset, device=default_device()) if preset else None
+    suite = Suite(preset, device=choose_device()) if preset else None
     chosen = suite.metrics if suite else ("psnr", "ssim", *REWARDS)
     compared = {name: name in METRICS and METRICS[name].reference for name in chosen}
     hybrid = HybridReward(
@@ -349,11 +351,11 @@ def evaluate_best_of(
     samples, scorers = evaluation_crops(photographs("test"), size, crops), held_out_scorers()
     frames = []
     for name in dict.fromkeys(names):
-        model = load_model(name, **(options or {})).to(default_device())
+        model = load_model(name, **(options or {})).to(choose_device())
         frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
     frame = add_reward(pd.concat(frames, ignore_index=True), hybrid, lower_better)
     quantities = dict.fromkeys(("reward", *chosen, *scorers))
-    curves = pd.concat([best_of(frame, name, name in lower_better) for name in quantities], ignore_index=True)
+    curves = best_of_table(frame, quantities, lower_better)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
     typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")
     curves["cell"] = [f"{v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in curves[["value", "low", "high"]].to_numpy()]
@@ -368,11 +370,10 @@ def evaluate_best_of(
 def ablate_variants(
     config: str, variants: Sequence[str] | None, seeds: Sequence[int], crops: int, size: int, output: Path
 ) -> None:
-    """Train and compare; the table and every row land in ``output``."""
+    """Train and compare; every row lands in ``output/ablation.csv``."""
     variants = list(variants or VARIANTS)
     samples = evaluation_crops(photographs("test"), size, crops)
     frame = ablate(RFSRConfig.load(config), samples, held_out_scorers(), variants, seeds, output)
-    write_table(frame, output / "ablation.csv")
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} training seeds; rewards are stand-ins\n")
     typer.echo(mean_table(frame))
     typer.echo(f"\nAgainst base:\n\n{difference_table(frame, 'base', variants)}")

@@ -33,12 +33,12 @@ def _load(source: str, pairs: list[str] | None) -> "DP2OConfig":
 
 def _model(config: "DP2OConfig") -> tuple["ISRModel", Any]:
     """The base model on its device, that of this process where there are several."""
-    from rfsr_ext.cli.config import default_device
+    from rfsr_ext.cli.config import choose_device
     from rfsr_ext.models import load_model
     from rfsr_ext.processes import join
 
     join()  # each has a GPU of its own from here on
-    device = default_device()
+    device = choose_device()
     return load_model(config.model, **config.model_options).to(device), device
 
 
@@ -47,11 +47,11 @@ def sample(config: Config, set_: Set = None) -> None:
     """Sample M candidates for each LR image with the base model; the same command, or rfsr train, goes on."""
     from rfsr_ext.processes import is_main
     from rfsr_ext.training.dp2o.trainer import sample_preferences
-    from rfsr_ext.training.setup import build_dataset
+    from rfsr_ext.training.setup import build_samples
 
     settings = _load(config, set_)
     model, _ = _model(settings)
-    found = sample_preferences(settings, model, build_dataset(settings))
+    found = sample_preferences(settings, model, build_samples(settings, model, settings.images))
     if is_main():
         typer.echo(f"{len(found)} images with {found.candidates} candidates each: {found.folder}")
 
@@ -83,14 +83,18 @@ def show(
     round_: Round = 1,
     images: Annotated[int, whole("Images to show, those whose rewards spread most.", 1)] = 6,
     output: Annotated[Path | None, typer.Option(help="Folder for the pictures; that of the candidates.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that exist.")] = False,
 ) -> None:
     """Picture the best and the worst candidates with their scores, and the gaps of all pairs as a histogram."""
+    from rfsr_ext.cli.config import check_target
     from rfsr_ext.evaluation import create_measures, gaps_figure, save_figure
     from rfsr_ext.evaluation.preferences import extremes_figure
     from rfsr_ext.rewards.ranking import pair_candidates
     from rfsr_ext.training.dp2o.trainer import hybrid_reward, score_preferences
 
     settings = _load(config, set_)
+    folder = output or settings.folder(round_)
+    targets = {name: check_target(folder / f"{name}.png", overwrite) for name in ("worst_and_best", "gaps")}
     model, device = _model(settings)
     measures = create_measures(settings.full_reference, settings.no_reference, device)
     candidates, scores = score_preferences(settings, model, measures, round_)
@@ -104,6 +108,5 @@ def show(
     }
     typer.echo(f"{len(pairs)} pairs of {len(pairs.groups)} images")
     for name, figure in figures.items():
-        target = (output or candidates.folder) / f"{name}.png"
-        save_figure(figure, target)
-        typer.echo(f"{target}")
+        save_figure(figure, targets[name])
+        typer.echo(f"{targets[name]}")

@@ -1,7 +1,6 @@
 """``rfsr upscale``: files in, files out."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from rfsr_ext.cli.config import default_device
+from rfsr_ext.cli.config import check_target, choose_device
 from rfsr_ext.cli.errors import disk_is_full, sentence
 from rfsr_ext.data.images import SUFFIXES, read_header, read_image_and_alpha, resize, to_image, to_tensor, to_uint8
 from rfsr_ext.files import make_folder, replace_file
@@ -59,9 +58,7 @@ def _targets(images: Sequence[Path], output: Path, scale: int, overwrite: bool) 
                 f"the result of {str(image)!r} would replace {str(target)!r}, which is to be upscaled too; "
                 "give another folder (--output)"
             )
-        if os.path.lexists(target) and not overwrite:
-            raise FileExistsError(f"{str(target)!r} exists already; give another folder (--output) or --overwrite")
-        targets[image] = target
+        targets[image] = check_target(target, overwrite)
     return targets
 
 
@@ -111,9 +108,10 @@ def upscale_files(
     """
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
+    device = choose_device(device)
     images = _images(paths)
     join()  # each has a GPU of its own from here on
-    isr = load_model(model, **(model_options or {})).to(device or default_device())
+    isr = load_model(model, **(model_options or {})).to(device)
     tiling(isr, tile, overlap)  # refused before any work
     targets = _targets(images, output, isr.scale, overwrite)
     make_folder(output)

@@ -9,10 +9,10 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from rfsr_ext.data.images import read_image, resize, to_tensor
 from rfsr_ext.data.photographs import PACKAGED, PHOTOGRAPHS, load_photograph
 from rfsr_ext.data.prompts import read_prompt
 
-__all__ = ["DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "check_sample", "evaluation_crops"]
+__all__ = ["CheckedSamples", "DistortedCrops", "ImageFolder", "PhotographCrops", "Sample", "evaluation_crops"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +46,51 @@ class Sample(TypedDict):
     prompt: str
 
 
-def check_sample(sample: Sample, scale: int) -> None:
-    """Refuse a sample of one's own data set that no loss could be right for.
+class CheckedSamples(Dataset):
+    """Samples of somebody's own data set, of which each that no loss could be right for is refused.
+
+    Args:
+        dataset: `Sample` s by index.
+        size: side of ``gt`` in pixels.
+        scale: how many times larger than ``lr`` it is.
 
     Raises:
-        ValueError: naming the key and what it should hold.
+        ValueError: when a sample is asked for, naming it, the key, and what it should hold.
     """
-    for key in ("gt", "lr"):
-        image = sample[key]
-        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise ValueError(f"{key} must be floating point [3, H, W], got {image.dtype} {list(image.shape)}")
-        low, high = image.min().item(), image.max().item()
-        if not (low >= 0 and high <= 1):  # also catches NaN
-            raise ValueError(f"{key} must be in [0, 1], got values from {low:g} to {high:g}")
-    wanted = [scale * n for n in sample["lr"].shape[1:]]
-    if list(sample["gt"].shape[1:]) != wanted:
-        raise ValueError(f"gt must be {scale} times the size of lr, {wanted}, got {list(sample['gt'].shape[1:])}")
+
+    def __init__(self, dataset: Dataset, size: int, scale: int):
+        self.dataset = dataset
+        self.sides = {"gt": size, "lr": size // scale}
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            sample = self.dataset[index]
+        except (LookupError, NotImplementedError) as error:
+            raise ValueError(
+                f"dataset must give a sample for every index that training asks for, got {error!r} for {index}; let "
+                "it begin again (index % length), or train for fewer iterations"
+            ) from error
+        try:
+            self._check(sample)
+        except ValueError as error:
+            raise ValueError(f"sample {index} of the dataset: {error}") from None
+        return sample
+
+    def _check(self, sample: Any) -> None:
+        missing = [key for key in Sample.__annotations__ if not isinstance(sample, Mapping) or key not in sample]
+        if missing:
+            raise ValueError(f"it must have gt, lr and prompt, got one without {' and '.join(missing)}")
+        for key, side in self.sides.items():
+            image = sample[key]
+            if not isinstance(image, torch.Tensor) or image.dtype != torch.float32:
+                raise ValueError(f"{key} must be a float32 tensor, got {getattr(image, 'dtype', type(image).__name__)}")
+            if image.shape != (3, side, side):
+                raise ValueError(f"{key} must be [3, {side}, {side}] (crop_size, scale), got {list(image.shape)}")
+            low, high = image.min().item(), image.max().item()
+            if not (low >= 0 and high <= 1):  # also catches NaN
+                raise ValueError(f"{key} must be in [0, 1], got values from {low:g} to {high:g}")
+        if not isinstance(sample["prompt"], str):
+            raise ValueError(f"prompt must be text, got {type(sample['prompt']).__name__}; without one it is ''")
 
 
 def _dihedral(image: np.ndarray, rng: np.random.Generator, rotate: bool) -> np.ndarray:

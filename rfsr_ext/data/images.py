@@ -74,9 +74,9 @@ def read_image(path: str | Path | bytes, box: Box | None = None) -> np.ndarray:
     """Decode a file of any kind Pillow reads; what is transparent lies on white.
 
     The picture is upright as its EXIF orientation asks, and converted to sRGB if it has an ICC profile of other colors
-    (Display P3, Adobe RGB, CMYK …) or a PNG's gamma; gray images repeat their channel; of several frames or pages the
-    first counts.  Gray of 16 bits keeps its depth, other colors of 16 bits keep their upper eight, as Pillow reads
-    them.
+    (Display P3, Adobe RGB, CMYK …), EXIF that calls it Adobe RGB, or a PNG's gamma; gray images repeat their channel;
+    of several frames or pages the first counts.  Gray of 16 bits keeps its depth, other colors of 16 bits keep their
+    upper eight, as Pillow reads them.
 
     Args:
         path: the file, or its content.
@@ -205,7 +205,7 @@ def _read(path: str | Path | bytes, box: Box | None, bleed: bool) -> tuple[np.nd
             kind = {"I": "32-bit", "F": "floating-point"}[image.mode]
             raise OSError(f"it holds {kind} numbers, whose white is not known; save it with 8 or 16 bits")
         colors = from_uint8(np.asarray(_to_srgb(image, file.info.get("icc_profile"), name)))
-        colors = _from_gamma(colors, file, name)
+        colors = _from_adobe_rgb(colors) if _is_adobe_rgb(file) else _from_gamma(colors, file, name)
         if not image.has_transparency_data:
             return colors, None
         alpha = from_uint8(np.asarray(image.convert("RGBA").getchannel("A")))
@@ -267,8 +267,32 @@ def _from_gamma(colors: np.ndarray, file: Image.Image, path: str | Path) -> np.n
     if not 0.1 <= gamma <= 10:
         _warn(f"{path}: its gamma of {gamma:g} cannot be meant and is passed over")
         return colors
-    light = colors ** (1 / gamma)
+    return _encode(colors ** (1 / gamma))
+
+
+def _encode(light: np.ndarray) -> np.ndarray:
+    """Linear light in [0, 1] to sRGB's numbers."""
     return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055).astype(np.float32)
+
+
+def _is_adobe_rgb(file: ImageFile.ImageFile) -> bool:
+    """Whether EXIF says so and nothing else decides: other colors than sRGB's, and an "option file" (DCF 2.0)."""
+    if file.info.get("icc_profile") or "srgb" in file.info or file.mode == "CMYK":
+        return False
+    with contextlib.suppress(Exception):  # whatever Pillow makes of damaged EXIF; the picture itself is whole
+        exif = file.getexif()
+        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
+        return space == 65535 and exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) == "R03"
+    return False
+
+
+# Linear Adobe RGB (1998) to linear sRGB: both have the same white, red and blue.
+_ADOBE_TO_SRGB = np.array([[1.398356, -0.398356, 0], [0, 1, 0], [0, -0.042933, 1.042933]], np.float32)
+
+
+def _from_adobe_rgb(colors: np.ndarray) -> np.ndarray:
+    """Colors beyond sRGB's become its nearest by channel."""
+    return _encode((colors ** (563 / 256) @ _ADOBE_TO_SRGB.T).clip(0, 1))
 
 
 def resize(image: np.ndarray, size: tuple[int, int], resample=Image.Resampling.BICUBIC) -> np.ndarray:

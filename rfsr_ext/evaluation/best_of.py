@@ -9,7 +9,7 @@ import torch
 
 from rfsr_ext.rewards.ranking import HybridReward
 
-__all__ = ["add_reward", "best_of"]
+__all__ = ["add_reward", "best_of", "best_of_table"]
 
 
 def add_reward(frame: pd.DataFrame, hybrid: HybridReward, lower_better: Collection[str] = ()) -> pd.DataFrame:
@@ -81,6 +81,11 @@ def best_of(
                 row = {"quantity": quantity, "model": model, "count": count, "of": of}
                 rows.append(row | {"value": per_image.mean(), "low": low, "high": high})
     return pd.DataFrame(rows)
+
+
+def best_of_table(frame: pd.DataFrame, quantities: Collection[str], lower_better: Collection[str] = ()) -> pd.DataFrame:
+    """`best_of` of several columns, one below the other; smaller is better for those in ``lower_better``."""
+    return pd.concat([best_of(frame, name, name in lower_better) for name in quantities], ignore_index=True)
 
 
 def _table(frame: pd.DataFrame, column: str, index: list[str], columns: list[str]) -> pd.DataFrame:

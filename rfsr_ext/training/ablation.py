@@ -1,6 +1,7 @@
 """The paper's ablations (Tables 2 to 5) as named variants of one configuration, run over several seeds."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,14 @@ import pandas as pd
 
 from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.measure import Scorer, evaluate
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import lock_folder, replace_file
 from rfsr_ext.models import load_model
 from rfsr_ext.training.config import RFSRConfig
 from rfsr_ext.training.rfsr import RFSRTrainer
 
 __all__ = ["VARIANTS", "ablate"]
+
+_TABLE = "ablation.csv"
 
 # What each variant changes.  Windows are those of 50 sampling steps.
 VARIANTS: dict[str, dict] = {
@@ -87,13 +90,14 @@ def ablate(
         scorers: as for `rfsr_ext.evaluation.evaluate`.
         variants: names in `VARIANTS`.
         seeds: of training; the noise of a measurement has the same seed.
-        folder: receives one run folder per variant and seed.
+        folder: receives one run folder per variant and seed, and ``ablation.csv``; nobody else may use it meanwhile.
 
     Returns:
-        Rows of `evaluate`, with the base model as variant "base".
+        Rows of `evaluate`, with the base model as variant "base", as in the table.
 
     Raises:
         ValueError: for a variant nobody knows, or if the folder holds a result that was made with other settings.
+        FileExistsError, RuntimeError: see `rfsr_ext.files.lock_folder`.
     """
     unknown = [name for name in variants if name not in VARIANTS]
     if unknown:
@@ -105,8 +109,8 @@ def ablate(
         "base model": base.fingerprint(),
     }
     parts = []
-    for seed in seeds:
-        for variant in ("base", *variants):
+    with lock_folder(folder, (_TABLE,)):
+        for seed, variant in itertools.product(seeds, ("base", *variants)):
             run = Path(folder) / f"{variant}-{seed}"
             result = run / "evaluation.csv"
             settings = common | {"seed": seed}
@@ -128,4 +132,7 @@ def ablate(
             with replace_file(result) as path:
                 frame.to_csv(path, index=False)
             parts.append(frame)
-    return pd.concat(parts, ignore_index=True)
+        table = pd.concat(parts, ignore_index=True)
+        with replace_file(Path(folder) / _TABLE) as path:
+            table.to_csv(path, index=False)
+    return table

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from rfsr_ext.files import lock_folder, replace_file
+from rfsr_ext.files import disk_errors, lock_folder, replace_file
 from rfsr_ext.processes import process_state
 from rfsr_ext.training.checkpoint import CheckpointFolder, TrainingState, whole
 from rfsr_ext.training.config import RunConfig
@@ -308,7 +308,8 @@ class Loop:
                         frame.to_csv(path, index=False)
             self.accelerator.wait_for_everyone()
             if main and self.accelerator.trackers:
-                self.accelerator.get_tracker("tensorboard").finish()  # end_training would end the process group as well
+                with disk_errors(self.folder / "tensorboard"):  # end_training would end the process group as well
+                    self.accelerator.get_tracker("tensorboard").finish()
             for player, networks in self._whole.items():
                 self.method.install(player, networks)
         return history
@@ -340,7 +341,7 @@ class Loop:
                 if main:
                     numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
                     scalars = {k: v for k, v in numbers.items() if k not in ("iteration", "skipped")}
-                    self.accelerator.log(scalars, step=self.iteration)
+                    self._log(scalars)
                 if self.skipped_in_a_row:
                     if last:
                         raise NonFiniteLossError(self._advice("the run ended while steps were being skipped"))
@@ -486,10 +487,16 @@ class Loop:
                     self._export(self.folder / "best")
         if main:
             row = {k: v for k, v in self.held_out.measured[-1].items() if k != "iteration"}
-            self.accelerator.log({f"held-out/{key}": value for key, value in row.items()}, step=self.iteration)
+            self._log({f"held-out/{key}": value for key, value in row.items()})
         self.accelerator.wait_for_everyone()
 
     def _log_images(self, images: np.ndarray) -> None:
         """``[N, H, W, 3]`` images in [0, 1] for TensorBoard."""
         tracker = self.accelerator.get_tracker("tensorboard")
-        tracker.log_images({"held-out": images}, step=self.iteration, dataformats="NHWC")
+        with disk_errors(self.folder / "tensorboard"):
+            tracker.log_images({"held-out": images}, step=self.iteration, dataformats="NHWC")
+
+    def _log(self, values: dict[str, float]) -> None:
+        """Numbers for TensorBoard, whose own errors do not say where a disk is full."""
+        with disk_errors(self.folder / "tensorboard"):
+            self.accelerator.log(values, step=self.iteration)

@@ -1,6 +1,5 @@
 """The RFSR loss of one batch (paper section 3.5): roll out without gradient, take one step with it, weigh by window."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from rfsr_ext.memory import on_device
 from rfsr_ext.models import Condition, ISRModel
 from rfsr_ext.rewards import WeightedReward, check_rewards, reward_loss
 from rfsr_ext.sampling import Rollout, State, TimestepWindows, denoise
+from rfsr_ext.training.setup import as_reference
 
 __all__ = ["Prediction", "RFSRObjective"]
 
@@ -52,9 +52,8 @@ class RFSRObjective:
         kl: hold the style by the mean squared change of the network's output instead (Table 4, "KL"): up to a factor,
             the Kullback–Leibler divergence between the two models' denoising steps.
         lambda_style: λ_r.
-        reference: the frozen pre-trained model; needed by ``style_loss`` and ``kl``.
+        reference: the frozen pre-trained model, for ``style_loss`` and ``kl``; None for ``model`` without its adapters.
         offload_reference: keep the reference's own networks where they are, on the CPU, except while they are used.
-        disable_adapters: instead of ``reference``, a context under which ``model`` itself is the pre-trained one.
         num_inference_steps: of the rollout; None takes the recipe's.
         guidance_scale: of classifier-free guidance in the rollout and in the step with gradient; 1 is none, as in the
             paper.
@@ -75,13 +74,10 @@ class RFSRObjective:
         lambda_style: float = 5e-5,
         reference: ISRModel | None = None,
         offload_reference: bool = False,
-        disable_adapters: Callable[[], contextlib.AbstractContextManager] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         negative_prompt: str = "",
     ):
-        if (style_loss or kl) and reference is None and disable_adapters is None:
-            raise ValueError("reference must be the frozen pre-trained model when the style is held, got None")
         check_rewards(rewards, windows.reward)
         self.model, self.windows = model, windows
         self.structure_loss, self.lambda_structure = structure_loss, lambda_structure
@@ -89,7 +85,6 @@ class RFSRObjective:
         self.style_loss, self.kl = style_loss, kl
         self.lambda_style = lambda_style
         self.reference, self.offload_reference = reference, offload_reference
-        self.disable_adapters = disable_adapters
         self.num_inference_steps = num_inference_steps
         self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
 
@@ -104,12 +99,10 @@ class RFSRObjective:
     @torch.no_grad()
     def predict_reference(self, state: State, condition: Condition) -> Prediction:
         """The same step by the pre-trained model."""
-        if self.reference is not None:
-            own = self.reference.trainable_networks().values() if self.offload_reference else ()
+        with as_reference(self.model, self.reference) as reference:
+            own = reference.trainable_networks().values() if self.reference and self.offload_reference else ()
             with on_device(own, self.model.device):
-                return self.predict(self.reference, state, condition)
-        with self.disable_adapters():
-            return self.predict(self.model, state, condition)
+                return self.predict(reference, state, condition)
 
     def begin(self, lr: Tensor, prompts: list[str], generator=None) -> Rollout:
         """A batch's trajectory, at x_T; arguments as in `__call__`."""

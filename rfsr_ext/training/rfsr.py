@@ -1,7 +1,6 @@
 """Reward feedback learning as a `Method`, and the trainer that puts it together from a configuration."""
 
 import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,6 @@ def build_objective(
         lambda_style=config.lambda_style,
         reference=reference,
         offload_reference=config.offload_reference,
-        disable_adapters=functools.partial(setup.disable_adapters, model) if config.lora_rank else None,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale or 1.0,
         negative_prompt=config.negative_prompt,
@@ -244,7 +242,7 @@ class RFSRTrainer:
     Args:
         config: all settings.
         model: the pre-trained model; it is trained in place.
-        dataset: samples as `rfsr_ext.data.Sample`, indexable by any non-negative integer.
+        dataset: samples as `rfsr_ext.data.Sample`, one for every index that the run asks for.
         rewards: the weighted rewards.
         style_loss: the Gram loss, where ``config.style_loss`` is "gram".
         validation: held-out samples, measured during training.
@@ -265,7 +263,8 @@ class RFSRTrainer:
         accelerator = create_accelerator(config)
         self.model = setup.build_model(config, accelerator.device, model)
         self.objective = build_objective(config, self.model, rewards, style_loss)
-        dataset = setup.build_dataset(config) if dataset is None else dataset
+        trajectories = -(-config.iterations // config.points_per_rollout)
+        dataset = setup.build_samples(config, self.model, trajectories * config.batch_size, dataset)
         validation = setup.build_validation(config) if validation is None else validation
         judges = setup.build_judges(accelerator.device) if judges is None else judges
         self.method = RFSR(config, self.objective)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rfsr_ext.data import ImageFolder, PhotographCrops, Root, Sample, evaluation_crops, photographs
+from rfsr_ext.data.datasets import CheckedSamples
 from rfsr_ext.data.stream import StreamedImages
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.files import replace_folder
@@ -31,10 +32,10 @@ __all__ = [
     "build_judges",
     "build_model",
     "build_rewards",
+    "build_samples",
     "build_validation",
     "build_windows",
     "data_roots",
-    "disable_adapters",
     "export_model",
     "finish",
     "merge_adapters",
@@ -62,6 +63,29 @@ def build_dataset(config: RunConfig) -> Dataset:
             config.data["stream"], config.crop_size, config.seed, degradation, config.data.get("lanes", 1)
         )
     return ImageFolder(data_roots(config), config.crop_size, seed=config.seed, degradation=degradation)
+
+
+def build_samples(config: RunConfig, model: ISRModel, count: int, dataset: Dataset | None = None) -> Dataset:
+    """The training crops of `build_dataset`; the user's own, given or named by ``data``, are checked.
+
+    Their first and last are looked at here, before the work, all of them as they are drawn.
+
+    Args:
+        config: the settings.
+        model: what they are for.
+        count: how many samples will be asked for.
+        dataset: instead of that of the configuration.
+
+    Raises:
+        ValueError: see `CheckedSamples` and `build_dataset`.
+    """
+    named = isinstance(config.data, str) and is_import_name(config.data)
+    if dataset is None and not named:
+        return build_dataset(config)
+    own = CheckedSamples(build_dataset(config) if dataset is None else dataset, config.crop_size, model.scale)
+    for index in {0, count - 1}:
+        own[index]
+    return own
 
 
 def build_model(config: RunConfig, device: torch.device, model: ISRModel | None = None) -> ISRModel:
@@ -150,22 +174,19 @@ def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def disable_adapters(model: ISRModel) -> Iterator[None]:
-    """Within the block the model computes without its adapters."""
-    with contextlib.ExitStack() as stack:
-        for network in model.trainable_networks().values():
-            stack.enter_context(getattr(network, "module", network).disable_adapter())
-        yield
-
-
-@contextlib.contextmanager
 def as_reference(model: ISRModel, frozen: ISRModel | None) -> Iterator[ISRModel]:
-    """The frozen reference of a training; where there is none the model without its adapters."""
-    if frozen is not None:
-        yield frozen
-    else:
-        with disable_adapters(model):
-            yield model
+    """The frozen reference of a training; where there is none the model itself, for as long without its adapters.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    with contextlib.ExitStack() as stack:
+        for network in model.trainable_networks().values() if frozen is None else ():
+            adapted = getattr(network, "module", network)
+            if not hasattr(adapted, "disable_adapter"):
+                raise ValueError("reference must be the frozen pre-trained model where there are no adapters, got None")
+            stack.enter_context(adapted.disable_adapter())
+        yield model if frozen is None else frozen
 
 
 def merge_adapters(module: nn.Module) -> nn.Module:

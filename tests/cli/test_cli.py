@@ -7,16 +7,23 @@ import inspect
 import json
 import os
 import re
+import subprocess
+import sys
+import threading
 import types
 import typing
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from rfsr_ext.cli import _typer
+from rfsr_ext.cli import _typer, errors
+from rfsr_ext.cli.config import choose_device
+from rfsr_ext.data.datasets import CheckedSamples
 from tests.odd import ODD
 
 
@@ -78,6 +85,7 @@ def test_config_show_prints_every_setting(rfsr):
         ),
         (["upscale", "x.png", "--output", "x.png"], "'x.png' must be a folder, but 'x.png' is a file; give another"),
         (["upscale", "x.png", "--output", "x.png/out"], "'x.png/out' must be a folder, but 'x.png' is a file"),
+        (["evaluate", ".", "--output", "x.png/table.csv"], "'x.png' must be a folder, but 'x.png' is a file"),
     ],
 )
 def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
@@ -88,6 +96,27 @@ def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
     assert sentence in str(code)
     assert "\n" not in str(code)
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("given", ["foo", "cuda:7", "meta", ""])
+def test_a_device_that_is_not_there_is_refused_before_the_work(rfsr, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    wanted = f"--device must be one that torch finds here (cpu, cuda, cuda:0, cuda:1), got {given!r}; give one"
+    monkeypatch.chdir(tmp_path)
+    for command in (["upscale", "x.png"], ["data", "tag", "."], ["mini", "build"]):
+        code, _ = rfsr(*command, "--device", given)
+        assert code == f"rfsr: {wanted}"
+    assert not list(tmp_path.iterdir())
+    assert choose_device("cuda:1") == "cuda:1"
+
+
+def test_an_error_of_a_loader_process_is_one_sentence():
+    with pytest.raises(ValueError) as error:
+        next(iter(DataLoader(CheckedSamples([], 8, 4), sampler=[5], num_workers=1)))
+    assert "Traceback" in str(error.value)
+    sentence = errors.sentence(error.value)
+    assert sentence.startswith("dataset must give a sample for every index") and "\n" not in sentence
 
 
 def numbers():
@@ -184,7 +213,7 @@ def test_results_and_inputs_are_not_overwritten(rfsr, quick, tmp_path, monkeypat
     (tmp_path / "upscaled").mkdir()
     (tmp_path / "upscaled" / "cat_x4.png").write_text("mine")
     code, _ = rfsr("upscale", "cat.png")
-    assert code == "rfsr: 'upscaled/cat_x4.png' exists already; give another folder (--output) or --overwrite"
+    assert code == "rfsr: 'upscaled/cat_x4.png' exists already; give another --output or --overwrite"
     assert (tmp_path / "upscaled" / "cat_x4.png").read_text() == "mine" and not quick
     assert rfsr("upscale", "cat.png", "--overwrite")[0] == 0
     Image.new("RGB", (8, 8)).save("cat_x4.png")
@@ -251,6 +280,20 @@ def test_a_disk_that_takes_nothing_ends_the_batch_and_is_named(rfsr, quick, tmp_
 
 
 @pytest.mark.parametrize(
+    ("error", "shown"), [(OSError(errno.ENOSPC, "No space left on device"), False), (ValueError(), True)]
+)
+def test_a_thread_leaves_a_full_disk_to_the_main_one(rfsr, capsys, error, shown):
+    def fail():
+        raise error
+
+    rfsr("--help")
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["upscale", "x.png"], "rfsr: interrupted; nothing is half written\n"),
@@ -268,12 +311,46 @@ def test_an_interruption_is_said(rfsr, tmp_path, monkeypatch, arguments, sentenc
     assert code == 130 and printed.err.endswith(sentence)
 
 
+def test_a_working_folder_that_is_gone_is_said(rfsr, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert rfsr("doctor")[0] == "rfsr: the folder one works in is gone; change to another"
+
+
+@pytest.mark.parametrize("package", ["typer", "torch"])
+def test_an_interruption_while_packages_are_imported_is_said(tmp_path, package):
+    """The first that the command line imports, and the first that takes long."""
+    (tmp_path / f"{package}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-m", "rfsr_ext", "upscale", "x.png"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 130 and not run.stdout
+    assert run.stderr.strip() == "rfsr: interrupted; nothing is half written"
+
+
 def test_a_file_in_the_place_of_a_folder_is_named(rfsr, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "afile").write_text("mine")
     code, _ = rfsr("train", "mini", "--set", "output_dir=afile", "--set", "iterations=1")
     assert str(code).startswith("rfsr: 'afile' ") and "Errno" not in code and "\n" not in code
     assert (tmp_path / "afile").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["demo", "--output", "mine"], "table.txt"),
+        (["ablate", "--output", "mine", "--crops", 1], "ablation.csv"),
+        (["train", "dp2o-mini", "--set", "output_dir=mine"], "results.csv"),
+    ],
+)
+def test_results_do_not_replace_files_of_the_users_own(rfsr, tmp_path, monkeypatch, arguments, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    code, _ = rfsr(*arguments)
+    assert code == f"rfsr: folder 'mine' holds a {name!r} that rfsr did not write; move it away or give another folder"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
 
 
 @pytest.fixture

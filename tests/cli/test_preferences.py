@@ -38,6 +38,16 @@ def test_sample_score_show_and_train(rfsr, command, tmp_path):
     assert "config must be one of method dp2o, got 'mini' of method rfsr" in str(code)
 
 
+def test_pictures_that_exist_are_not_replaced_unasked(rfsr, command, tmp_path):
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown/gaps.png").write_text("mine")
+    code, _ = rfsr("preferences", "show", *command, "--output", "shown")
+    assert code == "rfsr: 'shown/gaps.png' exists already; give another --output or --overwrite"
+    code, _ = rfsr("preferences", "show", *command, "--output", "shown", "--overwrite")
+    assert "holds no candidates" in code  # it goes on to the work
+    assert [path.name for path in (tmp_path / "shown").iterdir()] == ["gaps.png"]
+
+
 def test_best_of(rfsr, command):
     code, printed = rfsr("evaluate", "tiny", "--best-of", "3", "--crops", "2", "--size", "32", "--output", "curves.csv")
     assert code == 0 and "2 held-out crops of 32 pixels, 3 results each" in printed.out

@@ -1,6 +1,7 @@
 import copy
 import io
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rfsr_ext.data import PHOTOGRAPHS, Degradation, ImageFolder, PhotographCrops, evaluation_crops, photographs
-from rfsr_ext.data.datasets import check_sample
+from rfsr_ext.data.datasets import CheckedSamples
 from rfsr_ext.data.images import from_uint8, read_image
 
 
@@ -102,19 +103,36 @@ def test_evaluation_crops_do_not_overlap():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"gt": torch.full((3, 8, 8), 255.0)}, r"gt must be in \[0, 1\], got values from 255 to 255"),
-        ({"gt": torch.full((3, 8, 8), -1.0)}, r"gt must be in \[0, 1\], got values from -1 to -1"),
-        ({"gt": torch.full((3, 8, 8), torch.nan)}, r"gt must be in \[0, 1\], got values from nan"),
-        ({"lr": torch.ones(3, 2, 2, dtype=torch.uint8)}, r"lr must be floating point \[3, H, W\], got torch.uint8"),
-        ({"gt": torch.ones(8, 8, 3)}, r"gt must be floating point \[3, H, W\], got torch.float32 \[8, 8, 3\]"),
-        ({"gt": torch.ones(3, 8, 4)}, r"gt must be 4 times the size of lr, \[8, 8\], got \[8, 4\]"),
+        ({"gt": torch.full((3, 8, 8), 255.0)}, "gt must be in [0, 1], got values from 255 to 255"),
+        ({"gt": torch.full((3, 8, 8), -1.0)}, "gt must be in [0, 1], got values from -1 to -1"),
+        ({"lr": torch.full((3, 2, 2), torch.nan)}, "lr must be in [0, 1], got values from nan to nan"),
+        ({"lr": torch.ones(3, 2, 2, dtype=torch.uint8)}, "lr must be a float32 tensor, got torch.uint8"),
+        ({"lr": np.ones((3, 2, 2), np.float32)}, "lr must be a float32 tensor, got float32"),
+        ({"gt": torch.ones(8, 8, 3)}, "gt must be [3, 8, 8] (crop_size, scale), got [8, 8, 3]"),
+        ({"lr": torch.ones(3, 8, 8)}, "lr must be [3, 2, 2] (crop_size, scale), got [3, 8, 8]"),
+        ({"prompt": None}, "prompt must be text, got NoneType; without one it is ''"),
     ],
 )
-def test_samples_are_checked(changes, sentence):
-    sample = {"gt": torch.ones(3, 8, 8), "lr": torch.zeros(3, 2, 2), "prompt": ""}
-    check_sample(sample, 4)
-    with pytest.raises(ValueError, match=sentence):
-        check_sample(sample | changes, 4)
+def test_samples_of_the_users_own_are_checked(changes, sentence):
+    good = {"gt": torch.ones(3, 8, 8), "lr": torch.zeros(3, 2, 2), "prompt": ""}
+    checked = CheckedSamples([good, good | changes], 8, 4)
+    assert checked[0] is good
+    with pytest.raises(ValueError, match=re.escape(f"sample 1 of the dataset: {sentence}")):
+        checked[1]
+
+
+@pytest.mark.parametrize(
+    ("sample", "missing"), [({"gt": torch.ones(3, 8, 8)}, "lr and prompt"), (None, "gt and lr and prompt")]
+)
+def test_samples_without_a_part_are_refused(sample, missing):
+    with pytest.raises(ValueError, match=f"sample 0 of the dataset: it must have gt, lr and prompt, .*out {missing}$"):
+        CheckedSamples([sample], 8, 4)[0]
+
+
+@pytest.mark.parametrize("dataset", [[], {}, torch.utils.data.Dataset()])
+def test_a_dataset_without_the_sample_asked_for_is_refused(dataset):
+    with pytest.raises(ValueError, match=r"sample for every index .* got \w+Error\(.*\) for 5; let it"):
+        CheckedSamples(dataset, 8, 4)[5]
 
 
 def test_too_many_evaluation_crops():

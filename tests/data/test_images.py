@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from rfsr_ext.data import load_photograph
 from rfsr_ext.data.images import (
@@ -111,6 +111,24 @@ def test_a_picture_with_a_profile_reads_as_its_srgb_twin(tmp_path, photograph, s
     image = read_image(tmp_path / f"photo.{suffix}")
     assert image.dtype == np.float32 and image.shape == photograph.shape
     assert psnr(image, photograph) > 48 > 35 > psnr(to_uint8(other) / 255, photograph)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(("space", "index", "icc"), [(65535, "R03", False), (1, "R03", False), (65535, "R98", False),
+                                                     (65535, "R03", True)])  # fmt: skip
+def test_exif_alone_says_adobe_rgb(tmp_path, photograph, suffix, space, index, icc):
+    """As cameras mark it (DCF 2.0, section 4.5); a profile in the file wins."""
+    matrix, _, encode = SPACES["Adobe RGB"]
+    other = to_uint8(encode(srgb_decode(photograph) @ SRGB.T @ np.linalg.inv(matrix).T))
+    exif = Image.Exif()
+    exif[0x0112] = 1  # Pillow writes nothing if there is nothing at the first level
+    exif.get_ifd(ExifTags.IFD.Exif)[0xA001] = space
+    exif.get_ifd(ExifTags.IFD.Exif)[0xA005] = {1: index}
+    options = {"icc_profile": profile(srgb_decode, SRGB)} if icc else {}
+    options |= {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    Image.fromarray(other).save(tmp_path / f"photo.{suffix}", exif=exif, **options)
+    meant = photograph if (space, index, icc) == (65535, "R03", False) else other / 255
+    assert psnr(read_image(tmp_path / f"photo.{suffix}"), meant) > 45
 
 
 def png(pixels, *chunks):

@@ -179,6 +179,18 @@ def test_a_failing_compiler_leaves_an_install_that_works(sources):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+def test_a_folder_of_any_name_can_be_installed_from(sources):
+    """What takes minutes to compile is left out."""
+    tree = sources.rename(sources.parent / """costs $1 "or" it's free""")
+    for source in (tree / "csrc/cpu").glob("*.cpp"):
+        source.write_text(f"int {source.stem}_compiled;")
+    run = build(tree)
+    assert run.returncode == 0 and record(tree)["cpu"].get("built"), run.stdout + run.stderr
+    assert (tree / "rfsr_ext/ops/_C_cpu.so").is_file()
+
+
+@pytest.mark.slow
 def test_a_failing_compiler_stops_the_install_on_request(sources):
     run = build(sources, CXX="/bin/false", CC="/bin/false", RFSR_REQUIRE_EXT="1")
     assert run.returncode != 0

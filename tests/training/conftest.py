@@ -48,6 +48,18 @@ class TinyData(torch.utils.data.Dataset):
         return {"gt": gt, "lr": lr, "prompt": "cat" if index % 2 else ""}
 
 
+class FewSamples(TinyData):
+    """So many of them, and an error for any other."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __getitem__(self, index):
+        if index >= self.count:
+            raise IndexError(index)
+        return super().__getitem__(index)
+
+
 def end_state(folder):
     """The tensors of a run's newest checkpoint."""
     return load_tensors(sorted((Path(folder) / "checkpoints").glob("*.safetensors"))[-1])[0]

@@ -24,7 +24,7 @@ from rfsr_ext.training.ccsr import (
 from tests import launching
 from tests.tiny import tiny_model
 from tests.training import run_ccsr
-from tests.training.conftest import Pixels, TinyData
+from tests.training.conftest import FewSamples, Pixels, TinyData
 from tests.training.run_ccsr import METHODS, SHARED, make, run
 from tests.training.test_loop import assert_same_state, end_state
 
@@ -284,6 +284,10 @@ def test_both_in_a_row_and_resumed(tmp_path, monkeypatch):
         ),
         (lambda: DecoderTuning(CCSRStage2Config(), Pixels()), "'vae' that is an AutoencoderKL .*, got Pixels with net"),
         (lambda: CCSRStageTrainer(CCSRStage1Config(lora_rank=4)), "lora_rank must be 0 for ccsr-stage1, .*, got 4"),
+        (
+            lambda: CCSRStageTrainer(CCSRStage1Config(crop_size=32), tiny_model(), dataset=FewSamples(3)),
+            "dataset must give a sample for every index",
+        ),
     ],
 )
 def test_refusals(refused, sentence):

@@ -24,7 +24,7 @@ from rfsr_ext.training.setup import as_reference
 from tests import launching
 from tests.models.released.dp2o import tiny_flux
 from tests.tiny import sd_scheduler, tiny_model
-from tests.training.conftest import Pixels, TinyData, assert_same_state, end_state
+from tests.training.conftest import FewSamples, Pixels, TinyData, assert_same_state, end_state
 
 HERE = Path(__file__).parent
 
@@ -248,6 +248,7 @@ def test_warns_when_the_reward_rises_by_leaving_the_reference(settings, caplog, 
         ({"reference": "round", "lora_rank": 2}, "reference must be base with lora_rank"),
         ({"crop_size": 30}, "crop_size must be a whole number"),
         ({"no_reference": ["brightness", "contrast"]}, "scores must hold 'contrast', got distance, brightness"),
+        ({"dataset": FewSamples(3)}, "got IndexError(3) for 3"),
     ],
 )
 def test_sentences(settings, changes, sentence):

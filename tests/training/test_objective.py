@@ -182,7 +182,7 @@ def test_sentences(tiny_model, batch, parts):
     with pytest.raises(ValueError, match="lr must be finite and in"):
         objective(torch.full_like(lr, float("nan")), gt, prompts, 4)
     with pytest.raises(ValueError, match="reference must be the frozen pre-trained model"):
-        RFSRObjective(tiny_model, WINDOWS, kl=True)
+        RFSRObjective(tiny_model, WINDOWS, rewards=parts["rewards"], kl=True)(lr, gt, prompts, 4)
 
 
 def test_guidance_acts_in_the_rollout_and_in_the_step_with_gradient(tiny_model, batch):

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import random
@@ -19,7 +20,7 @@ from rfsr_ext.sampling import sample
 from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer, setup
 from tests import launching
 from tests.training import run_tiny
-from tests.training.conftest import Brightness, Pixels, assert_same_state, end_state, make_tiny_model
+from tests.training.conftest import Brightness, FewSamples, Pixels, assert_same_state, end_state, make_tiny_model
 
 
 def run(settings, parts, model=None, **changes):
@@ -66,7 +67,7 @@ def test_lora_trains_adapters_and_its_base_is_the_reference(settings, parts):
         **parts,
     )
     assert all("lora_" in name for name in trainer.loop.states["model"].parameters)
-    with trainer.objective.disable_adapters():
+    with setup.as_reference(model, trainer.objective.reference):
         condition = model.condition(parts["validation"][0]["lr"][None], [""])
         z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         base = model.predict(z, torch.tensor(500), condition)
@@ -304,6 +305,26 @@ def test_sentences(settings, parts, changes, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)):
         RFSRTrainer(RFSRConfig.from_dict(settings | changes), Pixels(), **given)
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_samples_are_asked_for_before_the_work(settings, parts):
+    """As many as there are trajectories of two iterations: three batches of two, of which the last is the sixth."""
+    settings |= {"points_per_rollout": 2}
+    RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts | {"dataset": FewSamples(6)})
+    with pytest.raises(ValueError, match=r"dataset must give a sample for every index .* got IndexError\(5\) for 5"):
+        RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts | {"dataset": FewSamples(5)})
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_a_disk_that_tensorboard_fills_is_named(settings, parts, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = RFSRTrainer(RFSRConfig.from_dict(settings), Pixels(), **parts)
+    monkeypatch.setattr(trainer.loop.accelerator, "log", full)
+    with pytest.raises(OSError) as error:
+        trainer.train()
+    assert error.value.filename == str(Path(settings["output_dir"]) / "tensorboard")
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ from rfsr_ext.evaluation.stability import Spread, stability_table
 from rfsr_ext.models import ISRModel
 from rfsr_ext.training.held_out import HeldOut
 
-__all__ = ["HeldOutSpread"]
+__all__ = ["HeldOutStability"]
 
 
-class HeldOutSpread(HeldOut):
+class HeldOutStability(HeldOut):
     """Measures several samples of every held-out crop.
 
     The best weights are those with the lowest distance among the measurements whose PSNR is not more than

@@ -10,7 +10,7 @@ from rfsr_ext.training import setup
 from rfsr_ext.training.ccsr.config import CCSRConfig, CCSRStage1Config, CCSRStage2Config
 from rfsr_ext.training.ccsr.consistency import Consistency
 from rfsr_ext.training.ccsr.decoder import DecoderTuning, build_perceptual_loss
-from rfsr_ext.training.ccsr.held_out import HeldOutSpread
+from rfsr_ext.training.ccsr.held_out import HeldOutStability
 from rfsr_ext.training.loop import Loop, create_accelerator
 from rfsr_ext.training.rfsr import TrainingResult
 
@@ -23,7 +23,7 @@ class CCSRStageTrainer:
     Args:
         config: of stage 1 or of stage 2.
         model: trained in place.
-        dataset: samples as `rfsr_ext.data.Sample`, indexable by any non-negative integer.
+        dataset: samples as `rfsr_ext.data.Sample`, one for every index that the run asks for.
         validation: held-out samples.
         judges: scorers by name that training never uses.
     """
@@ -43,13 +43,13 @@ class CCSRStageTrainer:
             )
         accelerator = create_accelerator(config)
         self.model = setup.build_model(config, accelerator.device, model)
-        dataset = setup.build_dataset(config) if dataset is None else dataset
+        dataset = setup.build_samples(config, self.model, config.iterations * config.batch_size, dataset)
         validation = setup.build_validation(config) if validation is None else validation
         judges = setup.build_judges(accelerator.device) if judges is None else judges
         kind = Consistency if isinstance(config, CCSRStage1Config) else DecoderTuning
         self.method = kind(config, self.model)
         distance = build_perceptual_loss(config.validation_distance)
-        self.held_out = HeldOutSpread(
+        self.held_out = HeldOutStability(
             self.model, validation, distance, judges, seeds=config.validation_seeds,
             max_psnr_drop=config.max_psnr_drop, seed=config.seed, batch_size=config.batch_size,
             num_inference_steps=getattr(config, "num_inference_steps", None),

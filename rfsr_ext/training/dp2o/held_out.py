@@ -16,12 +16,12 @@ from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards.ranking import HybridReward
 from rfsr_ext.training.held_out import HeldOut, paired_ratio
 
-__all__ = ["HeldOutSpread"]
+__all__ = ["HeldOutExtremes"]
 
 logger = logging.getLogger(__name__)
 
 
-class HeldOutSpread(HeldOut):
+class HeldOutExtremes(HeldOut):
     """Measures the hybrid reward of several results per held-out crop, by the base model's smallest and largest scores.
 
     The best weights are those with the highest mean reward among the measurements whose PSNR is not more than

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from rfsr_ext.data import Sample
-from rfsr_ext.evaluation import best_of, best_of_figure, compare, comparison_figure, save_figure
-from rfsr_ext.evaluation.best_of import add_reward
+from rfsr_ext.evaluation import best_of_figure, compare, comparison_figure, save_figure
+from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.evaluation.preferences import Measure, evaluate_measures
 from rfsr_ext.files import replace_file
 from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards.ranking import HybridReward
 
-__all__ = ["Report"]
+__all__ = ["WRITTEN", "Report"]
 
+WRITTEN = ("results.csv", "best_of.csv", "changes.csv", "best_of.png", "worst_and_best.png")
 _PICTURED = 6
 
 
@@ -93,11 +94,11 @@ class Report:
         return f"{len(self.samples)} held-out crops, {len(self.seeds)} results each:\n{shown}\n"
 
     def write(self, folder: Path) -> None:
-        """``changes.csv``, ``best_of.csv`` and ``.png``, ``results.csv`` and ``worst_and_best.png``."""
+        """The files `WRITTEN`."""
         frame = self.frame
         names = [*(measure.name for measure in self.measures), *self.judges]
         lower_better = {measure.name for measure in self.measures if measure.lower_better}
-        curves = pd.concat([best_of(frame, name, name in lower_better) for name in ("reward", *names)])
+        curves = best_of_table(frame, ("reward", *names), lower_better)
         tables = {"results": frame, "best_of": curves, "changes": self.changes().reset_index()}
         for name, table in tables.items():
             with replace_file(folder / f"{name}.csv") as path:

@@ -15,15 +15,16 @@ from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.data.candidates import CandidateFolder
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.evaluation.preferences import Measure, Scores, create_measures, score_candidates
+from rfsr_ext.files import check_unheld
 from rfsr_ext.models import ISRModel
 from rfsr_ext.processes import join
 from rfsr_ext.rewards.ranking import HybridReward, pair_candidates
 from rfsr_ext.sampling import sample_candidates
 from rfsr_ext.training import setup
 from rfsr_ext.training.dp2o.config import DP2OConfig
-from rfsr_ext.training.dp2o.held_out import HeldOutSpread
+from rfsr_ext.training.dp2o.held_out import HeldOutExtremes
 from rfsr_ext.training.dp2o.method import DP2O, PreferencePairs
-from rfsr_ext.training.dp2o.report import Report
+from rfsr_ext.training.dp2o.report import WRITTEN, Report
 from rfsr_ext.training.loop import Loop, create_accelerator
 from rfsr_ext.training.rfsr import TrainingResult
 
@@ -92,8 +93,7 @@ class DP2OTrainer:
     Args:
         config: all settings.
         model: the pre-trained model; it is trained in place.
-        dataset: samples as `rfsr_ext.data.Sample`, indexable by any non-negative integer; candidates are sampled for
-            the first ones.
+        dataset: samples as `rfsr_ext.data.Sample`; candidates are sampled for the first ones.
         measures: the metrics that the settings name.
         validation: held-out samples, measured during training.
         judges: scorers by name that training never uses.
@@ -119,7 +119,7 @@ class DP2OTrainer:
         if measures is None:
             measures = create_measures(config.full_reference, config.no_reference, device)
         self.measures = list(measures)
-        self.dataset = setup.build_dataset(config) if dataset is None else dataset
+        self.dataset = setup.build_samples(config, self.model, config.images, dataset)
         self.validation = setup.build_validation(config) if validation is None else validation
         self.judges = setup.build_judges(device) if judges is None else judges
         if test is None:
@@ -135,7 +135,10 @@ class DP2OTrainer:
 
         Raises:
             ValueError, FileNotFoundError: as the parts of a round do, and see `Loop.train`.
+            FileExistsError: if the folder has files of the report's names and no run has held it before.
         """
+        if self.test and self.accelerator.is_main_process:
+            check_unheld(self.config.output_dir, WRITTEN)
         for round_ in range(1, self.config.rounds + 1):
             _, held_out, loop = self._round(round_)
             history = loop.train(resume)
@@ -144,7 +147,7 @@ class DP2OTrainer:
         validation = pd.DataFrame(held_out.measured)
         return DP2OResult(self.model, loop.folder, history, validation, held_out.best_iteration, report)
 
-    def _round(self, round_: int) -> tuple[DP2O, HeldOutSpread, Loop]:
+    def _round(self, round_: int) -> tuple[DP2O, HeldOutExtremes, Loop]:
         config = self.config.of_round(round_)
         sample_preferences(self.config, self.model, self.dataset, round_)
         candidates, scores = score_preferences(self.config, self.model, self.measures, round_)
@@ -160,7 +163,7 @@ class DP2OTrainer:
         )  # fmt: skip
         method = DP2O(config, self._trained(), self._reference(round_), f"{self.base} round {round_}")
         loops: list[Loop] = []
-        held_out = HeldOutSpread(
+        held_out = HeldOutExtremes(
             self.model,
             self.validation,
             self.measures,
