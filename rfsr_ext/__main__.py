@@ -5,7 +5,7 @@ import sys
 __all__ = ["main"]
 
 _GOES_ON = "interrupted; the same command goes on from the last checkpoint, if there is one yet"
-_INTERRUPTED = dict.fromkeys(("demo", "train", "ablate", "mini", "preferences"), _GOES_ON)
+_INTERRUPTED = dict.fromkeys(("demo", "train", "ablate", "compare", "mini", "preferences"), _GOES_ON)
 
 
 def main() -> None:

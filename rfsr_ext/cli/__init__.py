@@ -200,7 +200,7 @@ def evaluate(
         bool, typer.Option("--stability", help="Also say how much samples of one image differ: G-STD, L-STD, a map.")
     ] = False,
     best_of: Annotated[
-        int | None, whole("So many results per crop: best, mean and worst of 1, 2, 4 … of them.", 2)
+        int | None, whole("So many results per crop or pair: best, mean and worst of 1, 2, 4 … of them.", 2)
     ] = None,
     model_option: ModelOption = None,
 ) -> None:
@@ -221,9 +221,14 @@ def evaluate(
     if stability and (all(folders) or best_of is not None or (seeds or (1 if pairs else 3)) < 2):
         raise ValueError("--stability is for models and two --seeds or more, of which CCSR's authors take 10")
     if best_of is not None:
-        if any(folders) or pairs is not None or gt is not None or cases is not None or steps or seeds is not None:
-            raise ValueError("--best-of is for models on held-out crops alone, and its number is that of the seeds")
-        evaluate_best_of(targets, crops, size, best_of, output, chosen, options)
+        if any(folders) or gt is not None or cases is not None or steps or seeds is not None:
+            raise ValueError(
+                "--best-of is for models on held-out crops or --pairs, and its number is that of the seeds"
+            )
+        if pairs is not None:
+            evaluate_on_pairs(targets, pairs, pictures, chosen, range(best_of), output, options, best_of_seeds=True)
+        else:
+            evaluate_best_of(targets, crops, size, best_of, output, chosen, options)
     elif pairs is not None:
         if any(folders) or gt is not None or cases is not None or steps:
             raise ValueError(
@@ -297,6 +302,21 @@ def ablate(
     from rfsr_ext.cli.evaluate import ablate_variants
 
     ablate_variants(config, variants.split(",") if variants else None, range(seeds), crops, size, output)
+
+
+@_typer.command()
+def compare(
+    config: Annotated[str, typer.Argument(help="A YAML file of ways of training, or the preset: mini.")] = "mini",
+    model: Annotated[str | None, typer.Option(help="The base model, as for a training; CONFIG's by default.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for everything; CONFIG's by default.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
+) -> None:
+    """Train a model in several ways at the same cost, over seeds, and compare quality, spread and cost."""
+    from rfsr_ext.cli.compare import compare_ways
+    from rfsr_ext.cli.config import parse_pairs
+
+    given = {"model": model, "output_dir": output and str(output)}
+    compare_ways(config, parse_pairs("--set", set_) | {key: value for key, value in given.items() if value})
 
 
 @_typer.command()

@@ -222,10 +222,12 @@ def evaluate_on_pairs(
     output: Path | None,
     options: dict[str, Any] | None = None,
     stability: bool = False,
+    best_of_seeds: bool = False,
 ) -> None:
     """Upscale the LR images of pairs, keep the pictures and print the table of models and of their differences.
 
     Bicubic enlargement, by the scale of the first model, stands above them.  Several processes share the pictures.
+    With ``best_of_seeds`` also Best, Mean and Worst@M of all seeds, of the preset's metrics and the reward they make.
 
     Raises:
         ValueError: before any work if no pair fits a model; at the end if a pair was left out.
@@ -259,6 +261,10 @@ def evaluate_on_pairs(
                 spreads[name].add([image], read_picture(folder / f"{image}.png")[None])
         references = {image: read_picture(results[base].references[image]) for image in common}
         write_stability(frame[frame["image"].isin(common)], spreads, references, output)
+    if best_of_seeds and common:
+        typer.echo(f"\n{len(seeds)} results for each of {len(common)} pictures; 95 % bootstrap over pictures")
+        rows = frame[frame["image"].isin(common) & frame["seed"].notna()]
+        write_best_of(rows, suite.metrics, (), output.with_suffix(".best_of.csv") if output else None)
     typer.echo(f"\npictures: {', '.join(str(folder) for result in results.values() for folder in result.folders)}")
     if output is not None:
         write_table(frame, output)
@@ -342,22 +348,29 @@ def evaluate_best_of(
     if not is_main():
         return
     suite = Suite(preset, device=choose_device()) if preset else None
-    chosen = suite.metrics if suite else ("psnr", "ssim", *REWARDS)
-    compared = {name: name in METRICS and METRICS[name].reference for name in chosen}
-    hybrid = HybridReward(
-        tuple(name for name in chosen if compared[name]), tuple(name for name in chosen if not compared[name])
-    )
-    lower_better = {name for name in chosen if name in METRICS and METRICS[name].lower_better}
     samples, scorers = evaluation_crops(photographs("test"), size, crops), held_out_scorers()
     frames = []
     for name in dict.fromkeys(names):
         model = load_model(name, **(options or {})).to(choose_device())
         frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
-    frame = add_reward(pd.concat(frames, ignore_index=True), hybrid, lower_better)
-    quantities = dict.fromkeys(("reward", *chosen, *scorers))
-    curves = best_of_table(frame, quantities, lower_better)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
     typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")
+    chosen = suite.metrics if suite else ("psnr", "ssim", *REWARDS)
+    write_best_of(pd.concat(frames, ignore_index=True), chosen, tuple(scorers), output)
+
+
+def write_best_of(frame: pd.DataFrame, chosen: Sequence[str], others: Sequence[str], output: Path | None) -> None:
+    """Print Best, Mean and Worst@M of the reward that ``chosen`` columns make, and of each column; with ``output`` keep
+    every number there and the figure beside it.
+    """
+    compared = {name: name in METRICS and METRICS[name].reference for name in chosen}
+    hybrid = HybridReward(
+        tuple(name for name in chosen if compared[name]), tuple(name for name in chosen if not compared[name])
+    )
+    lower_better = {name for name in chosen if name in METRICS and METRICS[name].lower_better}
+    frame = add_reward(frame, hybrid, lower_better)
+    quantities = dict.fromkeys(("reward", *chosen, *others))
+    curves = best_of_table(frame, quantities, lower_better)
     curves["cell"] = [f"{v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in curves[["value", "low", "high"]].to_numpy()]
     for name in quantities:
         part = curves[curves["quantity"] == name].pivot(index=["model", "of"], columns="count", values="cell")

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from rfsr_ext.files import replace_file
@@ -29,7 +30,7 @@ __all__ = [
 _DPI = 100
 _INK, _FAINT = "#222222", "#8a8a8a"
 _STRUCTURE, _REWARD = "#2a6fb0", "#d1662b"  # distinguishable in gray and to color-blind readers
-_LINES = (_INK, "#2a6fb0", "#d1662b", "#3c8d5a", "#8a5aa8")
+_LINES = (_INK, "#2a6fb0", "#d1662b", "#3c8d5a", "#8a5aa8", "#b59b00", "#4fb3d9", "#c2497a")
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = _DPI) -> None:
@@ -213,13 +214,15 @@ def best_of_figure(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(4.0 * across, 3.0 * down + 0.5), dpi=_DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
     styles = {"best": "--", "mean": "-", "worst": ":"}
+    colors = {model: _LINES[i % len(_LINES)] for i, model in enumerate(models)}
     for axes, quantity in zip(panels, quantities, strict=False):
-        for i, model in enumerate(models):
-            color = _LINES[i % len(_LINES)]
+        for model, color in colors.items():
             for kind, style in styles.items():
                 part = table[table["quantity"].eq(quantity) & table["model"].eq(model) & table["of"].eq(kind)]
-                axes.fill_between(part["count"], part["low"], part["high"], color=color, alpha=0.15, linewidth=0)
-                axes.plot(part["count"], part["value"], style, color=color, linewidth=1.6, label=f"{model}: {kind}")
+                axes.fill_between(
+                    part["count"], part["low"], part["high"], color=color, alpha=0.3 / max(2, len(models)), linewidth=0
+                )
+                axes.plot(part["count"], part["value"], style, color=color, linewidth=1.6)
         axes.set_xscale("log", base=2)
         counts = sorted(table["count"].unique())
         axes.set_xticks(counts, [str(count) for count in counts])
@@ -228,8 +231,9 @@ def best_of_figure(table: pd.DataFrame) -> Figure:
     for axes in panels[len(quantities) :]:
         axes.set_visible(False)
     figure.supxlabel("results per image (M)", size=9, color=_INK)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=min(len(models), 2) * 3, frameon=False, fontsize=8)
+    handles = [Line2D([], [], color=color, linewidth=1.6, label=model) for model, color in colors.items()]
+    handles += [Line2D([], [], color=_FAINT, linewidth=1.6, linestyle=style, label=k) for k, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

@@ -4,6 +4,8 @@ Models are compared on the same images and the same noise, and errors are standa
 are averaged first, because they are no independent evidence about other images.
 """
 
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -19,7 +21,16 @@ from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.sampling import generators, inference_condition, sample, trajectory
 
-__all__ = ["Scorer", "compare", "enlarge_bicubic", "evaluate", "evaluate_bicubic", "measure_trajectory", "summarize"]
+__all__ = [
+    "Scorer",
+    "compare",
+    "enlarge_bicubic",
+    "evaluate",
+    "evaluate_bicubic",
+    "measure_trajectory",
+    "seconds_per_image",
+    "summarize",
+]
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 """Images ``[N, 3, H, W]`` in [0, 1] and their prompts to ``[N]`` scores: a reward's or a judge's ``score`` is one."""
@@ -118,6 +129,22 @@ def evaluate_bicubic(
         sr = enlarge_bicubic(lr, scale)
         parts.append(_rows(sr, gt, prompts, scorers, suite, model=name, image=images, seed=pd.NA))
     return _table(parts)
+
+
+def seconds_per_image(model: ISRModel, example: Sample, repeats: int = 5) -> float:
+    """The median time of upscaling one image by itself, from LR image to pixels on the CPU, after a first try.
+
+    Args:
+        model: where it computes.
+        example: of the size that is meant.
+        repeats: number of measurements.
+    """
+    lr, prompts, seconds = example["lr"][None].to(model.device), [example["prompt"]], []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        sample(model, lr, prompts, generators(0, [0])).cpu()  # a GPU has ended then
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
 
 
 def _per_image(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,11 +1,8 @@
 """The paper's ablations (Tables 2 to 5) as named variants of one configuration, run over several seeds."""
 
-import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -14,6 +11,7 @@ from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.files import lock_folder, replace_file
 from rfsr_ext.models import load_model
 from rfsr_ext.training.config import RFSRConfig
+from rfsr_ext.training.kept import find_result, keep_result, samples_digest
 from rfsr_ext.training.rfsr import RFSRTrainer
 
 __all__ = ["VARIANTS", "ablate"]
@@ -39,36 +37,6 @@ VARIANTS: dict[str, dict] = {
     "no-structure": {"structure_loss": "none"},
     "l1": {"structure_loss": "l1"},
 }
-
-
-def _digest(samples: Sequence[Sample]) -> str:
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(repr((sample["prompt"], list(sample["gt"].shape), list(sample["lr"].shape))).encode())
-        for key in ("gt", "lr"):
-            digest.update(sample[key].contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _finished(result: Path, settings: dict[str, Any]) -> bool:
-    """Whether this measurement is there, made with the same settings.
-
-    Raises:
-        ValueError: if it was made with others, or nobody knows with which.
-    """
-    if not result.is_file():
-        return False
-    try:
-        made = json.loads(result.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{str(result)!r} does not say what it was measured with; give another folder") from None
-    for key in sorted(settings.keys() | made.keys()):
-        if settings.get(key) != made.get(key):
-            raise ValueError(
-                f"{str(result)!r} was made with other settings ({key} {made.get(key)!r}, now {settings.get(key)!r}); "
-                "give another folder, or delete that of this run to make it anew"
-            )
-    return True
 
 
 def ablate(
@@ -104,7 +72,7 @@ def ablate(
         raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
     base = load_model(config.model, **config.model_options)
     common = {
-        "samples": _digest(samples),
+        "samples": samples_digest(samples),
         "scorers": sorted(scorers),
         "base model": base.fingerprint(),
     }
@@ -121,16 +89,11 @@ def ablate(
                     changes["rewards"] = {name: weight}
                 changed = config.replace(**changes, seed=seed, output_dir=str(run))
                 settings |= {key: value for key, value in changed.to_dict().items() if key != "output_dir"}
-            settings = json.loads(json.dumps(settings, default=str))  # as they will be read
-            if _finished(result, settings):
-                parts.append(pd.read_csv(result, keep_default_na=False))
-                continue
-            model = base if variant == "base" else RFSRTrainer(changed).train().model
-            frame = evaluate(model, samples, scorers, seeds=(seed,), name=variant)
-            with replace_file(result.with_suffix(".json")) as path:
-                path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            with replace_file(result) as path:
-                frame.to_csv(path, index=False)
+            frame = find_result(result, settings)
+            if frame is None:
+                model = base if variant == "base" else RFSRTrainer(changed).train().model
+                frame = evaluate(model, samples, scorers, seeds=(seed,), name=variant)
+                keep_result(result, frame)
             parts.append(frame)
         table = pd.concat(parts, ignore_index=True)
         with replace_file(Path(folder) / _TABLE) as path:

@@ -27,7 +27,7 @@ from rfsr_ext.data.degradation import DEGRADATIONS
 from rfsr_ext.presets import read_settings
 from rfsr_ext.rewards import WeightedReward
 
-__all__ = ["RFSRConfig", "RunConfig", "create_degradation", "read_values"]
+__all__ = ["RFSRConfig", "RunConfig", "Settings", "create_degradation", "read_values"]
 
 # What version 0.1 called things, and what to write now.
 _OLD_KEYS = {
@@ -51,7 +51,7 @@ class _Unusable(AssertionError):
     """A value of another kind than the field's: pydantic counts it among its own errors, and `_sentence` words it."""
 
 
-class _Settings(BaseModel):
+class _Values(BaseModel):
     """Takes values as YAML 1.1 reads them, and takes only keys it knows and finite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -62,7 +62,7 @@ class _Settings(BaseModel):
         return _as_meant(value, _leaves(cls.model_fields[info.field_name].annotation))
 
 
-class RewardTerm(_Settings):
+class RewardTerm(_Values):
     """One reward of a configuration; see `rfsr_ext.rewards.WeightedReward`, whose fields these are."""
 
     weight: Weight
@@ -74,7 +74,7 @@ class RewardTerm(_Settings):
     offload: bool = False
 
 
-class DataRoot(_Settings):
+class DataRoot(_Values):
     """One folder of the training data, or two of pairs; see `rfsr_ext.data.Root`, whose fields these are."""
 
     path: Text | None = None
@@ -84,28 +84,74 @@ class DataRoot(_Settings):
     limit: Count | None = None
 
 
-class StreamRoot(_Settings):
+class StreamRoot(_Values):
     """Shards instead of folders; see `rfsr_ext.data.stream`."""
 
     stream: Text
     lanes: Count = 1
 
 
-class RunConfig(_Settings):
-    """The settings that every method of training shares; a method subclasses it with keys of its own.
+class Settings(_Values):
+    """What a YAML file or one of ``presets`` says, checked key by key before anything is loaded.
 
     Raises:
         ValueError: for the first key that is not known (the nearest valid one is named) or whose value is no use, in
             one sentence.
     """
 
+    presets: ClassVar[tuple[str, ...]] = ()
+    presets_folder: ClassVar[str] = ""  # in `rfsr_ext.presets`
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_sentence(type(self), error, values)) from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Self:
+        """Check names and values and fill in the defaults; ``source`` begins the sentence of an error.
+
+        Raises:
+            ValueError: see the class.
+        """
+        try:
+            return cls(**{str(key): value for key, value in values.items()})
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a YAML file, or one of ``presets``; ``overrides`` win over what it says.
+
+        Raises:
+            FileNotFoundError: if there is neither a file nor a preset of that name.
+            ValueError: if the file is no YAML mapping, or a key or value is wrong.
+        """
+        return cls.from_dict(*read_values(path, cls.presets, overrides, cls.presets_folder))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they may stand in YAML or JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self.model_dump().items()}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked again."""
+        return type(self)(**self.to_dict() | changes)
+
+
+class RunConfig(Settings):
+    """The settings that every method of training shares; a method subclasses it with keys and ``presets`` of its own.
+
+    Raises:
+        ValueError: see `Settings`.
+    """
+
     # What may differ between the runs before and after an interruption.
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
-        {"iterations", "learning_rate", "max_skipped", "output_dir", "checkpoint_every", "keep_checkpoints",
-         "validate_every", "num_workers", "prefetch_factor", "gradient_checkpointing", "offload_reference"}
+        {"iterations", "max_seconds", "learning_rate", "max_skipped", "output_dir", "checkpoint_every",
+         "keep_checkpoints", "validate_every", "num_workers", "prefetch_factor", "gradient_checkpointing",
+         "offload_reference"}
     )  # fmt: skip
-    presets: ClassVar[tuple[str, ...]] = ()  # of the method
-
     method: Text = Field("own", description="the method that trains, by its name")
     model: Text = Field(
         "mini",
@@ -142,6 +188,11 @@ class RunConfig(_Settings):
         False, description="recompute activations of denoiser and decoder in the backward pass to save memory"
     )
     iterations: Annotated[int, Field(ge=1, le=10**7)] = Field(10_000, description="optimizer steps of the whole run")
+    max_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        None,
+        description="end the run as if its iterations were done after so many seconds, interruptions left out; how far "
+        "it comes then depends on the machine; null for no limit",
+    )
     optimizer: Literal["adam", "adam-8bit"] = Field(
         "adam", description="adam, or adam-8bit, which keeps its two moments in a quarter of the memory (bitsandbytes)"
     )
@@ -179,12 +230,6 @@ class RunConfig(_Settings):
     lora_targets: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"), description="names of the modules that get adapters"
     )
-
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ValueError(_sentence(type(self), error, values)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -234,36 +279,6 @@ class RunConfig(_Settings):
                 f"got {self.batch_size}"
             )
         return self
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Self:
-        """Check names and values and fill in the defaults; ``source`` begins the sentence of an error.
-
-        Raises:
-            ValueError: see the class.
-        """
-        try:
-            return cls(**{str(key): value for key, value in values.items()})
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Read a YAML file, or one of the method's ``presets``; ``overrides`` win over what it says.
-
-        Raises:
-            FileNotFoundError: if there is neither a file nor a preset of that name.
-            ValueError: if the file is no YAML mapping, or a key or value is wrong.
-        """
-        return cls.from_dict(*read_values(path, cls.presets, overrides))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they may stand in YAML or JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in self.model_dump().items()}
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with other values, checked again."""
-        return type(self)(**self.to_dict() | changes)
 
     def differs(self, other: Mapping[str, Any]) -> list[str]:
         """Keys in which a run with ``other`` would give another result, for deciding whether it can be resumed."""
@@ -352,6 +367,11 @@ class RFSRConfig(RunConfig):
                     f"{name} must be a multiple of points_per_rollout ({self.points_per_rollout}), got "
                     f"{getattr(self, name)}"
                 )
+        if self.points_per_rollout > 1 and self.max_seconds is not None:
+            raise ValueError(
+                f"max_seconds must be null with points_per_rollout above 1, because it may end a run in the middle of "
+                f"a trajectory, got {self.max_seconds:g}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -394,7 +414,7 @@ class RFSRConfig(RunConfig):
 
 
 def read_values(
-    path: str | Path, presets: Sequence[str], overrides: Mapping[str, Any] | None = None
+    path: str | Path, presets: Sequence[str], overrides: Mapping[str, Any] | None = None, folder: str = ""
 ) -> tuple[dict[str, Any], str]:
     """What a YAML file or a preset says, with ``overrides``, and what an error should call it.
 
@@ -402,7 +422,7 @@ def read_values(
         FileNotFoundError: if there is neither a file nor a preset of that name.
         ValueError: if the file is no YAML mapping.
     """
-    values, source = read_settings(path, presets, "config")
+    values, source = read_settings(path, presets, "config", folder)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold 'key: value' lines, got a {type(values).__name__}")
@@ -448,7 +468,7 @@ def _check_root(key: str, root: Any) -> str | dict[str, Any]:
     return options
 
 
-def _valid(model: type[_Settings], options: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+def _valid(model: type[_Values], options: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
     try:
         return model.model_validate(options).model_dump(exclude_unset=True)
     except ValidationError as error:

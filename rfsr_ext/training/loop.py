@@ -117,6 +117,10 @@ class Loop:
         held_out: measures during training, or None.
         accelerator: by default a new one.
         name: of the progress bar.
+
+    Attributes:
+        seconds: spent so far, interruptions left out, with held-out measurements but the first and the last; a trainer
+            may begin with those of what its method does before.
     """
 
     def __init__(
@@ -167,7 +171,7 @@ class Loop:
         n, parts = self.config.batch_size, self.config.gradient_accumulation_steps
         share = n // self.accelerator.num_processes
         offset = self.accelerator.process_index * share
-        indices = [k * n + offset + i for k in range(first, self.config.iterations) for i in range(share)]
+        indices = (k * n + offset + i for k in range(first, self.config.iterations) for i in range(share))
         workers = self.config.num_workers
         return DataLoader(
             self.dataset,
@@ -263,7 +267,7 @@ class Loop:
     def train(self, resume: bool = True) -> pd.DataFrame:
         """Train to ``config.iterations``, going on from the newest checkpoint in the run's folder if there is one.
 
-        The weights are the moving averages afterwards.
+        ``config.max_seconds`` may end the run before.  The weights are the moving averages afterwards.
 
         Returns:
             One row per iteration.
@@ -271,7 +275,8 @@ class Loop:
         Raises:
             NonFiniteLossError: after ``config.max_skipped`` iterations in a row without a finite loss, or if the run
                 ends in skipped steps or in weights that are of no use.
-            ValueError: if the checkpoint is of another model or method, or was made with other settings.
+            ValueError: if the checkpoint is of another model or method, or was made with other settings; or if
+                ``max_seconds`` have gone by before the first iteration.
             RuntimeError: if another run holds the folder.
         """
         main = self.accelerator.is_main_process
@@ -321,11 +326,17 @@ class Loop:
         loader = iter(self._loader(self.iteration))
         started = time.monotonic() - self.seconds
         progress = tqdm(
-            total=config.iterations, initial=self.iteration, desc=self.name, disable=not main, unit="it",
-            mininterval=0.5,
+            total=None if config.max_seconds else config.iterations, initial=self.iteration, desc=self.name,
+            disable=not main, unit="it", mininterval=0.5,
         )  # fmt: skip
+        last = self._done()
+        if last and not self.iteration:
+            raise ValueError(
+                f"max_seconds must leave time to train, but {self.seconds:.0f} s had gone by before the first "
+                f"iteration, got {config.max_seconds:g}"
+            )
         with contextlib.closing(progress):
-            while self.iteration < config.iterations:
+            while not last:
                 began = time.monotonic()
                 batches = [self._to_device(next(loader)) for _ in range(config.gradient_accumulation_steps)]
                 row = self._train_step(batches, self.iteration)
@@ -337,7 +348,7 @@ class Loop:
                 progress.update()
                 shown = {k: f"{v:.4g}" for k, v in row.items() if k.endswith(("loss", "step"))}
                 progress.set_postfix(shown, refresh=False)
-                last = self.iteration == config.iterations
+                last = self._done()
                 if main:
                     numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
                     scalars = {k: v for k, v in numbers.items() if k not in ("iteration", "skipped")}
@@ -352,6 +363,14 @@ class Loop:
                     raise NonFiniteLossError(self._advice("the last step left weights that are of no use"))
                 if self.iteration % config.checkpoint_every == 0 or last:
                     self._checkpoint()
+
+    def _done(self) -> bool:
+        """Whether the run has had its iterations or its seconds; all processes say the same."""
+        done = self.iteration >= self.config.iterations
+        if self.config.max_seconds is not None:
+            seconds = torch.tensor(self.seconds, device=self.accelerator.device)
+            done |= self.accelerator.reduce(seconds, "mean").item() >= self.config.max_seconds
+        return done
 
     def _sound(self) -> bool:
         """Whether the weights are finite, and every held-out number that was one still is.

@@ -216,6 +216,7 @@ class TrainingResult:
         history: one row per iteration.
         validation: one row per held-out measurement, see `rfsr_ext.training.held_out.HeldOut`.
         best_iteration: of the weights in ``best/``; 0 is the base model.
+        seconds: of `rfsr_ext.training.loop.Loop`.
     """
 
     model: ISRModel
@@ -223,6 +224,7 @@ class TrainingResult:
     history: pd.DataFrame
     validation: pd.DataFrame
     best_iteration: int
+    seconds: float
 
     @property
     def summary(self) -> str:
@@ -303,5 +305,7 @@ class RFSRTrainer:
         """Train to ``config.iterations``, see `rfsr_ext.training.loop.Loop.train`."""
         history = self.loop.train(resume)
         self.method.finish()
-        validation = pd.DataFrame(self.held_out.measured)
-        return TrainingResult(self.model, self.loop.folder, history, validation, self.held_out.best_iteration)
+        return TrainingResult(
+            self.model, self.loop.folder, history, pd.DataFrame(self.held_out.measured), self.held_out.best_iteration,
+            self.loop.seconds,
+        )  # fmt: skip

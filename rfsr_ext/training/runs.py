@@ -13,23 +13,15 @@ from rfsr_ext.training.ccsr import (
 )
 from rfsr_ext.training.config import RFSRConfig, RunConfig, read_values
 from rfsr_ext.training.dp2o import DP2OConfig, DP2OTrainer
-from rfsr_ext.training.rfsr import RFSRTrainer
+from rfsr_ext.training.rfsr import RFSRTrainer, TrainingResult
 
-__all__ = ["METHODS", "Result", "Trainer", "create_trainer", "load_config", "method_presets"]
-
-
-class Result(Protocol):
-    """What a run leaves behind."""
-
-    @property
-    def summary(self) -> str:
-        """What was made and where it lies, in a few lines."""
+__all__ = ["METHODS", "Trainer", "create_trainer", "load_config", "method_presets"]
 
 
 class Trainer(Protocol):
     """A run of a method, made from its settings alone."""
 
-    def train(self, resume: bool = True) -> Result: ...
+    def train(self, resume: bool = True) -> TrainingResult: ...
 
 
 METHODS: dict[str, tuple[type[RunConfig], Callable[[Any], Trainer]]] = {

@@ -1,5 +1,8 @@
 """``rfsr preferences``, ``rfsr train`` of method dp2o and ``rfsr evaluate --best-of`` on a tiny model."""
 
+from pathlib import Path
+
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -55,4 +58,20 @@ def test_best_of(rfsr, command):
     assert set(curves["count"]) == {1, 2, 3} and {"reward", "psnr", "judge"} <= set(curves["quantity"])
     assert Image.open("curves.png").width > 400
     code, _ = rfsr("evaluate", "tiny", "--best-of", "3", "--seeds", "2")
-    assert "--best-of is for models on held-out crops alone" in str(code)
+    assert "--best-of is for models on held-out crops or --pairs, and its number is that of the seeds" in str(code)
+
+
+def test_best_of_pairs(rfsr, command):
+    """Curves are of the rows that are written beside them."""
+    rng = np.random.default_rng(0)
+    for folder, side in (("lr", 8), ("gt", 32)):
+        Path(folder).mkdir()
+        for name in ("a.png", "b.png"):
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(f"{folder}/{name}")
+    code, printed = rfsr("evaluate", "tiny", "--pairs", "lr", "gt", "--best-of", "3", "--output", "rows.csv")
+    assert code == 0 and "3 results for each of 2 pictures" in printed.out
+    rows, curves = pd.read_csv("rows.csv"), pd.read_csv("rows.best_of.csv")
+    best = rows[rows["model"] == "tiny"].groupby("image")["psnr"].max().mean()
+    found = curves[curves["quantity"].eq("psnr") & curves["count"].eq(3) & curves["of"].eq("best")]["value"].item()
+    assert found == pytest.approx(best) and set(curves["quantity"]) == {"reward", "psnr", "ssim", "judge"}
+    assert set(curves["model"]) == {"tiny"} and Image.open("rows.best_of.png").width > 400

@@ -53,7 +53,9 @@ def test_models_share_one_scale(frame):
         low, high = (values.groupby(frame["image"]).transform(f) for f in ("min", "max"))
         scaled[name] = (values - low) / (high - low)
     np.testing.assert_allclose(rewarded["reward"], (scaled["a"] + scaled["b"]) / 2, rtol=1e-12)
-    assert best_of_figure(pd.concat([best_of(rewarded), best_of(frame, "a")])).axes[0].lines
+    figure = best_of_figure(pd.concat([best_of(rewarded), best_of(frame, "a")]))
+    assert all(len(axes.lines) == 2 * 3 for axes in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].texts] == ["base", "tuned", "best", "mean", "worst"]
 
 
 def test_sentences(frame):

@@ -156,6 +156,7 @@ def test_a_method_that_nobody_knows_is_named(tmp_path):
             {"points_per_rollout": 4, "checkpoint_every": 10},
             "checkpoint_every must be a multiple of points_per_rollout (4), got 10",
         ),
+        ({"points_per_rollout": 2, "max_seconds": 5}, "max_seconds must be null with points_per_rollout above 1"),
         # names of version 0.1
         ({"regularization": "kl"}, "unknown key 'regularization'; write style_loss: gram, kl or none"),
         ({"lambda_regularization": 1}, "unknown key 'lambda_regularization'; write lambda_style"),
@@ -183,7 +184,7 @@ ACCEPTED = {
     "balance_rewards": {"true", "false"}, "ema_decay": {"zero"}, "lambda_structure": {"zero", "half"},
     "lambda_style": {"zero", "half"}, "seed": {"zero"}, "num_workers": {"zero"}, "lora_rank": {"zero"},
     "max_psnr_drop": {"zero", "minus", "half"}, "rewards": {"mapping"}, "model_options": {"mapping"},
-    "weight_decay": {"zero"},
+    "weight_decay": {"zero"}, "max_seconds": {"half", "null"},
 }  # fmt: skip
 
 

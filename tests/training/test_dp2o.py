@@ -20,6 +20,7 @@ from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.training import load_config
 from rfsr_ext.training.dp2o import DP2OConfig, DP2OTrainer, PreferencePairs
 from rfsr_ext.training.dp2o.method import draw_timesteps
+from rfsr_ext.training.kept import read_seconds
 from rfsr_ext.training.setup import as_reference
 from tests import launching
 from tests.models.released.dp2o import tiny_flux
@@ -200,6 +201,7 @@ def test_results_become_better_and_everything_is_written(settings):
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(settings, tmp_path):
     whole = run(settings, output_dir=str(tmp_path / "whole"))
+    assert whole.seconds > read_seconds(whole.folder / "preferences.seconds") > 0  # sampling and scoring count
     run(settings, iterations=2)
     resumed = run(settings)
     assert_same_state(end_state(whole.folder), end_state(resumed.folder))

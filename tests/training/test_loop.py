@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from torch import nn
 
 from rfsr_ext.files import load_tensors, lock_folder
 from rfsr_ext.training import Loop, Method, NonFiniteLossError
+from rfsr_ext.training import loop as loop_module
 from tests import launching
 from tests.training import toy
 from tests.training.toy import Numbers, ToyGAN
@@ -64,6 +66,35 @@ def test_a_turn_moves_its_own_player_only(tmp_path):
     train(tmp_path, method, iterations=3)
     assert all(torch.equal(p, before[n]) for n, p in method.generator.named_parameters())
     assert not any(torch.equal(p, other[n]) for n, p in method.discriminator.named_parameters())
+
+
+def test_seconds_end_a_run_as_its_iterations_do(tmp_path, monkeypatch):
+    """A clock that goes on by a second in every iteration, and by an hour while nothing runs."""
+    clock, stop = SimpleNamespace(now=0.0, monotonic=lambda: clock.now), 2
+
+    class Slow(ToyGAN):
+        def loss(self, player, batch, iteration, samples):
+            clock.now += player == "generator"
+            if iteration == stop:
+                raise KeyboardInterrupt
+            return super().loss(player, batch, iteration, samples)
+
+    monkeypatch.setattr(loop_module, "time", clock)
+    limits = {"iterations": 10**6, "max_seconds": 4}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", Slow(), checkpoint_every=1, **limits)
+    assert len(checkpoints(tmp_path / "run")) == 2
+    stop, clock.now = None, 3600.0
+    assert len(train(tmp_path / "run", Slow(), checkpoint_every=1000, **limits)) == 4
+    train(tmp_path / "other", iterations=4)
+    assert_same_state(end_state(tmp_path / "run"), end_state(tmp_path / "other"))
+    before = (tmp_path / "run/checkpoints").stat().st_mtime_ns
+    assert len(train(tmp_path / "run", Slow(), **limits)) == 4  # nothing is left to do
+    assert (tmp_path / "run/checkpoints").stat().st_mtime_ns == before
+    loop = Loop(toy.config(tmp_path / "late", **limits), Slow(), Numbers())
+    loop.seconds = 5.0
+    with pytest.raises(ValueError, match="max_seconds must leave time to train, but 5 s had gone by .*, got 4"):
+        loop.train()
 
 
 @pytest.mark.parametrize("parts", [2, 4])

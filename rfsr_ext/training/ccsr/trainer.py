@@ -60,8 +60,10 @@ class CCSRStageTrainer:
         """Train to ``config.iterations``, see `rfsr_ext.training.loop.Loop.train`."""
         history = self.loop.train(resume)
         setup.finish(self.model)
-        validation = pd.DataFrame(self.held_out.measured)
-        return TrainingResult(self.model, self.loop.folder, history, validation, self.held_out.best_iteration)
+        return TrainingResult(
+            self.model, self.loop.folder, history, pd.DataFrame(self.held_out.measured), self.held_out.best_iteration,
+            self.loop.seconds,
+        )  # fmt: skip
 
 
 class CCSRTrainer:

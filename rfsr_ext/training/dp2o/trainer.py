@@ -1,5 +1,6 @@
 """DP2O from a configuration: sample, score, pair, train, and show what became of best, mean and worst."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.evaluation.preferences import Measure, Scores, create_measures, score_candidates
 from rfsr_ext.files import check_unheld
 from rfsr_ext.models import ISRModel
-from rfsr_ext.processes import join
+from rfsr_ext.processes import from_main, join
 from rfsr_ext.rewards.ranking import HybridReward, pair_candidates
 from rfsr_ext.sampling import sample_candidates
 from rfsr_ext.training import setup
@@ -25,6 +26,7 @@ from rfsr_ext.training.dp2o.config import DP2OConfig
 from rfsr_ext.training.dp2o.held_out import HeldOutExtremes
 from rfsr_ext.training.dp2o.method import DP2O, PreferencePairs
 from rfsr_ext.training.dp2o.report import WRITTEN, Report
+from rfsr_ext.training.kept import count_seconds, read_seconds
 from rfsr_ext.training.loop import Loop, create_accelerator
 from rfsr_ext.training.rfsr import TrainingResult
 
@@ -145,12 +147,14 @@ class DP2OTrainer:
         report = self._report() if self.test else None
         setup.finish(self.model)
         validation = pd.DataFrame(held_out.measured)
-        return DP2OResult(self.model, loop.folder, history, validation, held_out.best_iteration, report)
+        return DP2OResult(self.model, loop.folder, history, validation, held_out.best_iteration, loop.seconds, report)
 
     def _round(self, round_: int) -> tuple[DP2O, HeldOutExtremes, Loop]:
         config = self.config.of_round(round_)
-        sample_preferences(self.config, self.model, self.dataset, round_)
-        candidates, scores = score_preferences(self.config, self.model, self.measures, round_)
+        spent = Path(config.output_dir) / "preferences.seconds"
+        with count_seconds(spent) if self.accelerator.is_main_process else contextlib.nullcontext():
+            sample_preferences(self.config, self.model, self.dataset, round_)
+            candidates, scores = score_preferences(self.config, self.model, self.measures, round_)
         pairs = pair_candidates(
             self.hybrid(scores.values, scores.lower_better),
             config.selected,
@@ -177,6 +181,7 @@ class DP2OTrainer:
         )
         dataset = PreferencePairs(candidates, pairs, config.seed)
         loops.append(Loop(config, method, dataset, held_out, self.accelerator, name=f"DP2O round {round_}"))
+        loops[0].seconds = from_main(read_seconds(spent))
         return method, held_out, loops[0]
 
     def _trained(self) -> ISRModel:
