@@ -14,6 +14,7 @@ from rfsr_ext.evaluation.folders import FolderResult, best_and_worst, evaluate_f
 from rfsr_ext.evaluation.measure import (
     Scorer,
     compare,
+    enlarge_bicubic,
     evaluate,
     evaluate_bicubic,
     measure_trajectory,
@@ -38,6 +39,7 @@ __all__ = [
     "create_measures",
     "curves_figure",
     "disagreement_figure",
+    "enlarge_bicubic",
     "evaluate",
     "evaluate_bicubic",
     "evaluate_folder",

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.typing import LineStyleType
 from torch import Tensor
 
 from rfsr_ext.files import replace_file
@@ -213,7 +214,7 @@ def best_of_figure(table: pd.DataFrame) -> Figure:
     across = math.ceil(len(quantities) / down)
     figure = Figure(figsize=(4.0 * across, 3.0 * down + 0.5), dpi=_DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
-    styles = {"best": "--", "mean": "-", "worst": ":"}
+    styles: dict[str, LineStyleType] = {"best": "--", "mean": "-", "worst": ":"}
     colors = {model: _LINES[i % len(_LINES)] for i, model in enumerate(models)}
     for axes, quantity in zip(panels, quantities, strict=False):
         for model, color in colors.items():

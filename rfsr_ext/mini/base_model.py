@@ -1,5 +1,6 @@
 """The two stages that make the mini base model: an autoencoder, then a denoiser with its ControlNet on its latents."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def train_autoencoder(
 def train_denoiser(
     vae: AutoencoderKL,
     linear: LinearAutoencoder,
-    datasets: dict[str, tuple[Dataset, int, int]],
+    datasets: Mapping[str, tuple[Dataset, int, int]],
     folder: Path,
     **options,
 ) -> tuple[ControlNetISRModel, dict[str, float]]:

@@ -15,6 +15,9 @@ stock classes, which then learn the rest.  Three things in these are not linear:
 Channels that the linear map leaves free start at random, for the other layers to work with.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -25,10 +28,19 @@ __all__ = ["LinearAutoencoder", "LinearEstimator", "load_linear_estimate", "load
 _CONSTANT = 30.0  # of one channel in every group; the others are about 1
 
 
-def _without_bias(layers: nn.ModuleList) -> nn.ModuleList:
-    for layer in layers:
-        nn.init.zeros_(layer.bias)
-    return layers
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return cast("Tensor", conv.bias)  # every convolution here has one
+
+
+def _convolutions(layers: nn.ModuleList) -> list[nn.Conv2d]:
+    return cast("list[nn.Conv2d]", list(layers))
+
+
+def _without_bias(layers: Iterable[nn.Conv2d]) -> nn.ModuleList:
+    modules = nn.ModuleList(layers)
+    for layer in _convolutions(modules):
+        nn.init.zeros_(_bias(layer))
+    return modules
 
 
 class LinearAutoencoder(nn.Module):
@@ -38,18 +50,14 @@ class LinearAutoencoder(nn.Module):
         super().__init__()
         c = latent_channels
         self.encoder = _without_bias(
-            nn.ModuleList(
-                [
-                    nn.Conv2d(3, 12, 3, padding=1),
-                    nn.Conv2d(12, 24, 3, stride=2),
-                    nn.Conv2d(24, c, 3, stride=2),
-                    nn.Conv2d(c, c, 3, padding=1),
-                ]
-            )
+            [
+                nn.Conv2d(3, 12, 3, padding=1),
+                nn.Conv2d(12, 24, 3, stride=2),
+                nn.Conv2d(24, c, 3, stride=2),
+                nn.Conv2d(c, c, 3, padding=1),
+            ]
         )
-        self.decoder = _without_bias(
-            nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ((c, 48), (48, 36), (36, 12), (12, 3)))
-        )
+        self.decoder = _without_bias(nn.Conv2d(a, b, 3, padding=1) for a, b in ((c, 48), (48, 36), (36, 12), (12, 3)))
 
     def encode(self, images: Tensor) -> Tensor:
         """``[N, 3, H, W]`` to ``[N, C, H/4, W/4]``."""
@@ -83,10 +91,8 @@ class LinearEstimator(nn.Module):
         shapes = ((3, a), (a, a), (a, b), (b, b), (b, c), (c, features), (features, latent_channels))
         strides = (1, 1, 2, 1, 2, 1, 1)
         self.layers = _without_bias(
-            nn.ModuleList(
-                nn.Conv2d(before, after, 3, stride, padding=1)
-                for (before, after), stride in zip(shapes, strides, strict=True)
-            )
+            nn.Conv2d(before, after, 3, stride, padding=1)
+            for (before, after), stride in zip(shapes, strides, strict=True)
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -123,7 +129,7 @@ def _tame(norm: nn.GroupNorm, constants_to: float) -> None:
 
 def _zero(conv: nn.Conv2d) -> None:
     nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(_bias(conv))
 
 
 def _finish(conv: nn.Conv2d, layer: nn.Conv2d, positive: list[int], negative: list[int]) -> None:
@@ -131,7 +137,7 @@ def _finish(conv: nn.Conv2d, layer: nn.Conv2d, positive: list[int], negative: li
     _zero(conv)
     rows = slice(0, layer.out_channels)
     conv.weight[rows, positive], conv.weight[rows, negative] = layer.weight, -layer.weight
-    conv.bias[rows] = layer.bias
+    _bias(conv)[rows] = _bias(layer)
 
 
 @torch.no_grad()
@@ -154,7 +160,7 @@ def load_linear_map(vae: AutoencoderKL, linear: LinearAutoencoder) -> None:
             conv.weight[:, _constants(conv.in_channels, groups)] = 0.0
         for row, channel in enumerate(target):
             conv.weight[channel, source] = weight[row]
-        conv.bias[target], conv.bias[constants] = bias, _CONSTANT
+        _bias(conv)[target], _bias(conv)[constants] = bias, _CONSTANT
         return target
 
     def passed(conv: nn.Conv2d, source: list[int]) -> list[int]:
@@ -165,24 +171,24 @@ def load_linear_map(vae: AutoencoderKL, linear: LinearAutoencoder) -> None:
         pairs = _pairs(conv.out_channels, groups, len(source))
         for sign, channels in zip((1.0, -1.0), pairs, strict=True):
             conv.weight[channels, source] = sign
-        conv.bias[_constants(conv.out_channels, groups)] = _CONSTANT
+        _bias(conv)[_constants(conv.out_channels, groups)] = _CONSTANT
         return pairs
 
-    encoder, (e0, e1, e2, e3) = vae.encoder, linear.encoder
+    encoder, (e0, e1, e2, e3) = vae.encoder, _convolutions(linear.encoder)
     down = encoder.down_blocks
-    x = lay(encoder.conv_in, e0.weight, e0.bias, [0, 1, 2])
-    x = lay(down[0].downsamplers[0].conv, e1.weight, e1.bias, x)
+    x = lay(encoder.conv_in, e0.weight, _bias(e0), [0, 1, 2])
+    x = lay(down[0].downsamplers[0].conv, e1.weight, _bias(e1), x)
     x = passed(down[1].resnets[0].conv_shortcut, x)
-    x = lay(down[1].downsamplers[0].conv, e2.weight, e2.bias, x)
+    x = lay(down[1].downsamplers[0].conv, e2.weight, _bias(e2), x)
     _finish(encoder.conv_out, e3, *passed_in_pairs(down[2].resnets[0].conv_shortcut, x))
     encoder.conv_out.bias[e3.out_channels :] = -8.0  # the log-variance: nearly none
 
-    decoder, (d0, d1, d2, d3) = vae.decoder, linear.decoder
+    decoder, (d0, d1, d2, d3) = vae.decoder, _convolutions(linear.decoder)
     up = decoder.up_blocks
-    x = lay(decoder.conv_in, d0.weight, d0.bias, list(range(d0.in_channels)))
-    x = lay(up[0].upsamplers[0].conv, d1.weight, d1.bias, x)
+    x = lay(decoder.conv_in, d0.weight, _bias(d0), list(range(d0.in_channels)))
+    x = lay(up[0].upsamplers[0].conv, d1.weight, _bias(d1), x)
     x = passed(up[1].resnets[0].conv_shortcut, x)
-    x = lay(up[1].upsamplers[0].conv, d2.weight, d2.bias, x)
+    x = lay(up[1].upsamplers[0].conv, d2.weight, _bias(d2), x)
     _finish(decoder.conv_out, d3, *passed_in_pairs(up[2].resnets[0].conv_shortcut, x))
 
     for conv in (vae.quant_conv, vae.post_quant_conv):
@@ -198,14 +204,14 @@ def load_linear_estimate(unet: UNet2DConditionModel, controlnet: ControlNetModel
     connection, and the output.
     """
     embedding = controlnet.controlnet_cond_embedding
-    *inner, to_features, to_latents = linear.layers
+    *inner, to_features, to_latents = _convolutions(linear.layers)
     for place, (conv, layer) in enumerate(zip((embedding.conv_in, *embedding.blocks), inner, strict=True)):
         weight = torch.cat([layer.weight, -layer.weight], dim=1) if place else layer.weight
         conv.weight.copy_(torch.cat([weight, -weight]))
-        conv.bias.copy_(torch.cat([layer.bias, -layer.bias]))
+        conv.bias.copy_(torch.cat([_bias(layer), -_bias(layer)]))
     features = to_features.out_channels
     embedding.conv_out.weight[:features] = torch.cat([to_features.weight, -to_features.weight], dim=1)
-    embedding.conv_out.bias[:features] = to_features.bias
+    embedding.conv_out.bias[:features] = _bias(to_features)
     residual = controlnet.controlnet_down_blocks[0]
     for conv in (controlnet.conv_in, unet.conv_in, residual):  # nothing is added to the features
         conv.weight[:features], conv.bias[:features] = 0.0, 0.0
