@@ -119,11 +119,10 @@ def test_save_and_load(tmp_path):
     ("load", "file", "other"),
     [
         (MiniIQA.from_pretrained, "rewards/mini-iqa", "judge/judge"),
-        (lambda folder: MiniPreference.from_pretrained(folder, tiny_tokenizer()), "rewards/mini-preference",
-         "rewards/mini-iqa"),
+        (MiniPreference.from_pretrained, "rewards/mini-preference", "rewards/mini-iqa"),
         (Judge.from_pretrained, "judge/judge", "rewards/mini-preference"),
     ],
-)  # fmt: skip
+)
 def test_wrong_files_in_place_of_the_shipped_ones(tmp_path, load, file, other):
     right, wrong = ((WEIGHTS / f"{name}.safetensors").read_bytes() for name in (file, other))
     path = tmp_path / f"{Path(file).name}.safetensors"
