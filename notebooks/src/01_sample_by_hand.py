@@ -295,13 +295,15 @@ check("one DDIM step", ddim_step(start, model_output, T), by_diffusers, 1e-6)
 # %% [markdown]
 # And the sampler is a loop over it. It begins as SeeSR does, one of the models that the paper trains: not at pure noise,
 # but at the latents of the enlarged photograph, noised to the first timestep. (On Stable Diffusion's schedule the share of
-# the picture is then 0.08. The eye sees nothing of it; a network does, above all the mean colors.)
+# the picture is then 0.08. The eye sees nothing of it; a network does, above all the mean colors.) The noise is multiplied
+# with a *temperature*, 1 in most models. The mini model's recipe says 0.7: of all the noise it was trained with it makes
+# a texture, like a canvas's, on every surface.
 
 
 # %%
 @torch.no_grad()
 def sample_by_hand(condition, noise):
-    latents = add_noise(model.encode(condition.image), noise, T)
+    latents = add_noise(model.encode(condition.image), model.recipe.temperature * noise, T)
     check("the start, by hand and package", latents, start, 1e-5)
     farthest = 0.0
     for t in scheduler.timesteps.tolist():

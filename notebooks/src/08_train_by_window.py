@@ -409,7 +409,7 @@ show(figure, f"Memory and gradient norm over the number K of last steps with gra
 
 
 # %%
-def train_by_hand(iterations, n=2, learning_rate=3e-5, decay=0.95, seed=0):
+def train_by_hand(iterations, n=2, learning_rate=preset.learning_rate, decay=0.95, seed=0):
     frozen = model.reference()  # G' of eq. 6
     student = model.reference()
     parameters = list(student.unfreeze().trained_parameters().values())
