@@ -248,7 +248,7 @@ def test_memory_is_said_beforehand_and_what_needs_too_much_left_out(rfsr, quick,
     Image.new("RGB", (16, 16)).save("large.png")
     Image.new("RGB", (8, 8)).save("small.png")
     module = importlib.import_module("rfsr_ext.cli.upscale")
-    monkeypatch.setattr(module, "available", lambda: 20_000)  # 64² pixels take 18 bytes each, six sets of latents
+    monkeypatch.setattr(module, "available", lambda: 30_000)  # 64² pixels take 24 bytes each, six sets of latents
     code, printed = rfsr("upscale", "large.png", "small.png")
     assert str(code) == "rfsr: 1 of 2 files could not be upscaled: large.png"
     assert (
