@@ -100,11 +100,11 @@ def test_one_sentence(rfsr, tmp_path, monkeypatch, arguments, sentence):
 
 @pytest.mark.parametrize("given", ["foo", "cuda:7", "meta", ""])
 def test_a_device_that_is_not_there_is_refused_before_the_work(rfsr, tmp_path, monkeypatch, given):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     wanted = f"--device must be one that torch finds here (cpu, cuda, cuda:0, cuda:1), got {given!r}; give one"
     monkeypatch.chdir(tmp_path)
-    for command in (["upscale", "x.png"], ["data", "tag", "."], ["mini", "build"]):
+    for command in (["upscale", "x.png"], ["data", "tag", "."], ["mini", "build", "."]):
         code, _ = rfsr(*command, "--device", given)
         assert code == f"rfsr: {wanted}"
     assert not list(tmp_path.iterdir())
