@@ -26,7 +26,7 @@ import pytest
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile, comment_markers, metadata_tags
 
-EVALUATIONS, MEMORY = 5000, 2.4e9  # what notebooks/README.md says of each, with head-room for other machines
+EVALUATIONS, MEMORY = 25_000, 2.4e9  # what notebooks/README.md says of each, with head-room for other machines
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the kernels, which start later
 CALIBRATION = """
 import time, torch
@@ -35,7 +35,7 @@ def seconds_per_evaluation():
     model, best = load_model("mini"), float("inf")
     with torch.no_grad():
         condition = model.condition(torch.zeros(1, 3, 16, 16), [""])
-        latents = torch.zeros(1, 12, 16, 16)
+        latents = torch.zeros(1, model.latent_channels, 16, 16)
         for _ in range(12):
             start = time.process_time()
             for _ in range(5):

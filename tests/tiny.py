@@ -3,17 +3,37 @@
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTokenizer
 
+from rfsr_ext.data import PHOTOGRAPHS
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import ControlNetISRModel, ISRModel, Recipe
 from tests.once import built_once
+
+
+def sd_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule and timesteps, predicting velocity."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Of the bundled photographs' tags."""
+    return architecture.tokenizer(PHOTOGRAPHS)
 
 
 @built_once
 def _networks(seed: int) -> dict:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = architecture.tokenizer()
+        tokenizer = tiny_tokenizer()
         text_encoder = architecture.text_encoder(tokenizer)
         vae = AutoencoderKL(
             block_out_channels=(8, 8),
@@ -44,7 +64,7 @@ def _networks(seed: int) -> dict:
 
 def tiny_parts(seed: int = 0, scheduler=None, **scheduler_options) -> dict:
     """The parts of a Stable-Diffusion-like model: 4 latent channels, 2 pixels per latent, text in both networks."""
-    scheduler = architecture.scheduler() if scheduler is None else scheduler
+    scheduler = sd_scheduler() if scheduler is None else scheduler
     if scheduler_options:
         scheduler = type(scheduler).from_config(scheduler.config, **scheduler_options)
     return _networks(seed) | {"scheduler": scheduler}

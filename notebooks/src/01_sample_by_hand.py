@@ -15,11 +15,11 @@
 #
 # NAVIGATION
 #
-# A diffusion model makes a picture in many small steps, from noise. RFSR puts one loss on the early steps and another on
-# the late ones. So its whole method rests on three things: what a step does, what the model believes at that step, and
-# how steps are counted. Afterwards you can
+# A diffusion model makes a picture in many small steps, each of which takes some noise away. RFSR puts one loss on the
+# early steps and another on the late ones. So its whole method rests on three things: what a step does, what the model
+# estimates at that step, and how steps are counted. Afterwards you can
 #
-# * add noise as the model expects it, and read its current guess of the clean picture from whatever it predicts,
+# * add noise as the model expects it, and read its current estimate of the clean picture from whatever it predicts,
 # * take one DDIM step, and all fifty,
 # * turn sampling steps into timesteps and back, and say why a *noise*-predicting model guesses badly at step 1.
 
@@ -27,8 +27,10 @@
 import copy
 
 import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
 
-from rfsr_ext.data import evaluation_crops
+from rfsr_ext.data import Degradation, evaluation_crops
 from rfsr_ext.metrics import psnr
 from rfsr_ext.models import Process, load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
@@ -43,215 +45,273 @@ lr, gt, prompt = crop["lr"][None], crop["gt"][None], crop["prompt"]
 # %% [markdown]
 # ## 1 · What comes out?
 #
-# First the result, with the package: a flower that the model has never seen, four times smaller, and what it makes of it.
+# First the result, with the package: a flower that the model has never seen, and what it makes of it. The low resolution
+# is four times smaller, and before and after the shrinking a little was spoiled: blur, noise and a JPEG file, drawn at
+# random from the ranges below. Beside the model stands *bicubic* enlargement, which needs no network.
 
 # %%
+spoiled = Degradation.preset("mini").first
+print(f"blur of σ {spoiled.blur_sigma} pixels, noise of σ {spoiled.noise_range} of 255, "
+      f"JPEG of quality {spoiled.jpeg_range}, colors {spoiled.jpeg_subsampling}")  # fmt: skip
 result = sample(model, lr, [prompt], generators(0, [0]))
 condition = model.condition(lr, [prompt])
-titles = ["low resolution\n24×24", f"sampled 96×96\n{psnr(result, gt)[0]:.1f} dB", "truth\n96×96"]
+bicubic = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
+check("what the model sees of the photograph is its bicubic enlargement", condition.image, bicubic, 1e-6)
+by_both = {"bicubic": bicubic, "sampled": result}
+titles = [f"{name}\n{psnr(x, gt)[0]:.1f} dB" for name, x in by_both.items()]
 show(
-    pictures([lr[0], result[0], gt[0]], titles, tile=2.5),
-    "A dahlia in 24 by 24 coarse pixels, the sampled picture with 96 by 96 pixels at "
-    f"{psnr(result, gt)[0]:.1f} dB, and the true photograph.",
+    pictures([lr[0], bicubic[0], result[0], gt[0]], ["low resolution\n24×24", *titles, "truth\n96×96"], tile=1.92),
+    "A dahlia in 24 by 24 coarse pixels; enlarged to 96 by 96 pixels, "
+    + " and ".join(title.replace("\n", " ") for title in titles)
+    + "; and the true photograph.",
 )
 
 # %% [markdown]
-# **What to see.** The rim of the flower is sharp again, and there is texture, all of it invented: the low-resolution
-# picture does not tell where one petal ends. The number is PSNR, the closeness to the truth in decibels:
-# $-10\log_{10}$ of the mean squared error, so more is closer. The result is blotchy, because this is a model of 6.6 million
-# parameters, trained for half an hour on twelve photographs; the published ones have two hundred times as many. The sampler
-# around both is the same. Let us build it.
+# **What to see.** Compare the two in the middle: whose edges are sharper, and who invents texture? The low resolution does
+# not tell where one petal ends, so whatever is there must be invented. The number is PSNR, the closeness to the truth in
+# decibels: $-10\log_{10}$ of the mean squared error, so more is closer. Bicubic enlargement invents nothing and is hard to
+# beat in it: no network that draws new detail gets there by being sharp alone. This one is small and was trained for less
+# than an hour; the published ones are hundreds of times as large. The sampler around both is the same. Let us build it.
 #
 # ## 2 · How is noise added?
 #
-# The model works on *latents*: its autoencoder turns the 96×96 pixels into 24×24 positions with 12 numbers each, and
-# decodes them back. Training mixes the clean latents $z_0$ with noise $\varepsilon$, more of it the larger the *timestep*
-# $t$:
+# The model works on *latents*: its autoencoder turns 96×96 pixels into 24×24 positions with a few numbers each, and
+# decodes them back. Clean latents $z_0$ are mixed with noise $\varepsilon$, more of it the larger the *timestep* $t$:
 #
-# $$z_t=\sqrt{\bar\alpha_t}\,z_0+\sqrt{1-\bar\alpha_t}\;\varepsilon,\qquad \bar\alpha_t=\prod_{s\le t}(1-\beta_s)$$
+# $$z_t=\alpha_t\,z_0+\sigma_t\,\varepsilon,\qquad \alpha_t=\sqrt{\bar\alpha_t},\quad
+# \sigma_t=\sqrt{1-\bar\alpha_t},\qquad \bar\alpha_t=\prod_{s\le t}(1-\beta_s)$$
 #
-# The $\beta_s$ say how much noise each timestep adds. They are Stable Diffusion's: their roots grow evenly from
-# $\sqrt{0.00085}$ to $\sqrt{0.012}$ over 1000 timesteps.
+# The $\beta_s$ say how much noise each timestep adds. In *Stable Diffusion*, on which the paper's models are built, their
+# roots grow evenly from $\sqrt{0.00085}$ to $\sqrt{0.012}$ over 1000 timesteps. In our mini model all $\beta_s$ are equal
+# and small.
 
 # %%
-betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+betas = torch.linspace(scheduler.config.beta_start, scheduler.config.beta_end, 1000)
 alpha_bar = torch.cumprod(1 - betas, 0)  # diffusers: scheduler.alphas_cumprod
-check("alpha_bar", alpha_bar, scheduler.alphas_cumprod, 1e-6)
-print("t     alpha_bar  picture's share  noise's share")
-for t in (1, 201, 401, 601, 801, 981):
-    print(f"{t:4d}  {alpha_bar[t]:9.4f}  {alpha_bar[t].sqrt():15.3f}  {(1 - alpha_bar[t]).sqrt():13.3f}")
+check("alpha_bar of the mini model", alpha_bar, scheduler.alphas_cumprod, 1e-6)
+sd = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+sd.set_timesteps(50)
+sd_alpha_bar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+check("alpha_bar of Stable Diffusion", sd_alpha_bar, sd.alphas_cumprod, 1e-6)
+print(f"latents of {model.latent_channels} numbers, instead of {3 * 4 * 4} in 4×4 pixels\n")
+print("        mini model          Stable Diffusion\n  t    picture   noise      picture   noise")
+for t in (19, 199, 399, 599, 799, 999):
+    shares = [share.sqrt().item() for bar in (alpha_bar, sd_alpha_bar) for share in (bar[t], 1 - bar[t])]
+    print("{:4d}   {:6.3f}   {:6.3f}      {:6.3f}   {:6.3f}".format(t, *shares))
 
 
 # %%
-def add_noise(z0, noise, t):
-    return alpha_bar[t].sqrt() * z0 + (1 - alpha_bar[t]).sqrt() * noise
+def add_noise(z0, noise, t, bar=alpha_bar):
+    return bar[t].sqrt() * z0 + (1 - bar[t]).sqrt() * noise
 
 
 z0 = model.encode(gt)
 noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
-for t in (1, 500, 981):
+for t in (19, 499, 999):
     check(f"noised latents, t = {t}", add_noise(z0, noise, t), scheduler.add_noise(z0, noise, torch.tensor([t])), 1e-6)
 
 # %%
-timesteps = [1, 51, 101, 201, 401, 981]
+noised, titles = [], []
 with torch.no_grad():
-    noised = [model.decode(add_noise(z0, noise, t))[0] for t in timesteps]
-shares = [alpha_bar[t].sqrt().item() for t in timesteps]
+    for name, bar in (("Stable Diffusion", sd_alpha_bar), ("mini model", alpha_bar)):
+        for t in (199, 599, 999):
+            noised.append(model.decode(add_noise(z0, noise, t, bar))[0])
+            titles.append(f"{name}, t = {t}\nnoise {(1 - bar[t]).sqrt():.2f}")
 show(
-    pictures(noised, [f"t = {t}\nshare {a:.2f}" for t, a in zip(timesteps, shares, strict=True)], columns=3, tile=2.0),
-    "The noised latents of the flower, decoded. "
-    + ", ".join(f"t {t}: share of the picture {a:.2f}" for t, a in zip(timesteps, shares, strict=True))
-    + ".",
+    pictures(noised, titles, columns=3, tile=1.92),
+    "The noised latents of the flower, decoded: " + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
 )
 
 # %% [markdown]
-# **What to see.** The finest detail drowns first. At $t=201$ single petals are hard to tell, at $t=401$ the outline of the
-# flower still stands, at $t=981$ nothing does. So a model that goes from large to small $t$ decides the outlines first and
-# the texture last. That order is what RFSR is built on.
+# **What to see.** The upper row is Stable Diffusion's. The finest detail drowns first, and at $t=999$ nothing of the flower
+# is left. So a model that goes from large to small $t$ decides the outlines first and the texture last. That order is what
+# RFSR is built on.
 #
-# Even at $t=981$, where our 50 steps will begin, the share of the picture is not 0, but 0.08. The eye sees nothing of it;
-# a network does, above all the mean colors. So it matters what a sampler starts from (section 5).
+# The lower row is ours: even at $t=999$ the flower is there. A small model could not find a flower in noise. It does not
+# have to: it starts from the *enlarged* photograph, whose latents $z_{LR}$ are not far from the truth's, and only fills in
+# what that lacks. How far, the next cell says, and what the autoencoder alone loses. In training its noise also held the difference, so that the noisiest
+# $z_T$ is the noised *enlarged* photograph, and every $z_t$ lies on the straight way from there to the truth (as in
+# ResShift, another super-resolution model):
 #
-# ## 3 · What does the model believe?
+# $$z_t=\alpha_t\,z_0+\sigma_t\Bigl(\varepsilon+\frac{\alpha_T}{\sigma_T}(z_{LR}-z_0)\Bigr)
+# \qquad\Rightarrow\qquad z_T=\alpha_T\,z_{LR}+\sigma_T\,\varepsilon$$
+
+# %%
+T = int(scheduler.timesteps[0])
+alpha_T, sigma_T = alpha_bar[T].sqrt(), (1 - alpha_bar[T]).sqrt()
+z_lr = model.encode(bicubic)
+of_training = noise + (z_lr - z0) * alpha_T / sigma_T
+with torch.no_grad():
+    print(
+        f"the truth, encoded and decoded: {psnr(model.decode(z0).clamp(0, 1), gt)[0]:.1f} dB, about the most that a sample can reach"
+    )
+check("z_T is the noised enlarged photograph", add_noise(z0, of_training, T), add_noise(z_lr, noise, T), 1e-5)
+rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
+print(f"root mean square of z_0 {rms(z0):.2f}, of z_LR − z_0 {rms(z_lr - z0):.2f}; noise at the start {sigma_T:.2f}")
+
+# %% [markdown]
+# ## 3 · What does the model estimate?
 #
-# The network (a U-Net, with a ControlNet beside it that reads the upscaled low-resolution photograph) sees $z_t$ and $t$
-# and must say what is noise and what is picture. (That photograph and the encoded prompt are what the code calls
-# `condition`.) It may answer in any of three ways, because $z_t$ and one answer determine the rest
-# ($\alpha=\sqrt{\bar\alpha_t}$, $\sigma=\sqrt{1-\bar\alpha_t}$):
+# The network is a U-Net, which first shrinks and then enlarges the latents, with a *ControlNet* beside it: a copy of its
+# shrinking half that reads the enlarged photograph and adds what it finds at every size. Both see $z_t$ and $t$ and must
+# say what is noise and what is picture. (Enlarged photograph and encoded prompt are what the code calls `condition`.) The
+# answer may be given in any of three ways, because $z_t$ and one answer determine the rest:
 #
-# | it predicts | `prediction_type` | the picture, `pred_original_sample` |
-# |---|---|---|
-# | noise $\varepsilon$ | `epsilon` | $z_0=(z_t-\sigma\varepsilon)/\alpha$ |
-# | velocity $v=\alpha\varepsilon-\sigma z_0$ | `v_prediction` | $z_0=\alpha z_t-\sigma v$ |
-# | the picture | `sample` | $z_0$ |
+# | it predicts | `prediction_type` | the picture, `pred_original_sample` | for example |
+# |---|---|---|---|
+# | noise $\varepsilon$ | `epsilon` | $z_0=(z_t-\sigma\varepsilon)/\alpha$ | SeeSR, PASD |
+# | velocity $v=\alpha\varepsilon-\sigma z_0$ | `v_prediction` | $z_0=\alpha z_t-\sigma v$ | Stable Diffusion 2.1 |
+# | the picture | `sample` | $z_0$ | the mini model |
 #
 # (Velocity, because with $\alpha=\cos\varphi$ and $\sigma=\sin\varphi$ it is $dz_t/d\varphi$: how fast picture turns into
 # noise.) **Check the second line on paper** before you run it: insert $z_t$ and $v$ and use $\alpha^2+\sigma^2=1$.
 
 
 # %%
-def z0_from_noise(z_t, noise, t):
-    return (z_t - (1 - alpha_bar[t]).sqrt() * noise) / alpha_bar[t].sqrt()
+def z0_from_noise(z_t, noise, t, bar=alpha_bar):
+    return (z_t - (1 - bar[t]).sqrt() * noise) / bar[t].sqrt()
 
 
-def z0_from_velocity(z_t, v, t):
-    return alpha_bar[t].sqrt() * z_t - (1 - alpha_bar[t]).sqrt() * v
+def z0_from_velocity(z_t, v, t, bar=alpha_bar):
+    return bar[t].sqrt() * z_t - (1 - bar[t]).sqrt() * v
 
 
 t = 601
-z_t = add_noise(z0, noise, t)
-velocity = alpha_bar[t].sqrt() * noise - (1 - alpha_bar[t]).sqrt() * z0
-check("true noise gives the picture back", z0_from_noise(z_t, noise, t), z0, 1e-5)
-check("true velocity does, too", z0_from_velocity(z_t, velocity, t), z0, 1e-5)
-check("velocity in diffusers", velocity, scheduler.get_velocity(z0, noise, torch.tensor([t])), 1e-6)
-declared = type(scheduler).from_config(scheduler.config, prediction_type="epsilon")  # the same schedule, for noise
-check("noise in the package", Process(declared, 50).pred_original_sample(noise, t, z_t), z0, 1e-5)
+z_t = add_noise(z0, noise, t, sd_alpha_bar)
+velocity = sd_alpha_bar[t].sqrt() * noise - (1 - sd_alpha_bar[t]).sqrt() * z0
+check("true noise gives the picture back", z0_from_noise(z_t, noise, t, sd_alpha_bar), z0, 1e-5)
+check("true velocity does, too", z0_from_velocity(z_t, velocity, t, sd_alpha_bar), z0, 1e-5)
+check("velocity in diffusers", velocity, sd.get_velocity(z0, noise, torch.tensor([t])), 1e-6)
+for kind, answer in (("epsilon", noise), ("v_prediction", velocity), ("sample", z0)):
+    declared = type(sd).from_config(sd.config, prediction_type=kind)  # the same schedule for another answer
+    check(f"{kind} in the package", Process(declared, 50).pred_original_sample(answer, t, z_t), z0, 1e-5)
 
 # %% [markdown]
-# Now with the network's answer in place of the true one. Ours predicts velocity. The package's noise `Process` knows which
-# it is: one object for one run of the sampler, with its timesteps and these formulas.
+# Now with the network's answer in place of the true one, at the first step. The package's noise `Process` knows what kind
+# of answer it is: one object for one run of the sampler, with its timesteps and these formulas.
 
 # %%
-with torch.no_grad():
-    model_output = model.predict(z_t, torch.tensor(t), condition)
 process = model.process(50)
-estimate = process.pred_original_sample(model_output, t, z_t)
-check("z_0 estimate", z0_from_velocity(z_t, model_output, t), estimate, 1e-6)
+with torch.no_grad():
+    start = model.initial_latents(condition, process, generators(0, [0]))
+    model_output = model.predict(start, torch.tensor(T), condition)
 print("prediction_type:", scheduler.config.prediction_type)
-rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
-print(f"root mean square: true velocity {rms(velocity):.2f}, the network's error {rms(model_output - velocity):.2f}")
+check("z_0 estimate", model_output, process.pred_original_sample(model_output, T, start), 0)
+print(f"distance from the truth: enlarged photograph {rms(z_lr - z0):.3f}, first estimate {rms(model_output - z0):.3f}")
 
 # %% [markdown]
 # ## 4 · Why is noise prediction fragile at step 1?
 #
 # Suppose the network's answer is off by $\delta$. What does that do to the estimate of the picture? The table of section 3
-# says it: divided by $\alpha$ and times $\sigma$ for noise, only times $\sigma$ for velocity. At the first step $\alpha$ is
-# small.
+# says it: divided by $\alpha$ and times $\sigma$ for noise, times $\sigma$ for velocity, nothing for the picture itself. At
+# the first step of Stable Diffusion's schedule $\alpha$ is small.
 
 # %%
 steps = torch.arange(1, 51)
-amplify_noise = ((1 - alpha_bar).sqrt() / alpha_bar.sqrt())[scheduler.timesteps]
-amplify_velocity = (1 - alpha_bar).sqrt()[scheduler.timesteps]
-figure, axes = panels(width=6.4, height=2.6)
-axes.semilogy(steps, amplify_noise, label="noise prediction")
-axes.semilogy(steps, amplify_velocity, label="velocity prediction")
+factors = {
+    "noise, Stable Diffusion": ((1 - sd_alpha_bar).sqrt() / sd_alpha_bar.sqrt())[sd.timesteps],
+    "velocity, Stable Diffusion": (1 - sd_alpha_bar).sqrt()[sd.timesteps],
+    "noise, on the mini model's schedule": ((1 - alpha_bar).sqrt() / alpha_bar.sqrt())[scheduler.timesteps],
+    "picture, the mini model": torch.ones(50),
+}
+figure, axes = panels(width=6.4, height=3.0)
+for name, factor in factors.items():
+    axes.semilogy(steps, factor, label=name)
 axes.set(xlabel="sampling step", ylabel="error of z₀ per error δ")
-axes.axhline(1, color="#999999", linewidth=0.8)
-axes.legend(frameon=False)
+axes.legend(frameon=False, fontsize=8)
 show(
     figure,
-    f"Two falling curves over the 50 sampling steps. An error in the noise is amplified {amplify_noise[0]:.1f} times at step "
-    f"1, {amplify_noise[19]:.1f} times at step 20 and {amplify_noise[49]:.2f} times at step 50. For velocity the factor "
-    f"never exceeds {amplify_velocity[0]:.2f}.",
+    "Four curves over the 50 sampling steps: by how much an error of the answer is multiplied. "
+    + "; ".join(f"{name}: {x[0]:.2f} at step 1, {x[19]:.2f} at 20, {x[49]:.2f} at 50" for name, x in factors.items())
+    + ".",
 )
 
 # %% [markdown]
-# See it in pictures: the same network, the same first step, the same small error of 0.05 in its answer, once in the
-# velocity and once in the noise that this velocity implies.
+# See it in pictures: Stable Diffusion's first step, the *true* answer, and on it the same small error of 0.05, given once
+# as picture, once as velocity and once as noise. (No network takes part: the four pictures show the formulas alone.)
 
 # %%
-t = int(scheduler.timesteps[0])
-alpha, sigma = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
+t = int(sd.timesteps[0])
+z_t = add_noise(z0, noise, t, sd_alpha_bar)
+velocity = sd.get_velocity(z0, noise, torch.tensor([t]))
+error = 0.05 * torch.randn(z0.shape, generator=torch.Generator().manual_seed(1))
+guesses = {
+    "no error": z0_from_noise(z_t, noise, t, sd_alpha_bar),
+    "0.05 in the picture": z0 + error,
+    "0.05 in the velocity": z0_from_velocity(z_t, velocity + error, t, sd_alpha_bar),
+    "0.05 in the noise": z0_from_noise(z_t, noise + error, t, sd_alpha_bar),
+}
+check("all true answers mean the same picture", guesses["no error"], z0, 1e-4)
 with torch.no_grad():
-    start = model.initial_latents(condition, process, generators(0, [0]))
-    v = model.predict(start, torch.tensor(t), condition)
-    eps = alpha * v + sigma * start  # the same answer, said as noise
-    error = 0.05 * noise
-    guesses = {
-        "no error": z0_from_velocity(start, v, t),
-        "0.05 in velocity": z0_from_velocity(start, v + error, t),
-        "0.05 in noise": z0_from_noise(start, eps + error, t),
-    }
     decoded = {name: model.decode(z) for name, z in guesses.items()}
-check("both answers mean the same picture", z0_from_noise(start, eps, t), guesses["no error"], 1e-4)
 titles = [f"{name}\n{psnr(x, gt)[0]:.1f} dB" for name, x in decoded.items()]
 show(
-    pictures([x[0] for x in decoded.values()], titles, tile=2.0),
-    "The model's guess of the flower at step 1: " + "; ".join(title.replace("\n", " ") for title in titles) + ".",
+    pictures([x[0] for x in decoded.values()], titles, tile=1.92),
+    "The flower as step 1 would estimate it: " + "; ".join(title.replace("\n", " ") for title in titles) + ".",
 )
 
 # %% [markdown]
-# **What to see.** The same error is invisible in the middle and ruins the picture on the right. Published models that predict
-# noise live with this because the first steps only need to be roughly right; but RFSR puts a *loss* on the estimate at
-# steps 1 to 20, and there it matters. That is why the mini model predicts velocity. (It also explains the tolerance of
-# `1e-4` in the check above: rounding is amplified, too.)
+# **What to see.** The same error is hardly seen in the two in the middle and ruins the picture on the right. Published
+# models that predict noise live with this because the first steps only need to be roughly right; but RFSR puts a *loss* on
+# the estimate at steps 1 to 20, and there it matters twice. The estimate is bad, and by the chain rule the gradient that
+# comes back to the network is multiplied by the same factor: the next cell says how much harder step 1 pushes than step
+# 20. (It also explains the tolerance of `1e-4` above: rounding is amplified, too.) The paper does not speak of it.
 #
+# Our model's schedule has no such step: there even noise would be safe. It answers with the picture for another reason,
+# which its makers found by trying: a small network does not understand all of the noise, and what it does not understand,
+# a noise-predicting one leaves in the picture as speckle. One that answers with the picture leaves it away.
+
+# %%
+answer = noise.clone().requires_grad_()
+(pushed,) = torch.autograd.grad(z0_from_noise(z_t, answer, t, sd_alpha_bar).sum(), answer)
+amplified = factors["noise, Stable Diffusion"]
+check("gradient per gradient at the picture", pushed, -amplified[0].expand_as(pushed), 1e-4)
+print(f"noise prediction, Stable Diffusion: step 1 pushes {amplified[0] / amplified[19]:.1f} times as hard as step 20")
+
+# %% [markdown]
 # ## 5 · What is one step?
 #
-# DDIM takes the model at its word: keep the estimated picture and the implied noise, and mix them again for a slightly
-# smaller timestep $t'=t-20$ (1000 timesteps, 50 steps):
+# DDIM takes the model at its word: keep the estimated picture and the noise that it implies, and mix them again for a
+# slightly smaller timestep $t'=t-20$ (1000 timesteps, 50 steps). The last step ends without noise, $\bar\alpha=1$:
 #
-# $$z_{t'}=\sqrt{\bar\alpha_{t'}}\;\hat z_0+\sqrt{1-\bar\alpha_{t'}}\;\hat\varepsilon,\qquad
-# \hat\varepsilon=\alpha v+\sigma z_t$$
+# $$z_{t'}=\alpha_{t'}\,\hat z_0+\sigma_{t'}\,\hat\varepsilon,\qquad
+# \hat\varepsilon=\frac{z_t-\alpha_t\hat z_0}{\sigma_t}$$
 
 
 # %%
-def ddim_step(z_t, v, t):
-    alpha, sigma = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
-    z0, noise = alpha * z_t - sigma * v, alpha * v + sigma * z_t
-    after = alpha_bar[max(t - 20, 0)]  # the last step ends at timestep 0
-    return after.sqrt() * z0 + (1 - after).sqrt() * noise
+def share_after(t):
+    return alpha_bar[t - 20] if t >= 20 else torch.tensor(1.0)
 
 
-by_diffusers = scheduler.step(v, scheduler.timesteps[0], start, return_dict=False)[0]
-check("one DDIM step", ddim_step(start, v, 981), by_diffusers, 1e-6)
+def ddim_step(z_t, z0, t):
+    implied = (z_t - alpha_bar[t].sqrt() * z0) / (1 - alpha_bar[t]).sqrt()
+    after = share_after(t)
+    return after.sqrt() * z0 + (1 - after).sqrt() * implied
+
+
+by_diffusers = scheduler.step(model_output, scheduler.timesteps[0], start, return_dict=False)[0]
+check("one DDIM step", ddim_step(start, model_output, T), by_diffusers, 1e-6)
 
 # %% [markdown]
 # And the sampler is a loop over it. It begins as SeeSR does, one of the models that the paper trains: not at pure noise,
-# but at the latents of the upscaled low-resolution photograph, noised to the first timestep.
+# but at the latents of the enlarged photograph, noised to the first timestep. (On Stable Diffusion's schedule the share of
+# the picture is then 0.08. The eye sees nothing of it; a network does, above all the mean colors.) The noise is multiplied
+# with a *temperature*, 1 in most models. The mini model's recipe says 0.7: of all the noise it was trained with it makes
+# a texture, like a canvas's, on every surface.
 
 
 # %%
 @torch.no_grad()
 def sample_by_hand(condition, noise):
-    latents = add_noise(model.encode(condition.image), noise, 981)
+    latents = add_noise(model.encode(condition.image), model.recipe.temperature * noise, T)
+    check("the start, by hand and package", latents, start, 1e-5)
     farthest = 0.0
-    for t in range(981, 0, -20):
-        model_output = model.predict(latents, torch.tensor(t), condition)
-        theirs = scheduler.step(model_output, torch.tensor(t), latents, return_dict=False)[0]
-        latents = ddim_step(latents, model_output, t)
+    for t in scheduler.timesteps.tolist():
+        estimate = model.predict(latents, torch.tensor(t), condition)
+        theirs = scheduler.step(estimate, torch.tensor(t), latents, return_dict=False)[0]
+        latents = ddim_step(latents, estimate, t)
         farthest = max(farthest, (latents - theirs).abs().max().item())
-    check("50 steps, the farthest one", farthest, 0.0, 2e-6)
+    check("50 steps, the farthest one", farthest, 0.0, 5e-6)
     return latents
 
 
@@ -264,12 +324,12 @@ with torch.no_grad():
     check("and the picture of section 1", model.decode(ours).clamp(0, 1), result, 1e-3)
 
 # %% [markdown]
-# Each single step agrees with diffusers to the last bits of 32-bit numbers (latents take values of about 4, so `2e-6` is four
-# roundings). Over fifty steps through a network such bits grow, which is why the end is compared with `1e-3`, a quarter of
-# a gray level.
+# Each single step agrees with diffusers to the last bits of 32-bit numbers. Over fifty steps through a network such bits
+# grow, which is why the end is compared with `1e-3`, a quarter of a gray level.
 #
-# **What does it cost?** One pass of U-Net and ControlNet per step. The text encoder (0.1 million more) and the decoder
-# run once.
+# **What does it cost?** One pass of U-Net and ControlNet per step. The text encoder and the decoder run once. (SeeSR and PASD
+# need two passes: they ask the network without the prompt, too, or with a *negative* one, "blurry, lowres", and move the
+# answer away from that. This is *classifier-free guidance*; the mini model does without.)
 
 # %%
 passes = len(scheduler.timesteps)
@@ -280,42 +340,45 @@ print(f"{passes} passes through {parameters / 1e6:.1f} million parameters for on
 # ## 6 · Which step is which timestep?
 #
 # The paper counts *sampling steps* st = 1 … 50 (1 is the noisiest) where it speaks of losses, and *timesteps* t = 1000 … 0
-# where it speaks of noise. With 50 evenly spaced steps $t=1001-20\,\text{st}$. Its windows are: structure for
-# $t\in[600,1000]$, reward for $t\in[0,200]$.
+# where it speaks of noise. Its windows are: structure for $t\in[600,1000]$, reward for $t\in[0,200]$. How 50 steps are laid
+# over 1000 timesteps is a setting of the scheduler: of every twenty, ours takes the last, $t=1019-20\,\text{st}$
+# (`trailing`), Stable Diffusion's the second, $t=1001-20\,\text{st}$ (`leading`). The windows are the same steps in both.
 
 
 # %%
 def timestep_of(st):
-    return 1001 - 20 * st
+    return 1019 - 20 * st
 
 
 check("all 50 timesteps", [timestep_of(st) for st in range(1, 51)], scheduler.timesteps, 0)
+check("and Stable Diffusion's", [1001 - 20 * st for st in range(1, 51)], sd.timesteps, 0)
 windows = TimestepWindows.from_timesteps(scheduler.timesteps, structure=(600, 1000), reward=(0, 200))
-print(" st    t  loss")
+print(" st    t  noise  loss")
 for st in (1, 19, 20, 21, 39, 40, 41, 42, 50):
     loss = "structure" if windows.in_structure(st) else "reward" if windows.in_reward(st) else "-"
-    print(f"{st:3d}  {timestep_of(st):3d}  {loss}")
+    print(f"{st:3d}  {timestep_of(st):3d}   {(1 - alpha_bar[timestep_of(st)]).sqrt():.3f}  {loss}")
 assert (windows.structure, windows.reward) == ((1, 20), (41, 50)), "the paper's windows are 1-20 and 41-50"
+assert TimestepWindows.from_timesteps(sd.timesteps) == windows
 ends = TimestepWindows.from_timesteps([1000, 600, 599, 201, 200, 0])  # a window holds its ends
 assert (ends.structure, ends.reward) == ((1, 2), (5, 6))
 
 # %% [markdown]
 # Steps 21 to 40 get no loss at all: the paper trains only the two ends. Watch the estimate along the way: click the
-# slider's handle and use the arrow keys. At every position the left picture is what the sampler holds, the middle one what
+# slider's handle and use the arrow keys. At every position the second picture is what the sampler holds, the third what
 # the model estimates.
 
 # %%
 with torch.no_grad():
     held = torch.cat([model.decode(state.latents) for state, _ in states[:50]])
-    believed = torch.cat([model.decode(estimate) for _, estimate in states[:50]])
-quality = psnr(believed, gt.expand(50, -1, -1, -1))
+    estimates = torch.cat([model.decode(estimate) for _, estimate in states[:50]])
+quality = psnr(estimates.clamp(0, 1), gt.expand(50, -1, -1, -1))
 
 
 def draw(st):
-    tiles = [held[st - 1], believed[st - 1], gt[0]]
-    titles = [f"z_t, decoded: t = {timestep_of(st)}", f"z_0 estimate: {quality[st - 1]:.1f} dB", "truth"]
+    tiles = [bicubic[0], held[st - 1], estimates[st - 1], gt[0]]
+    titles = ["bicubic", f"z_t, decoded: t = {timestep_of(st)}", f"z_0 estimate: {quality[st - 1]:.1f} dB", "truth"]
     alt = f"Step {st} of 50, timestep {timestep_of(st)}: the estimate of the flower has {quality[st - 1]:.1f} dB."
-    return pictures(tiles, titles, tile=2.0), alt
+    return pictures(tiles, titles, tile=1.92), alt
 
 
 stepper = explore(draw, values=[1, *range(5, 51, 5)], label="sampling step")
@@ -324,39 +387,46 @@ stepper
 # %%
 stepper.slider.value = 20
 chosen = [1, 10, 20, 30, 40, 50]
+titles = [f"st {st}\n{quality[st - 1]:.1f} dB" for st in chosen]
 show(
-    pictures([believed[st - 1] for st in chosen], [f"st {st}\n{quality[st - 1]:.1f} dB" for st in chosen], 3, tile=2.0),
-    "The z_0 estimate at six steps: " + ", ".join(f"step {st} {quality[st - 1]:.1f} dB" for st in chosen) + ".",
-)
+    pictures([bicubic[0], *(estimates[st - 1] for st in chosen), gt[0]],
+             [f"bicubic\n{psnr(bicubic, gt)[0]:.1f} dB", *titles, "truth\n"], columns=4, tile=1.92),
+    "Bicubic enlargement, the z_0 estimate at six steps, and the truth: "
+    + ", ".join(title.replace("\n", " ") for title in titles) + ".",
+)  # fmt: skip
+best = int(quality.argmax())
+print(f"bicubic {psnr(bicubic, gt)[0]:.2f} dB; estimate at step 1 {quality[0]:.2f}, best at step {best + 1} "
+      f"{quality[best]:.2f}, at step 50 {quality[49]:.2f}")  # fmt: skip
 
 # %% [markdown]
-# **What to see.** The outlines are there at step 1, smooth and without texture, and the first half of the run hardly
-# improves them. Then texture comes, and the picture moves *away* from the truth, because invented texture is rarely in the
-# right place. A picture may look sharper and measure worse. RFSR works in the gap between the two.
+# **What to see.** The outlines are there at step 1: they were given. Follow one petal's edge and one dark gap through the
+# six estimates and say at which step it becomes sharp. Then read the line below. Sharper is not closer: invented texture is
+# rarely in the right place, so wherever PSNR falls from its best step to step 50, the later steps pay fidelity for
+# detail. RFSR works in the gap between the two.
 #
 # ## 7 · A bug, and the check that catches it
 #
-# The classic mistake: an index off by one, here $t'=t-19$. One step is then wrong by two thousandths, which no eye would
-# find.
+# The classic mistake: an index off by one, here $t'=t-19$. One step is then wrong by less than a thousandth, which no eye
+# would find.
 
 
 # %%
-def wrong_step(z_t, v, t):
-    z0, noise = z0_from_velocity(z_t, v, t), alpha_bar[t].sqrt() * v + (1 - alpha_bar[t]).sqrt() * z_t
+def wrong_step(z_t, z0, t):
+    implied = (z_t - alpha_bar[t].sqrt() * z0) / (1 - alpha_bar[t]).sqrt()
     after = alpha_bar[t - 19]
-    return after.sqrt() * z0 + (1 - after).sqrt() * noise
+    return after.sqrt() * z0 + (1 - after).sqrt() * implied
 
 
-caught(lambda: check("one DDIM step", wrong_step(start, v, 981), by_diffusers, 1e-6))
+caught(lambda: check("one DDIM step", wrong_step(start, model_output, T), by_diffusers, 1e-6))
 
 # %% [markdown]
 # ## 8 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each. (`steps` is 1 to
-# 50; `noise`, `start` and `v` are those of sections 2 and 4.)
+# Replace the line that raises, run the cell, and read the verdict. A solution stands below each. (`steps` is 1 to 50;
+# `noise`, `start` and `model_output` are those of sections 2 and 3.)
 #
-# **Exercise 1 (warm-up).** Which sampling step has timestep `t`?
-# <details><summary>Hint</summary>Solve t = 1001 − 20·st for st.</details>
+# **Exercise 1 (warm-up).** Which sampling step of the mini model has timestep `t`?
+# <details><summary>Hint</summary>Section 6 has the rule the other way round.</details>
 
 
 # %%
@@ -370,38 +440,38 @@ exercise(1, lambda: check("steps", [step_of(int(t)) for t in scheduler.timesteps
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution to exercise 1 (expand to read)
 def step_of(t):
-    return (1001 - t) // 20
+    return (1019 - t) // 20
 
 
 exercise(1, lambda: check("steps", [step_of(int(t)) for t in scheduler.timesteps], steps, 0))
 
 # %% [markdown]
-# **Exercise 2.** A colleague's model predicts noise. Turn its answer into the velocity our sampler wants.
-# <details><summary>Hint</summary>First the picture from the noise, then v = αε − σz₀. It can be simplified to
-# (ε − σ z_t)/α.</details>
+# **Exercise 2.** A colleague's model predicts velocity, your sampler wants noise. Translate.
+# <details><summary>Hint</summary>First the picture from the velocity, then the noise that it implies; then
+# simplify.</details>
 
 
 # %%
-def velocity_from_noise(z_t, noise, t):
+def noise_from_velocity(z_t, v, t):
     raise NotImplementedError
 
 
-def verify_velocity():
-    z_t = add_noise(z0, noise, 301)
-    wanted = scheduler.get_velocity(z0, noise, torch.tensor([301]))
-    check("velocity", velocity_from_noise(z_t, noise, 301), wanted, 1e-5)
+def verify_noise():
+    z_t = add_noise(z0, noise, 901)
+    v = scheduler.get_velocity(z0, noise, torch.tensor([901]))
+    check("noise", noise_from_velocity(z_t, v, 901), noise, 1e-4)
 
 
-exercise(2, verify_velocity)
+exercise(2, verify_noise)
 
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution to exercise 2 (expand to read)
-def velocity_from_noise(z_t, noise, t):
-    return (noise - (1 - alpha_bar[t]).sqrt() * z_t) / alpha_bar[t].sqrt()
+def noise_from_velocity(z_t, v, t):
+    return alpha_bar[t].sqrt() * v + (1 - alpha_bar[t]).sqrt() * z_t
 
 
-exercise(2, verify_velocity)
+exercise(2, verify_noise)
 
 # %% [markdown]
 # **Exercise 3 (harder).** DDIM's $\eta$ replaces part of the implied noise by fresh noise $n$:
@@ -411,14 +481,14 @@ exercise(2, verify_velocity)
 
 
 # %%
-def stochastic_step(z_t, v, t, eta, fresh):
+def stochastic_step(z_t, z0, t, eta, fresh):
     raise NotImplementedError
 
 
 def verify_stochastic():
     t = scheduler.timesteps[10]
-    theirs = scheduler.step(v, t, start, eta=0.7, variance_noise=noise, return_dict=False)[0]
-    check("step with eta 0.7", stochastic_step(start, v, int(t), 0.7, noise), theirs, 1e-5)
+    theirs = scheduler.step(model_output, t, start, eta=0.7, variance_noise=noise, return_dict=False)[0]
+    check("step with eta 0.7", stochastic_step(start, model_output, int(t), 0.7, noise), theirs, 2e-5)
 
 
 exercise(3, verify_stochastic)
@@ -426,10 +496,9 @@ exercise(3, verify_stochastic)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution to exercise 3 (expand to read)
-def stochastic_step(z_t, v, t, eta, fresh):
-    alpha, sigma = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
-    z0, implied = alpha * z_t - sigma * v, alpha * v + sigma * z_t
-    before, after = alpha_bar[t], alpha_bar[max(t - 20, 0)]
+def stochastic_step(z_t, z0, t, eta, fresh):
+    implied = (z_t - alpha_bar[t].sqrt() * z0) / (1 - alpha_bar[t]).sqrt()
+    before, after = alpha_bar[t], share_after(t)
     s = eta * ((1 - after) / (1 - before)).sqrt() * (1 - before / after).sqrt()
     return after.sqrt() * z0 + (1 - after - s**2).sqrt() * implied + s * fresh
 
@@ -440,9 +509,11 @@ exercise(3, verify_stochastic)
 # ## Summary
 #
 # * Noising mixes picture and noise: $z_t=\alpha z_0+\sigma\varepsilon$ with $\alpha^2+\sigma^2=1$.
+# * Stable Diffusion's schedule ends in noise; the mini model's in the noised enlarged photograph, its start.
 # * From noise, velocity or picture the other two follow; `pred_original_sample` is the model's estimate at a step.
-# * At step 1 an error in the noise reaches the picture thirteen times larger, an error in the velocity does not.
+# * At Stable Diffusion's step 1 an error in the noise reaches the picture thirteen times larger, and so does the gradient
+#   that comes back.
 # * A DDIM step mixes estimate and implied noise anew for a smaller timestep; the sampler is that, fifty times.
-# * st = 1 … 50 is t = 981 … 1; structure is trained at st 1–20, rewards at 41–50, nothing between.
+# * st = 1 … 50 is t = 999 … 19 here; structure is trained at st 1–20, rewards at 41–50, nothing between.
 #
 # NAVIGATION

@@ -79,6 +79,7 @@ print("LL, LH, HL, HH =", [round(band, 3) for band in by_hand])
 # %% [markdown]
 # **Why halve and not quarter?** A quarter would make LL the plain mean. With a half, the squares of the four bands add up
 # to those of the four pixels, which is worth more (section 3). The price is that LL of an image in [0, 1] lies in [0, 2].
+# (The paper's equations 1 and 2 do not say which factor; whoever takes another must scale the weight of the loss with it.)
 #
 # The same for a whole image: every second row and column, four slices.
 
@@ -199,12 +200,15 @@ for k, (name, marker) in enumerate(zip(("LL", "LH", "HL", "HH"), "osv^", strict=
 axes.set(xlabel="pixels between two upright stripes", ylabel="share of energy (%)", xticks=periods)
 axes.set_xticks(periods, [f"{p:g}" for p in periods], minor=False)
 axes.minorticks_off()
-axes.legend(frameon=False)
+axes.axvspan(8, 25, color="0.9", linewidth=0, zorder=0)
+axes.text(8.3, 45, "in a ×4\nlow resolution", size=8, color="0.3")
+axes.set_xlim(2.4, 25)
+axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.45))
 show(
     figure,
     f"Four lines of energy share over stripe distance. HL falls from {100 * curves[0, 2]:.0f} percent at 2.5 pixels to "
     f"{100 * curves[-1, 2]:.0f} percent at 24 pixels; LL rises from {100 * curves[0, 0]:.0f} to "
-    f"{100 * curves[-1, 0]:.0f} percent. They cross at 4 pixels. LH and HH stay at 0.",
+    f"{100 * curves[-1, 0]:.0f} percent. They cross at 4 pixels. LH and HH stay at 0. Gray: 8 pixels and more.",
 )
 check("at 4 pixels LL and HL share evenly", contrast(grating(4, 0)), [0.5, 0, 0.5, 0], 1e-5)
 turned = contrast(grating(4, 90))
@@ -215,6 +219,10 @@ check("turned by 90 degrees, LH takes the part of HL", turned, [0.5, 0.5, 0, 0],
 # **What to see.** Upright stripes appear only in HL and LL. Fine ones are in HL, coarse ones in LL, and at four pixels
 # they are split evenly. So "low frequency" in RFSR means *repeating after more than about four pixels*: a single hair is
 # high frequency, a tabby's stripe is low. By symmetry, LH behaves like this for horizontal stripes.
+#
+# The gray field is what a picture four times smaller can hold: a stripe needs two pixels there, that is eight here. So
+# between 4 and 8 pixels lies an octave that is *in LL and yet not in the low resolution* of ×4 super-resolution. A loss on LL
+# holds the model to detail that nobody can know; notebook 04 measures what that does.
 #
 # Now turn the stripes yourself: click the slider's handle and use the arrow keys, or drag it.
 
@@ -237,10 +245,11 @@ turner.slider.value = 45
 show(*draw(45))
 
 # %% [markdown]
-# **What to see.** At 0° the fine stripes are in HL, at 90° in LH. In between HH grows, because the diagonal is fine in both
-# directions at once. (Try 15°: the small pictures show slow *beats* that are not in the original. Every second sample of
-# a fine pattern is not enough to follow it. The transform is lossless all the same, because the beats of the four bands
-# cancel when they are merged.)
+# **What to see.** At 0° the fine stripes are in HL, at 90° in LH. In between they are in several bands at once, and not as
+# one would guess: at 45° HH, the band of diagonals, is the smallest. That is *aliasing*. Every second sample of a fine
+# pattern is not enough to follow it, and it turns up as a coarser one. (Try 15°: the small pictures show slow *beats* that
+# are not in the original. The transform is lossless all the same, because the beats of the four bands cancel when they
+# are merged.)
 #
 # ## 6 · How alike are two pictures? SSIM in ten lines
 #
@@ -288,7 +297,7 @@ noisy = photo + error * torch.randn(photo.shape, generator=torch.Generator().man
 versions = {"blurred": blurred, "brighter": brighter, "noisy": noisy}
 titles = [f"{n}\nPSNR {psnr(x, photo)[0]:.1f} dB · SSIM {ssim(x, photo)[0]:.2f}" for n, x in versions.items()]
 show(
-    pictures([photo[0], *(x[0] for x in versions.values())], ["photograph\n", *titles], tile=1.9),
+    pictures([photo[0], *(x[0] for x in versions.values())], ["photograph\n", *titles], tile=1.92),
     "Four versions of the cat: " + "; ".join(t.replace("\n", ", ") for t in ["original", *titles]) + ".",
 )
 
@@ -325,7 +334,7 @@ caught(lambda: check("Parseval", sum(b.square().sum() for b in wrong_split(photo
 # %% [markdown]
 # ## 8 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each.
+# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
 #
 # **Exercise 1 (warm-up).** What is LL of an image that is 0.3 everywhere? Predict the number, then return it.
 # <details><summary>Hint</summary>Four equal pixels, added and halved.</details>
@@ -349,8 +358,8 @@ exercise(1, lambda: check("LL of 0.3", constant_ll(), haar_ll(torch.full((1, 1, 
 
 # %% [markdown]
 # **Exercise 2.** Remove from a photograph everything finer than LL: keep LL, set the other bands to zero, merge.
-# <details><summary>Hint</summary>`torch.zeros_like(LL)` three times. What does the result look like, and which simpler
-# operation gives the same?</details>
+# Predict the picture before you run: what do 2×2 pixels look like whose fine bands are zero?
+# <details><summary>Hint</summary>`torch.zeros_like(LL)` three times.</details>
 
 
 # %%
@@ -407,7 +416,8 @@ def invisible(x):
 exercise(3, verify_invisible)
 
 # %% [markdown]
-# That is no weakness. It is the point: the loss holds the structure and leaves the texture to the rewards.
+# That is the point: the loss holds what is coarse and leaves the finest texture to the rewards. Where the border should lie
+# is another question (section 5).
 #
 # ## Summary
 #

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from rfsr_ext import haar_ll
 from rfsr_ext.data import evaluation_crops, load_photograph, photographs
 from rfsr_ext.metrics import Judge, psnr, ssim
+from rfsr_ext.models import load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import (
     CallableReward,
@@ -44,6 +45,7 @@ from rfsr_ext.rewards import (
     reward_loss,
 )
 from rfsr_ext.rewards.clip_iqa import prompt_pair_score
+from rfsr_ext.sampling import generators, sample
 from rfsr_ext.weights import registry
 
 cat = torch.from_numpy(load_photograph("chelsea").copy()).movedim(-1, 0)  # [3, 300, 451] in [0, 1]
@@ -165,7 +167,7 @@ check("five pairs: the mean push", mean, gradient(lambda f: prompt_pair_score(f,
 #
 # CLIP's weights do not come with this course. But the package ships a small network of the same kind: MiniPreference of
 # notebook 06 also compares picture and text by a cosine. We take its picture half. Its text half has learned the
-# tags of twelve photographs, and *good* and *blurry* are not among them. So we do what **CLIP-IQA+** does: leave the
+# tags of a few dozen photographs, and *good* and *blurry* are not among them. So we do what **CLIP-IQA+** does: leave the
 # network alone and *learn* the two sentences, here directly as two directions. Sharp crops should point to the first,
 # softened ones to the second.
 
@@ -199,14 +201,19 @@ sentences = F.normalize(pair, dim=-1).detach()
 for name, images in (("crops it learned from", train), ("crops of other photographs", test)):
     good, bad = (prompt_pair_score(look(x), sentences, scale) for x in (images, soften(images)))
     right = (good > bad).double().mean().item()
-    print(f"{name:27s} sharp {good.mean():.1f}  softened {bad.mean():.1f}  sharp wins {100 * right:.0f} %")
-assert right > 0.75, "on held-out photographs the learned pair must usually prefer the sharp version"
+    mixed = (good[:, None] > bad[None, :]).double().mean().item()
+    print(f"{name:27s} sharp {good.mean():.2f}  softened {bad.mean():.2f}  sharp wins in {100 * right:.0f} % within a picture, "
+          f"{100 * mixed:.0f} % between pictures")  # fmt: skip
+assert right > 0.5, "on held-out photographs the learned pair must usually prefer the sharp version"
 shown = test[[3, 7, 2]]  # a saucer, a cat, a flower: photographs that the pair was not learned from
 versions = torch.stack([shown, soften(shown)], dim=1).flatten(0, 1)
 learned = prompt_pair_score(look(versions), sentences, scale).tolist()
 show(
     pictures(
-        [*versions], [f"{n}\nr = {r:.2f}" for n, r in zip(["sharp", "softened"] * 3, learned, strict=True)], tile=1.1
+        [*versions],
+        [f"{n}\nr = {r:.2f}" for n, r in zip(["sharp", "softened"] * 3, learned, strict=True)],
+        4,
+        tile=1.92,
     ),
     "Three crops of held-out photographs, each sharp and softened. Scores of the learned pair: "
     + "; ".join(f"{a:.2f} and {b:.2f}" for a, b in zip(learned[::2], learned[1::2], strict=True))
@@ -214,17 +221,18 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** Two directions are enough to tell which version of a picture is the sharp one, even of photographs
-# that were not learned from. But across pictures the score says little: the sharp saucer gets about as much as the
-# softened flower, and sharp crops of other photographs get less on average (0.3) than softened crops of those it
-# learned from (0.4). So *compare versions of one picture, never two different pictures.* The same holds for the rest of
-# this notebook.
+# **What to see.** Two directions are enough to tell mostly which version of *one* picture is the sharp one, even of
+# photographs that were not learned from. Between *different* pictures the same score is right less often: compare the two
+# shares, and look for a softened crop above that got more than a sharp one. So *compare versions of one picture, never two
+# different pictures.* The same holds for the rest of this notebook.
 #
 # ## 4 · How does a picture enter?
 #
 # CLIP wants every color shifted and scaled: $(x-\text{mean})/\text{std}$ per channel, with three fixed means and
 # deviations. CLIP-IQA takes the picture at its full size (for that it drops CLIP's position embedding, which knows only
-# 224×224), so this is all of its preprocessing. Its gradient is $1/\text{std}$, nothing more.
+# 224×224), so this is all of its preprocessing. Its gradient is $1/\text{std}$, nothing more. (`CLIPIQA` itself cannot be
+# built without its weight file; the check compares with `ImageReward`, which takes the same six numbers from CLIP, and
+# the package's tests compare `CLIPIQA` with pyiqa's.)
 
 # %%
 clip_mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
@@ -274,6 +282,36 @@ z = torch.tensor([[0.4, -0.2]])
 check("softmax of two and sigmoid", z.softmax(-1)[0, 0], torch.sigmoid(z[0, 0] - z[0, 1]), 1e-6)
 
 # %% [markdown]
+# What is a high score? Here are 24 held-out crops: the truth, what the mini model makes of their low resolution, its
+# bicubic enlargement, and the truth softened. Each line is one crop.
+
+# %%
+model, some = load_model("mini"), evaluation_crops(photographs("test"), 64, 24)
+sharp, lr = (torch.stack([s[key] for s in some]) for key in ("gt", "lr"))
+made = {"bicubic": F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1),
+        "model": sample(model, lr, [s["prompt"] for s in some], generators(0, range(24)), 20),
+        "softened": soften(sharp), "truth": sharp}  # fmt: skip
+with torch.no_grad():
+    spread = {name: iqa.score(x) for name, x in made.items()}
+figure, axes = panels(width=6.0, height=2.8)
+axes.plot(torch.stack(list(spread.values())), color="0.75", linestyle="-", linewidth=0.7, zorder=0)
+for k, values in enumerate(spread.values()):
+    axes.plot(torch.full((24,), k), values, "o", markersize=4)
+axes.set_xticks(range(4), made)
+axes.set(ylabel="MiniIQA", ylim=(0, 1))
+wins = {name: int((spread["truth"] > values).sum()) for name, values in spread.items() if name != "truth"}
+show(
+    figure,
+    "MiniIQA of 24 held-out crops in 4 versions: "
+    + ", ".join(f"{name} {x.mean():.2f} on average, {x.min():.2f} to {x.max():.2f}" for name, x in spread.items()) + ".",
+)  # fmt: skip
+print("the truth scores higher than:", ", ".join(f"{name} in {n} of 24" for name, n in wins.items()))
+
+# %% [markdown]
+# **What to see.** The columns overlap, because crops differ more than versions: a number such as 0.45 alone says nothing.
+# Along a line the order is what the reward was taught. Where the truth does *not* win, the reward already prefers
+# something to the real photograph, before anybody has climbed it.
+#
 # ## 6 · What does the reward ask for?
 #
 # Take the softened eye, as a super-resolution model might leave it, and follow the gradient of the score uphill. Every
@@ -298,58 +336,65 @@ def ascend(score, x, steps, length=0.5):
 start = soften(eye)
 path = ascend(iqa.score, start, steps=80)
 scores = torch.cat([iqa.score(x) for x in path.split(1)])
+last = min(30, len(path) - 1)
 similarity = ssim(path, eye.expand_as(path))
 loss_of_signal = psnr(path, eye.expand_as(path))
 
 # %%
-chosen = [0, 5, 10, 20, 30]
+chosen = [0, 5, 10, 20, last]
 titles = ["truth\n" + f"score {iqa.score(eye).item():.2f}"]
 titles += [f"step {k}: score {scores[k]:.2f}\n{loss_of_signal[k]:.0f} dB" for k in chosen]
 show(
-    pictures([eye[0], *path[chosen]], titles, columns=3, tile=2.0),
+    pictures([eye[0], *path[chosen]], titles, columns=3, tile=1.92),
     "The cat's eye: the truth, and the softened eye along the ascent. "
     + "; ".join(title.replace("\n", ", ") for title in titles)
-    + ". The later, the plainer a grid of colored dots.",
+    + ".",
 )
 
 # %%
 judge = Judge.from_pretrained().score(path) / 100
 figure, axes = panels(width=6.4, height=2.8)
 for values, name in ((scores, "score (MiniIQA)"), (similarity, "SSIM to the truth"), (judge, "judge / 100")):
-    axes.plot(values[:31], label=name)
-axes.set(xlabel="step of ascent", ylim=(-0.2, 1.05))
+    axes.plot(values[: last + 1], label=name)
+axes.set(xlabel="step of ascent")
 axes.legend(frameon=False, fontsize=9)
 show(
     figure,
-    f"Three curves over 30 steps of ascent. The score rises from {scores[0]:.2f} to {scores[30]:.3f}; SSIM to the truth "
-    f"falls from {similarity[0]:.2f} to {similarity[30]:.2f}; the judge, which was not asked, falls from "
-    f"{100 * judge[0]:.0f} to {100 * judge[30]:.0f} of 100.",
+    f"Three curves over {last} steps of ascent. The score goes from {scores[0]:.2f} to {scores[last]:.3f}, SSIM to the truth "
+    f"from {similarity[0]:.2f} to {similarity[last]:.2f}, the judge, which was not asked, from {100 * judge[0]:.0f} to "
+    f"{100 * judge[last]:.0f} of 100.",
 )
-assert (scores[:31].diff() > 0).all() and similarity[30] < similarity[0] - 0.3 and judge[30] < judge[0] - 0.3
+assert scores[last] > scores[0] and similarity[last] < similarity[0], "score up, fidelity down"
+first = next((k for k in range(last + 1) if scores[k] > iqa.score(eye)), None)
+says = "likes" if judge[last] > judge[0] else "dislikes"
+print(
+    f"the score passes that of the truth at step {first}; at step {last} the judge {says} the picture against the start"
+)
 
 # %% [markdown]
-# **What to see.** Score up, fidelity down: slowly in the first steps, then faster. At step 10 the score is far above
-# that of the truth itself, and the judge, who was not asked, likes the picture less than the start. This is **reward
-# hacking**, Figure 2 of the paper in small. The paper describes "a specific stylization" and "strange lines". Our lines
-# are not strange at all, once you measure them. We take the Fourier transform of the change: it says how much of it
-# repeats, and after how many pixels.
+# **What to see.** Score up, fidelity down: slowly in the first steps, then faster. From the step named above on, the score
+# is higher than that of the truth itself. This is **reward hacking**, Figure 2 of the paper in small. (If the judge, too,
+# likes what comes out, it is being fooled along with the reward: nothing here is a better cat.) The paper describes "a
+# specific stylization" and "strange lines". Is there a pattern in ours? We take the Fourier transform of the change: it
+# says how much of it repeats, and after how many pixels.
 
 # %%
-change = torch.fft.fft2(path[30] - start[0]).abs().square().sum(0)
+change = torch.fft.fft2(path[last] - start[0]).abs().square().sum(0)
 every_4 = torch.arange(0, 96, 24)  # frequencies that repeat every 4 pixels, or every 2, or are constant
 share = (change[every_4][:, every_4].sum() / change.sum()).item()
 print(
     f"{100 * share:.0f} % of the change repeats every 4 pixels; such patterns fill {100 * 16 / 96**2:.1f} % of all frequencies"
 )
-assert share > 0.6
+assert share > 10 * 16 / 96**2, "the pattern must follow the reward's grid"
 
 # %% [markdown]
 # MiniIQA first folds 2×2 pixels into channels and later skips every second position. So it looks at the picture through a
 # grid of period 4, and the cheapest way to please it is a pattern on that grid. Any network with strides or patches has
-# such a grid. *What a hacked picture shows is the signature of the reward.*
+# such a grid. *What is changed in free pixels shows the signature of the reward.*
 #
-# Here we changed pixels, which may become anything. RFSR changes the weights of a diffusion model, which cannot draw
-# just any pattern; hacking then comes later and looks like a style. Slide through the ascent:
+# RFSR does not change pixels, which may become anything, but the weights of a diffusion model, which cannot draw just any
+# pattern: hacking then comes later and looks like a style, contrast and rims (notebook 07), and need not show the grid at
+# all. Slide through the ascent:
 
 
 # %%
@@ -359,10 +404,10 @@ def draw(step):
     largest = change.abs().max()
     alt = f"After {step} steps of ascent the score is {scores[step]:.2f} and SSIM {similarity[step]:.2f}."
     tiles = [path[step], 0.5 + change / largest / 2]
-    return pictures(tiles, [title, f"its change, enlarged\nup to {largest:.2f} per pixel"], tile=2.0), alt
+    return pictures(tiles, [title, f"its change, enlarged\nup to {largest:.2f} per pixel"], tile=1.92), alt
 
 
-climber = explore(draw, values=[1, 2, 5, 10, 15, 20, 25, 30], label="step of ascent")
+climber = explore(draw, values=[1, 2, 5, 10, 15, 20, last], label="step of ascent")
 climber
 
 # %%
@@ -370,9 +415,9 @@ climber.slider.value = 10
 show(*draw(10))
 
 # %% [markdown]
-# **What to see.** The right picture is the change, enlarged so that you see it at every position. Some of it is honest:
-# faint outlines, darker on the dark side and brighter on the bright side. But the grid is there from the very first
-# step. On the left you notice it only about ten steps later; by then the score has said *excellent* for a while.
+# **What to see.** The right picture is the change, enlarged so that you see it at every position. Some of it may be honest:
+# outlines, darker on the dark side and brighter on the bright side. Look for the grid in it, from the first step on. At
+# which step do you notice it on the left? Compare with the step at which the score passed that of the truth.
 #
 # ## 7 · Does a bounded score not stop by itself?
 #
@@ -384,7 +429,7 @@ show(*draw(10))
 raw = torch.stack([gradient(iqa.raw_score, x).norm() for x in path[:50].split(1)])
 size = torch.stack([gradient(iqa.score, x).norm() for x in path[:50].split(1)])
 factor = scores[:50].detach() * (1 - scores[:50].detach()) / iqa.std
-check("size of the gradient", factor[:31] * raw[:31], size[:31], 1e-5)
+check("size of the gradient", factor[: last + 1] * raw[: last + 1], size[: last + 1], 1e-5)
 figure, axes = panels(width=6.4, height=2.6)
 axes.semilogy(raw, label="of q, before the sigmoid")
 axes.semilogy(size, label="of the score r")
@@ -393,14 +438,16 @@ axes.legend(frameon=False, fontsize=9)
 show(
     figure,
     f"Sizes of two gradients along the ascent, on a logarithmic axis. That of q stays between {raw.min():.1f} and "
-    f"{raw.max():.1f}; that of the score falls from {size[0]:.2f} to {size[30]:.4f} at step 30 and below 0.00001 by step 45.",
+    f"{raw.max():.1f}; that of the score falls from {size[0]:.2f} to {size[last]:.4f} at step {last}.",
 )
-print(f"asked for 80 steps; ended early, because no gradient was left: {len(path) < 81}")
-assert len(path) < 81 and not gradient(iqa.score, path[-1:]).any() and scores[-1] == 1
+end = "the score is exactly 1 and no gradient is left" if len(path) < 81 else f"the score is {scores[-1]:.6f}"
+print(
+    f"after {len(path) - 1} of 80 steps {end}; its gradient is {size[0] / size[size > 0].min():.0f} times smaller at its smallest than at the start"
+)
 
 # %% [markdown]
-# **What to see.** $q$ never gets tired, the score does, by a factor of more than ten thousand. In 32-bit numbers it
-# finally *is* 1, and its gradient exactly 0. So saturation does stop the ascent, but long after the picture is ruined.
+# **What to see.** $q$ never gets tired, the score does, by the factor printed. In 32-bit numbers it can finally *be* 1, and
+# its gradient exactly 0. So saturation may stop the ascent, but long after the picture is ruined.
 # It slows down only those who step by the size of the gradient. Our step is normalized, and Adam's nearly is: for them a
 # thousandth of a gradient is as good as a whole one. A bounded reward needs a style loss like any other; notebook 07 has it.
 #
@@ -529,11 +576,11 @@ caught(lambda: check("gradient", gradient(score_of_file, start), gradient(iqa.sc
 # %% [markdown]
 # ## 11 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each.
+# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
 #
 # **Exercise 1 (warm-up, predict then run).** A picture has cosine 0.25 with "Good image" and 0.24 with "bad image",
 # $s=100$. What is its score, and what the slope of the score with respect to the difference of cosines?
-# <details><summary>Hint</summary>σ(1) = 0.731, and the slope is s·r·(1 − r).</details>
+# <details><summary>Hint</summary>Section 1 has the score, with σ of s times the difference; section 2 has the slope.</details>
 
 
 # %%
@@ -611,7 +658,7 @@ def held_ascent(x):
 def verify_held():
     x = held_ascent(start)
     check("LL band", haar_ll(x), haar_ll(start), 1e-4)
-    assert iqa.score(x) > 0.9, "it must still climb"
+    assert iqa.score(x) > iqa.score(start), "it must still climb"
     print(f"score {iqa.score(x).item():.2f}, {psnr(x, eye)[0]:.0f} dB; without this {loss_of_signal[20]:.0f} dB")
 
 
@@ -631,14 +678,14 @@ def held_ascent(x):
 exercise(3, verify_held)
 
 # %% [markdown]
-# It does not stay nearer: the grid of section 6 finds room enough in the fine bands. A structure loss holds structure,
-# not texture.
+# The numbers above say whether it stays nearer. What they cannot be is a proof of safety: whatever the reward wants finds
+# room enough in the fine bands. A structure loss holds structure, not texture.
 #
 # ## Summary
 #
 # * CLIP-IQA asks whether a picture points more to a good or to a bad sentence: $r=\sigma(100\,(c_+-c_-))$, mean over pairs.
 # * Its gradient is $s\,r(1-r)$ times that of the difference of cosines, through a preprocessing without any rounding.
-# * Followed blindly it ruins the picture while the score rises; the pattern is the signature of the reward's own grid.
+# * Followed blindly it ruins the picture while the score rises; in free pixels the pattern shows the reward's own grid.
 # * A bound at 1 makes the gradient small, not harmless: optimizers that normalize do not notice.
 # * $\mathcal L_{reward}=\sum\lambda_k\,\text{mean}(-r_k)$; relu(2 − r) has the same gradient as long as r stays below 2.
 #

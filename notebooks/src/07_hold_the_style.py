@@ -30,6 +30,7 @@
 # %%
 import diffusers
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
@@ -71,7 +72,7 @@ def photograph(name):
 def miniature(name, top, left):
     """A photograph at a quarter of its size, cut to [1, 3, 64, 64], and its low resolution, [1, 3, 16, 16]."""
     gt = F.avg_pool2d(photograph(name), 4)[..., top : top + 64, left : left + 64]
-    lr, _ = Degradation().degrade(gt[0].movedim(0, -1).numpy(), np.random.default_rng(1))
+    lr, _ = Degradation.preset("mini").degrade(gt[0].movedim(0, -1).numpy(), np.random.default_rng(1))
     return gt, torch.from_numpy(lr).movedim(-1, 0)[None]
 
 
@@ -87,24 +88,28 @@ for _ in range(25):
     adam.step()
 hacked = hacked.detach().clamp(0, 1)
 
-trio = {"pre-trained model": before, "reward climbed": hacked, "truth": gt}
+enlarged = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
+trio = {"bicubic": enlarged, "pre-trained model": before, "reward climbed": hacked, "truth": gt}
 with torch.no_grad():
     scores = {n: reward.score(x).item() for n, x in trio.items()}
 likeness = {n: ssim(x, gt).item() for n, x in trio.items()}
 judged = {n: judge.score(x).item() for n, x in trio.items()}
 titles = [f"{n}\nreward {scores[n]:.2f} · SSIM {likeness[n]:.2f}\njudge {judged[n]:.0f}" for n in trio]
 show(
-    pictures([x[0] for x in trio.values()], titles, tile=2.1),
+    pictures([lr[0], *(x[0] for x in trio.values())], ["low resolution\n\n", *titles], tile=1.92),
     "A cup of coffee, 64 pixels wide: " + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
 )
-assert scores["reward climbed"] > scores["truth"] and likeness["reward climbed"] < likeness["pre-trained model"] - 0.1
-assert judged["reward climbed"] < judged["pre-trained model"] - 10
+assert scores["reward climbed"] > scores["truth"] and likeness["reward climbed"] < likeness["pre-trained model"]
+fell = judged["reward climbed"] < judged["pre-trained model"]
+print(
+    "the judge notices: its score fell" if fell else "the judge is fooled along with the reward: its score did not fall"
+)
 
 # %% [markdown]
-# **What to see.** The reward now prefers our picture to the *true photograph*, although ours is covered with a pattern
-# that no cup has. SSIM (likeness to the truth, 1 for equal pictures) was never optimized; it fell by half. So did the
-# *judge*, a held-out network built differently from the reward (about 0 for a ruined picture and 100 for an untouched
-# one, but nothing keeps it in that range). A score that rises while the picture spoils is *reward hacking*. The paper
+# **What to see.** The reward now prefers our picture to the *true photograph*. Look at it, and at the truth beside it. SSIM
+# (likeness to the truth, 1 for equal pictures) was never optimized; it fell. The *judge* is a held-out network built
+# differently from the reward (about 0 for a ruined picture and 100 for an untouched one, but nothing keeps it in that
+# range); the line above says whether it noticed. A score that rises while the picture spoils is *reward hacking*. The paper
 # finds that in super-resolution it often shows "as strong stylization". So: watch the style.
 #
 # ## 2 · What is style? A Gram matrix on paper
@@ -213,9 +218,11 @@ labels = [f"{name} {k}" for name in names for k in (1, 2)]
 print(" " * 9 + "".join(f"{label:>10s}" for label in labels))
 for label, row in zip(labels, 1e4 * distance, strict=True):
     print(f"{label:9s}" + "".join(f"{value:10.2f}" for value in row))
+nearest = (distance + distance.max() * torch.eye(6)).argmin(1)
+print("nearest to each:", ", ".join(f"{label}: {labels[k]}" for label, k in zip(labels, nearest, strict=True)))
 
 show(
-    pictures([*patches], labels, tile=1.1),
+    pictures([*patches], labels, columns=3, tile=1.92),
     "Six patches of 64 pixels: two each of grass, gravel and brick. Style distances (times 10000): "
     + ", ".join(f"{labels[i]} to {labels[j]} {1e4 * distance[i, j]:.2f}" for i, j in ((0, 1), (2, 3), (4, 5), (0, 4)))
     + ".",
@@ -224,10 +231,10 @@ print(f"mean distance within a texture {1e4 * within:.2f}, between textures {1e4
 assert within < between
 
 # %% [markdown]
-# **What to see.** On average two patches of one texture are much closer than two of different ones, with filters that
-# never learned anything. But look along the rows: grass 1 is as close to brick 1 as to its twin, and grass 2 is closer
-# to gravel 2. This Gram distance also counts brightness and contrast (section 3), and the two grasses differ in both.
-# A trained VGG19 has better filters; the arithmetic is the same.
+# **What to see.** On average two patches of one texture are closer than two of different ones, with filters that never
+# learned anything. But read the line *nearest to each*: a mean is not a proof, and not every patch finds its twin. This
+# Gram distance also counts brightness and contrast (section 3), and two patches of grass may differ in both. A trained
+# VGG19 has better filters; the arithmetic is the same.
 #
 # ## 5 · Equation 6, forwards and backwards
 #
@@ -334,7 +341,7 @@ left = {n: (shallow(painted[n], textures[n]) / shallow(cat, textures[n])).item()
 tiles = [picture[0] for picture in (cat, *textures.values(), hacked, *painted.values())]
 titles = ["a cat", *textures, "section 1's hack", *(f"in {n}" for n in textures)]
 show(
-    pictures(tiles, titles, columns=4, tile=1.28),
+    pictures(tiles, titles, columns=4, tile=1.92),
     "A cat's face and 3 textures; below, the hack of section 1 and the cat in each: under 30 % of the distance left.",
 )
 assert max(left.values()) < 0.3
@@ -342,8 +349,8 @@ assert max(left.values()) < 0.3
 # %% [markdown]
 # **What to see.** In dots and gravel the cat stays recognizable, because we started there; in stripes it drowns. Its
 # fur turns into strokes of the texture. Nobody said where a stripe should go: the Gram matrix knows only which features
-# occur together and how strongly. The hack of section 1, beside them, is the same kind of thing: a style painted over
-# the picture. A *small* Gram distance to the pre-trained model therefore means: same strokes, same colors and
+# occur together and how strongly. Set the hack of section 1, beside them, against these: it, too, is painted over the
+# picture. A *small* Gram distance to the pre-trained model therefore means: same strokes, same colors and
 # contrast, wherever they are.
 #
 # ## 7 · Why is the reference the frozen model?
@@ -437,9 +444,12 @@ print(f"numbers to train: {W.numel()} in W, {sum(p.numel() for p in thin.paramet
 
 # %% [markdown]
 # Now a small version of the paper's Table 4, with *direct* optimization: two pictures, one noisy state each (step 9 of
-# 10, t = 101), twenty steps of Adam on the weights for MiniIQA alone. That is not RFSR's training, it is a stress test
-# of the four ways, and it shows the mechanism in seconds. The weights of KL and Gram are chosen so that both arrive at
-# a similar reward; LoRA gets a ten times larger step, as is usual.
+# 10), sixteen steps of Adam on the weights for MiniIQA alone. That is not RFSR's training, it is a stress test of the four
+# ways, and it shows the mechanism in seconds. (LoRA here is rank 4 on attention and convolutions with a ten times larger
+# step: other conditions than the other three have. In the paper it has its own, too.)
+#
+# How hard should each hold? With one weight per way one compares the weights and not the ways. So KL and Gram are run with
+# three each, and the unheld run is recorded on the way: *stopping it early* is a fifth way to hold a model back.
 
 # %%
 flower = miniature("flower", 21, 48)
@@ -457,16 +467,15 @@ def estimate(m):
 with torch.no_grad():
     output2, before2 = estimate(model)
 wanted = style.target_gram(before2)
-HOLDS = {
-    "none": lambda output, image: 0.0,
-    "LoRA": lambda output, image: 0.0,
-    "KL": lambda output, image: 1.0 * F.mse_loss(output, output2),
-    "Gram": lambda output, image: 8e3 * style(image, target_gram=wanted),
-}
+HOLDS = {"none": lambda output, image: 0.0, "LoRA": lambda output, image: 0.0}
+for weight in (1, 10, 100):
+    HOLDS[f"KL {weight}"] = lambda output, image, weight=weight: weight * F.mse_loss(output, output2)
+for weight in (300, 3000, 30000):
+    HOLDS[f"Gram {weight}"] = lambda output, image, weight=weight: weight * style(image, target_gram=wanted)
 
 
 # %%
-def tune(name, steps=20):
+def tune(name, steps=16):
     """The picture after ``steps`` steps, and (reward, SSIM, judge) after every fourth."""
     torch.manual_seed(0)
     m, lora = model.reference(), name == "LoRA"
@@ -492,66 +501,101 @@ def tune(name, steps=20):
 ends, paths = {}, {}
 for name in HOLDS:
     ends[name], paths[name] = tune(name)
-check("all begin at the same reward", [p[0, 0] for p in paths.values()], [paths["none"][0, 0]] * 4, 1e-5)
+check("all begin at the same reward", [p[0, 0] for p in paths.values()], [paths["none"][0, 0]] * len(paths), 1e-5)
 
 # %%
 with torch.no_grad():
     strokes = {name: 1e4 * style(image, before2).item() for name, image in ends.items()}
-print("held by   reward   SSIM   judge   style distance to the start (e-4)")
-print("start      {:.2f}    {:.2f}    {:3.0f}     0".format(*paths["none"][0].tolist()))
+print("held by      judge   SSIM   reward   style distance to the start (e-4)")
+print("start        {2:5.0f}   {1:.3f}   {0:.3f}    0".format(*paths["none"][0].tolist()))
 for name, path in paths.items():
     r, s, j = path[-1].tolist()
-    print(f"{name:9s}  {r:.2f}    {s:.2f}    {j:3.0f}     {strokes[name]:.2g}")
-tiles = [image[row] for row in (0, 1) for image in (before2, *ends.values(), gt2)]
-titles = ["start", *HOLDS, "truth"]
+    print(f"{name:11s}  {j:5.0f}   {s:.3f}   {r:.3f}    {strokes[name]:.2g}")
+half = (paths["none"][0, 0] + paths["none"][-1, 0]) / 2
+shown = ["none", "LoRA"] + [min((n for n in paths if n.startswith(way)), key=lambda n: abs(paths[n][-1, 0] - half))
+                            for way in ("KL", "Gram")]  # fmt: skip
+tiles = [image[row] for row in (0, 1) for image in (before2, *(ends[name] for name in shown), gt2)]
+titles = ["start", *shown, "truth"]
 show(
-    pictures(tiles, titles * 2, columns=6, tile=1.28),
-    "A cup and a flower, before, after twenty steps held in each way, and the truth. Rewards: "
-    + ", ".join(f"{name} {path[-1, 0]:.2f}" for name, path in paths.items())
+    pictures(tiles, titles * 2, columns=6, tile=1.92),
+    "A cup and a flower, before, after sixteen steps held in four ways (of KL and Gram the weight whose reward ends nearest "
+    "half the way of the unheld run), and the truth. Rewards: "
+    + ", ".join(f"{name} {paths[name][-1, 0]:.2f}" for name in shown)
     + ".",
 )
-assert max(strokes, key=strokes.get) == "none" and min(strokes, key=strokes.get) == "Gram"
-assert all(paths["none"][-1, 0] > p[-1, 0] and paths["none"][-1, 1] < p[-1, 1] for n, p in paths.items() if n != "none")
+assert all(paths["none"][-1, 0] > paths[name][-1, 0] for name in ("KL 100", "Gram 30000")), "to be held costs reward"
 
-figure, axes = panels(1, 2, width=7.2, height=3.0)
-for (name, path), color, marker in zip(paths.items(), COLORS, "xs^o", strict=False):
+# %%
+figure, axes = panels(1, 2, width=8.4, height=3.4)
+WAYS = {"none": "x", "LoRA": "s", "KL": "^", "Gram": "o"}
+for (way, marker), color in zip(WAYS.items(), COLORS, strict=False):
+    ended = torch.stack([path[-1] for name, path in paths.items() if name.startswith(way)])
+    points = paths[way] if way in paths else ended[ended[:, 0].argsort()]
     for axis, column in zip(axes, (1, 2), strict=True):
-        axis.plot(path[:, 0], path[:, column], marker=marker, color=color, markersize=5, label=name)
+        axis.plot(points[:, 0], points[:, column], marker=marker, color=color, markersize=5, label=way)
 axes[0].set(xlabel="reward (MiniIQA)", ylabel="SSIM with the truth")
 axes[1].set(xlabel="reward (MiniIQA)", ylabel="judge")
-axes[0].legend(frameon=False, loc="lower left")
+axes[0].legend(frameon=False, fontsize=8)
 show(
     figure,
-    "Likeness to the truth and the judge's opinion over the reward, one point every four steps. After twenty steps: "
+    "Likeness to the truth and the judge's opinion over the reward: the paths of the unheld and the LoRA run, one point "
+    "every four steps, and the ends of KL and Gram, one point a weight. Ends: "
     + "; ".join(f"{n} reward {p[-1, 0]:.2f}, SSIM {p[-1, 1]:.2f}, judge {p[-1, 2]:.0f}" for n, p in paths.items())
     + ".",
 )
 
+
+def at_reward(way, column):
+    """Column at the reward `half`, between the nearest points of a way; nan where it never gets there."""
+    ended = torch.stack([path[-1] for name, path in paths.items() if name.startswith(way)])
+    points = paths[way] if way in paths else torch.cat([paths["none"][:1], ended])
+    points = points[points[:, 0].argsort()].numpy()
+    return np.interp(half, points[:, 0], points[:, column], left=np.nan, right=np.nan)
+
+
+print(
+    f"at the reward {half:.2f}:",
+    "; ".join(f"{way} SSIM {at_reward(way, 1):.3f}, judge {at_reward(way, 2):.0f}" for way in WAYS),
+)
+
 # %% [markdown]
-# **What to see.** Unheld, the reward rises fastest, and the pictures turn into posters: white rims, black
-# shadows, hard contrast. That is the stylization the paper speaks of. All three ways to hold it prevent that, and all
-# three pay with reward. They differ in what they let through: LoRA tints the flower red, KL lets the rim of the cup brighten,
-# Gram stays closest in color and contrast. Its style distance is the smallest by far, as it must be: it is what it
-# minimizes.
+# **What to see.** First the pictures: what does the unheld run do to contrast, edges and colors? Which of the held ones
+# still look like the start? A small style distance is what Gram minimizes, so that it has the smallest proves nothing: a
+# model that is held hard enough does not move.
 #
-# Is the *trade* better, or do the three only stop earlier? The curves are sobering. At first likeness even grows with the
-# reward. Between 0.8 and 0.85, where the held runs end, SSIM is highest unheld and with LoRA; Gram ends
-# below them, and KL lowest. The judge says the opposite: KL ends highest, and Gram, which falls at the end, still above
-# an unheld run of the same reward. So in numbers our small test does not show an advantage of Gram; by eye it keeps the style
-# best. An unheld run that is stopped in time is about as good, but somebody has to know when. Two pictures, one
-# noise level, twenty steps and a random VGG19 decide nothing about the real one. Notebook 09 looks at whole training
-# runs, with the style loss and without.
+# Then the curves. A way to hold a model is not a point but a *front*: at the same reward, which keeps more likeness and a
+# better judge? Compare the ways at one reward, as the last line does (nan: it never got there). The unheld curve stands
+# for stopping early; a way is worth its effort where it lies above that one. Where it does not, this test shows no
+# advantage of it, whatever the pictures suggest. Two pictures, one noise level, sixteen steps and a random VGG19 decide
+# nothing about the real one.
 #
-# Slide through the four ways and compare the rims of the flower.
+# What do whole training runs say? They stand in the file that notebook 09 examines: changes against the base model, means
+# over held-out crops and three training seeds.
+
+# %%
+means = pd.read_csv("results/ablation_mini.csv").groupby("model")[["judge", "psnr", "low_ssim", "mini-iqa"]].mean()
+held = {"rfsr": "Gram", "kl": "KL", "lora": "LoRA", "no-style": "none"}
+for name, way in held.items():
+    if name in means.index:
+        change = means.loc[name] - means.loc["base"]
+        print(f"held by {way:5s}", "   ".join(f"{measure} {value:+.3f}" for measure, value in change.items()))
+    else:
+        print(f"held by {way:5s} NOT RUN")
+
+# %% [markdown]
+# **What to see.** Read the line without a style loss against the others: what does it gain in reward, and what does it pay in
+# fidelity and with the judge? That is the evidence for holding the style; the toy above shows the mechanism only.
+#
+# Slide through the ways of the toy and compare the rims of the flower.
 
 
 # %%
 def draw(name):
     r, s, j = paths[name][-1].tolist()
-    rows = [image[row] for row in (0, 1) for image in (before2, ends[name])]
-    titles = ["start", f"held by: {name}", "start", f"held by: {name}"]
-    return pictures(rows, titles, columns=4, tile=1.9), (
-        f"The cup and the flower at the start and after twenty steps, held by {name}: reward {r:.2f}, SSIM {s:.2f}, "
+    rows = [image[row] for row in (0, 1) for image in (before2, ends[name], gt2)]
+    titles = ["start", f"held by: {name}", "truth"] * 2
+    return pictures(rows, titles, columns=3, tile=1.92), (
+        f"The cup and the flower at the start and after sixteen steps, held by {name}: reward {r:.2f}, SSIM {s:.2f}, "
         f"judge {j:.0f}, style distance {strokes[name]:.2g}e-4."
     )
 
@@ -560,8 +604,8 @@ leash = explore(draw, values=list(HOLDS), label="held by")
 leash
 
 # %%
-leash.slider.value = "Gram"
-show(*draw("Gram"))
+leash.slider.value = shown[-1]
+show(*draw(shown[-1]))
 
 # %% [markdown]
 # ### What the paper reports
@@ -612,7 +656,7 @@ caught(lambda: check("the style loss sees the change", log["style"] / by_hand["G
 # %% [markdown]
 # ## 11 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each.
+# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
 #
 # **Exercise 1 (warm-up).** What is the Gram matrix, divided by $CHW$, of two features at two places,
 # $F=\begin{pmatrix}2&0\\1&3\end{pmatrix}$?
@@ -641,7 +685,7 @@ exercise(1, verify_small)
 
 # %% [markdown]
 # **Exercise 2.** Spoil feature maps $[N,C,H,W]$ so that everything is in another place and the Gram matrix cannot tell.
-# <details><summary>Hint</summary>The same shift for all channels: `torch.roll`. Or `flip`.</details>
+# <details><summary>Hint</summary>The same rearrangement of places for all channels.</details>
 
 
 # %%

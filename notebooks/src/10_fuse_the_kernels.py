@@ -208,6 +208,13 @@ for name, (forward, backward, operations) in moved.items():
     print(f"{name:8s} floor on an H200: {floors[0]:5.1f} + {floors[1]:5.1f} µs, in {operations} operations")
 balance = H200["flops"] / H200["bytes"]
 print(f"the two limits meet at {balance:.0f} FLOP per byte")
+for kind, flops, size in (
+    ("no tensor cores, fp32", 67e12, 4),
+    ("tensor cores, TF32", 494e12, 4),
+    ("tensor cores, bf16", 989e12, 2),
+):
+    limits = {c: "arithmetic" if c / size > flops / H200["bytes"] else "bytes" for c in (64, 128, 256, 512)}
+    print(f"  {kind:22s} they meet at {flops / H200['bytes']:4.0f}; Gram is limited by", limits)
 
 # FLOP per block of four pixels: fused 4 differences, 3 sums, |d|, add it up; slices twice 3 sums and a halving, then
 # the difference, |d|, add it up; pooled 4 differences, 3 sums and a division, |d|, add it up
@@ -216,6 +223,7 @@ points = {"LL, slices": work["slices"] / 28, "LL, fused": work["package"] / 8}
 points |= {f"Gram, C = {c}": c / 4 for c in (64, 512)}  # C FLOP for each number of 4 bytes that is read
 
 
+# %%
 def roofline(machine, points, rates=None):
     """Both limits over the intensity; the points lie on them unless rates say what was measured."""
     figure, axes = panels(width=6.4, height=3.0)
@@ -241,6 +249,10 @@ show(
 # to the right. The Gram loss is on the other side, limited by arithmetic: each number meets those of $C$ channels, with
 # a multiplication and an addition each time, and symmetry saves half. So the two need different kernels: the first must
 # touch memory once (sections 5 to 7), the second must use each loaded number often (section 8).
+#
+# That is so in the figure, which leaves the tensor cores out. With them products cost so little that the limits meet far
+# to the right (the lines above; rates of dense products from the data sheet): the Gram of few channels is then limited by
+# bytes, too. The package's CUDA kernel uses them, and so has both things to mind.
 #
 # There is a third cost: on a GPU each of PyTorch's operations is at least one *launch*, which takes some microseconds
 # whatever it does. A floor of ten microseconds in two launches is worth more than the same floor in twenty.
@@ -650,8 +662,9 @@ tiles.slider.value = 64
 show(*draw(64))
 
 # %% [markdown]
-# **What to see.** Small tiles load everything again and again and are limited by memory. From 64 on, arithmetic limits,
-# and a larger tile gains nothing but leaves fewer blocks to share out among the GPU's processors. The package's CUDA kernel
+# **What to see.** Small tiles load everything again and again and are limited by memory. From 64 on, arithmetic limits (that
+# of plain units; tensor cores are hungrier), and a larger tile gains nothing but leaves fewer blocks to share out among the
+# GPU's processors. The package's CUDA kernel
 # takes 64, or 128 beyond 64 channels, its CPU kernel 8×32, or 32×32 for bfloat16 on a processor with a matrix unit.
 # (Caches help small tiles, so reality is kinder than this count.)
 #
@@ -729,8 +742,14 @@ print(
 print(f"Python loop     {1e9 * seconds(lambda: loss_loop(a13, b13)) / a13.size:6.2f} ns per pixel")
 ran = versions | ({"C++ of this page": compiled} if compiled else {})
 timed = {name: 1e9 * seconds(lambda loss=loss: loss(x, y)) / pixels for name, loss in ran.items()}
+p = x.clone().requires_grad_()
+whole = {
+    name: 1e9 * seconds(lambda loss=loss: torch.autograd.grad(loss(p, y), p)) / pixels
+    for name, loss in versions.items()
+}
 for name, t in (timed | {"least possible": 1e9 * 8 / here["bytes"]}).items():
-    print(f"{name:16s}{t:6.2f} ns per pixel")
+    both = f", forward and backward {whole[name]:6.2f}" if name in whole else ""
+    print(f"{name:16s}{t:6.2f} ns per pixel{both}")
 at = {name: work.get(name, 9 / 4) / moved.get(name, [8])[0] for name in timed}
 rates = {name: work.get(name, 9 / 4) / t for name, t in timed.items()}
 rated = ", ".join(f"{name} {rate:.1f} GFLOP/s" for name, rate in rates.items())
@@ -748,6 +767,19 @@ show(roofline(here, at, rates), f"Roofline of this computer, measured, forward o
 # one register, and everything between pictures and signs stays in registers. `python -m benchmarks` in the repository
 # repeats this with care, against every other implementation we know.
 #
+# **Does that make training faster?** Amdahl's law: if a part takes the share $p$ of the time and becomes $s$ times as fast,
+# the whole becomes $1/(1-p+p/s)$ times as fast. In RFSR the rollout, up to fifty passes of the network, takes nearly all the
+# time, and the loss a thousandth. [The repository's own benchmark](../benchmarks/results) says so: a whole iteration takes
+# as long with the fused losses as with the best other ones (1.00 times, in both windows). What the kernels do give there
+# is memory, same bits for any number of threads, and speed in a loop whose network is small.
+
+# %%
+print("share p   the whole becomes faster by, if the loss becomes 2.6 or 100 times as fast")
+for p in (0.001, 0.01, 0.1, 0.5):
+    print(f"{p:7.3f}   " + ", ".join(f"{1 / (1 - p + p / s):.3f}" for s in (2.6, 100)))
+check("no part can save more than its share", 1 / (1 - 0.001 + 0.001 / 1e9), 1 / (1 - 0.001), 1e-9)
+
+# %% [markdown]
 # Without a GPU, how does one trust a CUDA kernel? The package's tests do what section 5 does, in C++: they compile the
 # same lines of `csrc/cuda/` for the host, threads and barriers simulated, and compare them with PyTorch and PyWavelets,
 # at odd and even sizes, for every rule and number type. That proves indices and sums. It cannot prove speed, and it
@@ -755,7 +787,7 @@ show(roofline(here, at, rates), f"Roofline of this computer, measured, forward o
 #
 # ## 10 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution is folded away under each.
+# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
 #
 # **Exercise 1 (warm-up, predict then run).** How many bytes does the fused forward pass read and write for one channel of
 # `height` × `width` numbers of `s` bytes, with the signs but without the 4 bytes of the result? Rows of signs end on whole
@@ -868,7 +900,8 @@ exercise(3, verify_unpack)
 # %% [markdown]
 # ## Summary
 #
-# * Bytes decide: the LL loss written in slices moves many times what the fused one must, most of it in backward.
+# * Bytes decide: the LL loss written in slices moves many times what the fused one must, most of it in backward. They
+#   decide about the loss; a whole RFSR iteration hardly notices.
 # * The floor is arithmetic: bytes over bandwidth, or operations over rate, whichever takes longer.
 # * Threads that add to one place race; a tree with barriers adds in a fixed order and gives the same bits every time.
 # * Backward gathers, so each pixel has one writer, also at odd borders; test odd sizes, where slips of one show.

@@ -412,16 +412,25 @@ def data_tag(
 
 @_mini.command("build")
 def mini_build(
+    photographs: Annotated[Path, typer.Argument(help="Folder in which the photographs' Debian packages are unpacked.")],
     output: Annotated[Path | None, typer.Option(help="Receives the weights; the package itself by default.")] = None,
     work: Annotated[Path, typer.Option(help="State of unfinished stages.")] = Path("runs/mini-build"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, whole("Of weights, data and noise.", 0, SEED)] = 0,
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast or not; measured by default.")] = None,
 ) -> None:
-    """Train the mini model, both small rewards and the judge from the bundled photographs; resumable."""
+    """Train the mini model, both small rewards and the judge; resumable.
+
+    The photographs come from Debian packages, which need not be installed:
+
+    apt-get download lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers
+
+    for package in *.deb; do dpkg-deb -x "$package" photographs/; done
+    """
     from rfsr_ext.cli.config import choose_device
     from rfsr_ext.mini.build import build
     from rfsr_ext.weights import WEIGHTS
 
-    for name, seconds in build(work, output or WEIGHTS, device=choose_device(device), seed=seed, bf16=bf16).items():
+    device = choose_device(device)
+    for name, seconds in build(photographs, work, output or WEIGHTS, device=device, seed=seed, bf16=bf16).items():
         typer.echo(f"{name:12s} {seconds / 60:6.1f} min")

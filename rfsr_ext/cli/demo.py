@@ -14,13 +14,14 @@ from rfsr_ext.evaluation import (
     compare,
     comparison_figure,
     curves_figure,
+    enlarge_bicubic,
     evaluate,
     evaluate_bicubic,
     save_figure,
     summarize,
 )
 from rfsr_ext.files import check_unheld, replace_file
-from rfsr_ext.metrics import psnr
+from rfsr_ext.metrics import Judge, psnr
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import REWARDS, create_reward
 from rfsr_ext.sampling import generators, sample
@@ -35,43 +36,47 @@ _WRITTEN = {  # beside what training writes
 
 
 def _comparison(models: dict[str, ISRModel], samples: list[Sample], seed: int):
-    """One row per sample: LR, each model's result, ground truth, with what was measured under each tile."""
+    """One row per sample: LR, bicubic, each model's result, truth, with what was measured under each tile."""
     lr, gt = (torch.stack([s[key] for s in samples]) for key in ("lr", "gt"))
     prompts = [s["prompt"] for s in samples]
     noise = generators(seed, range(len(samples)))
-    iqa = create_reward("mini-iqa")
+    iqa, judge = create_reward("mini-iqa"), Judge.from_pretrained()
+    results = {"bicubic": enlarge_bicubic(lr, next(iter(models.values())).scale)}
+    results |= {name: sample(model, lr, prompts, [g.clone_state() for g in noise]) for name, model in models.items()}
     columns = [[(image, f"{image.shape[2]}×{image.shape[1]} pixels") for image in lr]]
-    for model in models.values():
-        images = sample(model, lr, prompts, [g.clone_state() for g in noise])
+    for images in (*results.values(), gt):
         with torch.no_grad():
-            scores = iqa.score(images, prompts)
-        columns.append(
-            [
-                (image, f"PSNR {p:.1f} dB · {iqa.name} {s:.2f}")
-                for image, p, s in zip(images, psnr(images, gt), scores, strict=True)
-            ]
-        )
-    with torch.no_grad():
-        columns.append([(image, f"{iqa.name} {s:.2f}") for image, s in zip(gt, iqa.score(gt, prompts), strict=True)])
+            scores = zip(iqa.score(images, prompts), judge.score(images), psnr(images, gt), strict=True)
+        captions = [
+            f"{iqa.name} {s:.2f} · judge {j:.0f}" + (f"\nPSNR {p:.1f} dB" if images is not gt else "")
+            for s, j, p in scores
+        ]
+        columns.append(list(zip(images, captions, strict=True)))
     rows = [list(row) for row in zip(*columns, strict=True)]
-    return comparison_figure(rows, ["low resolution", *models, "ground truth"])
+    return comparison_figure(rows, ["low resolution", *results, "ground truth"])
 
 
 def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> None:
-    """Train with the ``mini`` preset, measure on held-out photographs, write pictures, table and JSON to ``output``."""
+    """Train with the ``mini`` preset, and once more without its style loss, and measure both on held-out photographs.
+
+    Pictures, table, JSON and models go to ``output``.
+    """
     started = time.monotonic()
     overrides = {"output_dir": str(output), "seed": seed} | ({"iterations": iterations} if iterations else {})
     config = RFSRConfig.load("mini", overrides)
+    without = config.replace(style_loss="none", output_dir=str(output / "without-style"))
     check_unheld(output, tuple(_WRITTEN))
     typer.echo("RFSR on the mini model; its rewards and VGG19 are small stand-ins (see rfsr_ext/weights/README.md)")
-    result = RFSRTrainer(config).train()
+    result, hacked = RFSRTrainer(config).train(), RFSRTrainer(without).train()
 
     samples = evaluation_crops(photographs("test"), 128, crops)
-    models = {"base": load_model(config.model), "fine-tuned": result.model}
+    base = load_model(config.model)
+    models = {"base": base, "fine-tuned": result.model, "without style loss": hacked.model}
     scorers = held_out_scorers()
     frames = [evaluate(model, samples, scorers, seeds=(seed,), name=name) for name, model in models.items()]
-    frame = pd.concat([evaluate_bicubic(samples, scorers, result.model.scale), *frames], ignore_index=True)
-    table = f"{mean_table(frame)}\n\nFine-tuned against base:\n\n{difference_table(frame, 'base', ['fine-tuned'])}"
+    frame = pd.concat([evaluate_bicubic(samples, scorers, base.scale), *frames], ignore_index=True)
+    differences = difference_table(frame, "base", ["fine-tuned", "without style loss"])
+    table = f"{mean_table(frame)}\n\nAgainst base:\n\n{differences}"
     figures = {
         "comparison.png": _comparison(models, samples[:PICTURED], seed),
         "curves.png": curves_figure(result.history),
@@ -83,7 +88,7 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
         "stand_ins": ["mini model", *REWARDS, f"VGG19 ({config.vgg_weights})"],
         "held_out": {"photographs": photographs("test"), "crops": crops, "size": 128, "seed": seed},
         "means": {m: t.droplevel("model").to_dict("index") for m, t in summarize(frame).groupby(level="model")},
-        "fine_tuned_minus_base": compare(frame, "base", "fine-tuned").to_dict("index"),
+        "minus_base": {n: compare(frame, "base", n).to_dict("index") for n in models if n != "base"},
         "seconds": round(time.monotonic() - started, 1),
     }
     with replace_file(output / "report.json") as path:
@@ -91,6 +96,6 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
     with replace_file(output / "table.txt") as path:
         path.write_text(table + "\n")
     typer.echo(f"\n{crops} held-out crops of 128 pixels, mean ± standard error over crops:\n\n{table}\n")
-    typer.echo(f"{config.iterations} iterations, {report['seconds']:.0f} s in all")
+    typer.echo(f"two runs of {config.iterations} iterations, {report['seconds']:.0f} s in all")
     for name, what in {**_WRITTEN, "model": "fine-tuned model"}.items():
         typer.echo(f"{what + ':':18s}{output / name}")

@@ -10,6 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -129,6 +130,13 @@ def _level(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image if size == image.shape[:2] else resize(image, size, Image.Resampling.LANCZOS).clip(0, 1)
 
 
+@cache
+def _pyramid(name: str, folder: Path | None) -> list[np.ndarray]:
+    """The photograph at the sizes that it is cropped at, kept: data sets of several crop sizes share it."""
+    image = load_photograph(name, folder)
+    return [_level(image, (round(image.shape[0] * scale), round(image.shape[1] * scale))) for scale in _PYRAMID]
+
+
 def _is_flat(image: np.ndarray) -> bool:
     return image.mean(axis=-1).std() < _FLAT
 
@@ -172,11 +180,10 @@ class PhotographCrops(Dataset):
             raise ValueError(f"size must be a multiple of the scale {self.degradation.scale}, got {size}")
         self.levels = []
         for name in names:
-            image = load_photograph(name, folder)
-            sizes = [(round(image.shape[0] * scale), round(image.shape[1] * scale)) for scale in _PYRAMID]
-            levels = [_level(image, s) for s in sizes if min(s) >= size]
+            pyramid = _pyramid(name, folder)
+            levels = [level for level in pyramid if min(level.shape[:2]) >= size]
             if not levels:
-                raise ValueError(f"size must fit into photograph {name!r} of {image.shape[:2]} pixels, got {size}")
+                raise ValueError(f"size must fit into photograph {name!r} of {pyramid[0].shape[:2]} pixels, got {size}")
             self.levels.append((name, levels))
 
     def __len__(self) -> int:

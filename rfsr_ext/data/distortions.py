@@ -1,7 +1,7 @@
 """Ways an image can look wrong, each with a severity from 0 to 1: what the rewards and the judge learn from.
 
 The first group is what a low-resolution input suffers; the second is what a generator does to please a reward: too much
-sharpening, ringing, texture that was never there, painterly flattening.
+sharpening, ringing, texture that was never there, painterly flattening, speckle.
 """
 
 from collections.abc import Callable
@@ -72,9 +72,17 @@ def _paint(image, severity, rng):
     return flat + (0.3 + severity) * (flat - gaussian_filter(flat, (1.5, 1.5, 0)))
 
 
+def _speckle(image, severity, rng):
+    """Colored blotches as large as a latent, or smaller: what is left of the noise that a sampler started from."""
+    sigma = rng.uniform(0.6, 2)
+    blotches = gaussian_filter(rng.normal(size=image.shape), (sigma, sigma, 0))
+    return image + ((0.008 + 0.05 * severity) / blotches.std() * blotches).astype(np.float32)
+
+
 INPUT_FAULTS: dict[str, Callable] = {"blur": _blur, "downscale": _downscale, "noise": _noise, "jpeg": _jpeg}
 DISTORTIONS: dict[str, Callable] = INPUT_FAULTS | {
     "sharpen": _sharpen, "ringing": _ringing, "texture": _texture, "paint": _paint,
+    "speckle": _speckle,
 }  # fmt: skip
 
 

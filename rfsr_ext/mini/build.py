@@ -1,4 +1,4 @@
-"""``rfsr mini build``: everything under ``rfsr_ext/weights``, from the bundled photographs alone."""
+"""``rfsr mini build``: everything under ``rfsr_ext/weights``, from bundled and packaged photographs."""
 
 import logging
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import conv2d
 
-from rfsr_ext.data import DistortedCrops, PhotographCrops, photographs
+from rfsr_ext.data import PACKAGED, DistortedCrops, PhotographCrops, load_photograph, photographs
 from rfsr_ext.data.distortions import DISTORTIONS, INPUT_FAULTS
 from rfsr_ext.files import replace_folder
 from rfsr_ext.mini.base_model import train_autoencoder, train_denoiser
@@ -23,14 +23,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """How long each stage trains, in iterations, and on crops of which size."""
+    """How long each stage trains, in iterations; the denoiser first on crops of 64 pixels, then on larger ones."""
 
-    size: int = 64
-    autoencoder: int = 2000
-    denoiser: int = 3600
+    autoencoder: int = 4000
+    estimator: int = 1600
+    denoiser: int = 4000
+    denoiser_128: int = 1500
     iqa: int = 1200
-    preference: int = 1200
+    preference: int = 600
     judge: int = 1000
+
+
+# Bundled photographs that are no scenes, but a microscope's, a telescope's or an ophthalmoscope's.
+_NO_SCENES = {"hubble_deep_field", "immunohistochemistry", "moon", "retina"}
 
 
 def bf16_pays(device: str) -> bool:
@@ -52,6 +57,7 @@ def bf16_pays(device: str) -> bool:
 
 
 def build(
+    packages: Path,
     work: Path,
     output: Path = WEIGHTS,
     *,
@@ -63,6 +69,7 @@ def build(
     """Train the mini model, both rewards and the judge; an interrupted build goes on where it stopped.
 
     Args:
+        packages: where the packages of `rfsr_ext.data.PACKAGED` photographs are unpacked.
         work: where the state of unfinished stages is kept.
         output: receives ``model/``, ``rewards/`` and ``judge/``, each replaced as a whole once it is complete.
         plan: lengths of the stages.
@@ -72,19 +79,34 @@ def build(
 
     Returns:
         Seconds per stage.
+
+    Raises:
+        FileNotFoundError: if a photograph is missing; the sentence says how to get it.
     """
+    for name in PACKAGED:
+        load_photograph(name, packages)
     plan = plan or BuildPlan()
     bf16 = bf16_pays(device) if bf16 is None else bf16
     options = {"seed": seed, "device": device, "bf16": bf16}
-    crops = PhotographCrops(photographs("train"), plan.size, seed=seed)
-    others = PhotographCrops(photographs("train"), plan.size, seed=seed + 7)  # rewards learn from crops of their own
-    seconds: dict[str, float] = {}
+    names = [name for name in photographs("train") if name not in _NO_SCENES] + photographs("train", packaged=True)
 
-    vae, seconds["autoencoder"] = train_autoencoder(crops, work, plan.autoencoder, **options)
-    model, seconds["denoiser"] = train_denoiser(vae, crops, work, plan.denoiser, **options)
+    def crops(size: int, number: int) -> PhotographCrops:
+        """Crops of each stage's own; real photographs hold enough colors."""
+        return PhotographCrops(names, size, seed + number, dead_leaves_share=0.05, recolor=False, folder=packages)
+
+    seconds: dict[str, float] = {}
+    vae, linear, seconds["autoencoder"] = train_autoencoder(crops(32, 0), work, plan.autoencoder, **options)
+    stages = {
+        "estimator": (crops(64, 3), plan.estimator, 8),
+        "denoiser": (crops(64, 1), plan.denoiser, 16),
+        "denoiser-128": (crops(128, 2), plan.denoiser_128, 4),
+    }
+    model, spent = train_denoiser(vae, linear, stages, work, **options)
+    seconds |= spent
+    others = crops(64, 7)
     iqa, seconds["iqa"] = train_iqa(DistortedCrops(others, INPUT_FAULTS), vae, work, plan.iqa, **options)
     preference, seconds["preference"] = train_preference(
-        DistortedCrops(others, INPUT_FAULTS), vae, model.tokenizer, work, plan.preference, **options
+        DistortedCrops(others, INPUT_FAULTS), vae, model.tokenizer, iqa, work, plan.preference, **options
     )
     judge, seconds["judge"] = train_judge(DistortedCrops(others, DISTORTIONS), work, plan.judge, **options)
 

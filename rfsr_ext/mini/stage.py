@@ -16,13 +16,14 @@ __all__ = ["Stage", "train_stage"]
 
 
 class Stage(Method):
-    """AdamW with a warm-up over 100 iterations and a cosine down to a hundredth of the learning rate.
+    """AdamW with a warm-up over 100 iterations and, if ``falling``, a cosine to a hundredth of the learning rate.
 
     Args:
         networks: by name; all their parameters are trained.
         minimize: ``f(batch, generator)``, a mean over the batch; the generator follows from seed and iteration.
         iterations: length of the schedule.
         seed: of the generators.
+        falling: whether the learning rate does; a stage whose networks another one goes on with may keep it.
     """
 
     def __init__(
@@ -31,14 +32,17 @@ class Stage(Method):
         minimize: Callable[[dict, torch.Generator], Tensor],
         iterations: int,
         seed: int = 0,
+        falling: bool = True,
     ):
         self.players = {"stage": networks}
         self.minimize, self.iterations, self.seed = minimize, iterations, seed
+        self.falling = falling
         for network in networks.values():
             network.requires_grad_(True).train()
 
     def learning_rate_factor(self, player: str, iteration: int) -> float:
-        rise, fall = min(1.0, (iteration + 1) / 100), 0.5 * (1 + math.cos(math.pi * iteration / self.iterations))
+        rise = min(1.0, (iteration + 1) / 100)
+        fall = 0.5 * (1 + math.cos(math.pi * iteration / self.iterations)) if self.falling else 1.0
         return rise * max(fall, 0.01)
 
     def loss(self, player: str, batch: dict[str, Any], iteration: int, samples: Sequence[int]):
@@ -49,7 +53,7 @@ class Stage(Method):
         return {"iterations": self.iterations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["iterations"] != self.iterations:
+        if self.falling and state["iterations"] != self.iterations:
             raise ValueError(
                 f"iterations of this stage must be {state['iterations']}, which its unfinished run began with, got "
                 f"{self.iterations}; give another work folder"
@@ -67,6 +71,8 @@ def train_stage(
     batch_size: int,
     learning_rate: float,
     ema_decay: float = 0.999,
+    weight_decay: float = 1e-4,
+    falling: bool = True,
     seed: int = 0,
     bf16: bool = True,
     device: torch.device | str = "cpu",
@@ -79,11 +85,12 @@ def train_stage(
     """
     config = RunConfig(
         iterations=iterations, batch_size=batch_size, learning_rate=learning_rate, adam_betas=(0.9, 0.99),
-        weight_decay=1e-4, ema_decay=ema_decay, seed=seed, mixed_precision="bf16" if bf16 else "no",
+        weight_decay=weight_decay, ema_decay=ema_decay, seed=seed, mixed_precision="bf16" if bf16 else "no",
         checkpoint_every=checkpoint_every, keep_checkpoints=1, num_workers=1, output_dir=str(folder / name),
     )  # fmt: skip
     accelerator = create_accelerator(config, cpu=torch.device(device).type == "cpu")
-    loop = Loop(config, Stage(networks, minimize, iterations, seed), dataset, accelerator=accelerator, name=name)
+    stage = Stage(networks, minimize, iterations, seed, falling)
+    loop = Loop(config, stage, dataset, accelerator=accelerator, name=name)
     loop.train()
     for network in networks.values():
         network.requires_grad_(False).eval()

@@ -94,6 +94,8 @@ class Recipe:
         guidance_scale: of classifier-free guidance at inference; 1 is none.
         added_prompt: appended to every prompt at inference, such as "clean, high-resolution, 8k".
         negative_prompt: of classifier-free guidance.
+        temperature: of the noise in x_T, a factor: 1 as trained; with less the result has less texture and is nearer to
+            the truth.
         start_timestep: with "lr" the timestep whose noise is added; None for the first one of the trajectory.
         spacing: of the timesteps: "uniform", or "ccsr-v1" or "ccsr-v2" for one leap to ``t_max``, steps to ``t_min``
             and the estimate there, see `rfsr_ext.models.NonUniformProcess`.
@@ -113,6 +115,7 @@ class Recipe:
     guidance_scale: float = 1.0
     added_prompt: str = ""
     negative_prompt: str = ""
+    temperature: float = 1.0
     start_timestep: int | None = None
     spacing: str = "uniform"
     t_max: float = 2 / 3
@@ -135,6 +138,7 @@ class Recipe:
             if name != "start_timestep" or self.start_timestep is not None:
                 object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
         _number("guidance_scale", self.guidance_scale, 0, 100, whole=False)
+        _number("temperature", self.temperature, 0, 100, whole=False)
         for name in ("t_max", "t_min"):
             _number(name, getattr(self, name), 0, 1, whole=False)
         for name in ("added_prompt", "negative_prompt"):
@@ -254,7 +258,7 @@ class ISRModel(ABC):
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """The network's output (noise, velocity or flow, as the scheduler's ``prediction_type`` says).
+        """The network's output (noise, velocity, z_0 or flow, as the scheduler's ``prediction_type`` says).
 
         ``latents`` ``[N, C, h, w]`` are scaled for the network already; ``timestep`` is a scalar or ``[N]``.
         """
@@ -336,7 +340,7 @@ class ISRModel(ABC):
         """x_T, which a rollout starts from; ``generator`` is one `torch.Generator` or a list, one per image."""
         height, width = (n // self.vae_scale_factor for n in condition.image.shape[-2:])
         shape = (len(condition), self.latent_channels, height, width)
-        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype) * self.recipe.temperature
         if self.recipe.start == "noise":
             return noise * process.init_noise_sigma
         start = process.timesteps[0] if self.recipe.start_timestep is None else self.recipe.start_timestep

@@ -435,7 +435,7 @@ class PASDModel(ControlNetISRModel):
         for timestep in (process.timesteps[0], self.recipe.start_timestep):
             if timestep is not None:
                 noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-                latents = process.add_noise(latents, noise, timestep)
+                latents = process.add_noise(latents, self.recipe.temperature * noise, timestep)
         return latents
 
     # -- storage --------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ Everything else follows from α and σ at a timestep and from what the network p
 network gives    training target           estimate of z_0               of which models
 ================ ========================= ============================= ==============================
 ``epsilon``      ε                         (z − σ ε) / α                 SD 1.5, SD 2 base, SeeSR, PASD
-``v_prediction`` v = (α ε − σ z_0) / r     (α z − σ r v) / r²            SD 2.1, DiffBIR v2.1, the mini model
-``sample``       z_0                       z_0                           some autoencoders
+``v_prediction`` v = (α ε − σ z_0) / r     (α z − σ r v) / r²            SD 2.1, DiffBIR v2.1
+``sample``       z_0                       z_0                           the mini model
 ``flow``         u = ε − z_0               (z − σ u) / (α + σ)           FLUX, SD 3
 ================ ========================= ============================= ==============================
 

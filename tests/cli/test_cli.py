@@ -105,7 +105,7 @@ def test_a_device_that_is_not_there_is_refused_before_the_work(rfsr, tmp_path, m
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     wanted = f"--device must be one that torch finds here (cpu, cuda, cuda:0, cuda:1), got {given!r}; give one"
     monkeypatch.chdir(tmp_path)
-    for command in (["upscale", "x.png"], ["data", "tag", "."], ["mini", "build"]):
+    for command in (["upscale", "x.png"], ["data", "tag", "."], ["mini", "build", "."]):
         code, _ = rfsr(*command, "--device", given)
         assert code == f"rfsr: {wanted}"
     assert not list(tmp_path.iterdir())
@@ -249,7 +249,7 @@ def test_memory_is_said_beforehand_and_what_needs_too_much_left_out(rfsr, quick,
     Image.new("RGB", (16, 16)).save("large.png")
     Image.new("RGB", (8, 8)).save("small.png")
     module = importlib.import_module("rfsr_ext.cli.upscale")
-    monkeypatch.setattr(module, "available", lambda: 20_000)  # 64² pixels take 18 bytes each, six sets of latents
+    monkeypatch.setattr(module, "available", lambda: 30_000)  # 64² pixels take 24 bytes each, six sets of latents
     code, printed = rfsr("upscale", "large.png", "small.png")
     assert str(code) == "rfsr: 1 of 2 files could not be upscaled: large.png"
     assert (
@@ -452,8 +452,8 @@ def test_demo_in_small(rfsr, tmp_path):
     code, printed = rfsr("demo", "--output", tmp_path / "demo", "--iterations", 8, "--crops", 3)  # 8 reach both windows
     assert code == 0
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert set(report["means"]) == {"bicubic", "base", "fine-tuned"}
-    assert {"psnr", "ssim", "mini-iqa", "mini-preference", "judge"} <= set(report["fine_tuned_minus_base"])
+    assert set(report["means"]) == {"bicubic", "base", "fine-tuned", "without style loss"}
+    assert {"psnr", "ssim", "mini-iqa", "mini-preference", "judge"} <= set(report["minus_base"]["fine-tuned"])
     assert "random" in " ".join(report["stand_ins"])
     for name in ("comparison.png", "curves.png"):
         with Image.open(tmp_path / "demo" / name) as image:

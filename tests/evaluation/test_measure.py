@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler
 from rfsr_ext.data import evaluation_crops
 from rfsr_ext.evaluation import compare, evaluate, evaluate_bicubic, measure_trajectory, summarize
 from rfsr_ext.metrics import band_ssim, psnr, ssim
-from rfsr_ext.mini import architecture
 from rfsr_ext.models import ISRModel, Recipe
 from rfsr_ext.sampling import generators
+from tests.tiny import sd_scheduler
 
 
 class NoisyBicubic(ISRModel):
@@ -24,7 +24,7 @@ class NoisyBicubic(ISRModel):
         self.networks, self.trained = {"network": torch.nn.Linear(1, 1)}, {"network": ""}
         self.recipe = Recipe(num_inference_steps=5, start="noise")
         # to the very end: Stable Diffusion's own setting leaves the noise of the first timestep in the result
-        self.scheduler = DDIMScheduler.from_config(architecture.scheduler().config, set_alpha_to_one=True)
+        self.scheduler = DDIMScheduler.from_config(sd_scheduler().config, set_alpha_to_one=True)
         self.strength = strength
         super().__init__()
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from rfsr_ext.mini import architecture, build
+from rfsr_ext.mini.linear_start import LinearAutoencoder, LinearEstimator, load_linear_estimate, load_linear_map
 from rfsr_ext.mini.scores import similarity
 from rfsr_ext.mini.stage import train_stage
+from rfsr_ext.models import Process
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -78,3 +80,41 @@ def test_the_build_runs_in_the_faster_type(monkeypatch, slow, pays):
 
     monkeypatch.setattr(build, "conv2d", conv2d)
     assert build.bf16_pays("cpu") == pays
+
+
+def test_a_linear_map_survives_in_the_stock_class():
+    torch.manual_seed(0)
+    linear, vae = LinearAutoencoder(architecture.LATENT_CHANNELS), architecture.autoencoder()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    load_linear_map(vae, linear)
+    with torch.no_grad():
+        latents = linear.encode(images)
+        found = vae.encode(images).latent_dist.mode()
+        assert (found - latents).std() < 0.01 * latents.std()
+        decoded = linear.decode(latents)
+        assert (vae.decode(latents).sample - decoded).std() < 0.01 * decoded.std()
+
+
+def test_sampling_starts_where_training_does():
+    """α z_0 + σ ε with the noise of training is the noised LR latent; its level is what the scheduler says."""
+    process = Process(architecture.scheduler(), 50)
+    alpha, sigma = process.level(process.timesteps[0])
+    assert process.timesteps.tolist() == list(range(999, 0, -20))
+    assert sigma.item() == pytest.approx(architecture.START_NOISE, abs=1e-3)
+    truth, start, noise = torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
+    noised = process.add_noise(truth, noise + (start - truth) * alpha / sigma, process.timesteps[0])
+    torch.testing.assert_close(noised, process.add_noise(start, noise, process.timesteps[0]))
+
+
+def test_a_linear_estimate_survives_in_the_stock_classes_whatever_the_noise():
+    torch.manual_seed(0)
+    unet, controlnet = architecture.denoiser()
+    linear = LinearEstimator(architecture.LATENT_CHANNELS, architecture.LINEAR_WIDTHS)
+    load_linear_estimate(unet, controlnet, linear)
+    images, text = torch.rand(2, 3, 32, 32), torch.randn(2, 4, architecture.TEXT_WIDTH)
+    latents, timestep = torch.randn(2, architecture.LATENT_CHANNELS, 8, 8), torch.tensor([1, 900])
+    with torch.no_grad():
+        down, middle = controlnet(latents, timestep, text, images, return_dict=False)
+        found = unet(latents, timestep, text, down_block_additional_residuals=down,
+                     mid_block_additional_residual=middle).sample  # fmt: skip
+        assert (found - linear(images)).std() < 0.02 * linear(images).std()

@@ -76,4 +76,4 @@ def test_the_judge_also_ranks_what_rewards_invite():
 @pytest.mark.slow
 def test_the_base_model_upscales_held_out_photographs():
     frame = evaluate(load_model(), evaluation_crops(photographs("test"), 64, 12), {})
-    assert frame["psnr"].mean() >= 23
+    assert frame["psnr"].mean() >= 27.6  # it reaches 27.63; bicubic enlargement reaches 27.36

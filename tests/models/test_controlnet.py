@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import ControlNetISRModel, check_model, load_model
 from rfsr_ext.sampling import generators, sample
-from tests.tiny import tiny_parts
+from tests.tiny import sd_scheduler, tiny_parts
 
 PROMPTS = ["cat, fur", ""]
 
@@ -103,6 +103,9 @@ def test_initial_latents(make_model, lr):
     alpha_bar = start_lr.scheduler.alphas_cumprod[981]
     expected = alpha_bar.sqrt() * start_lr.encode(condition.image) + (1 - alpha_bar).sqrt() * noise
     torch.testing.assert_close(start_lr.initial_latents(condition, process, generators(0, [0, 1])), expected)
+    cool = make_model(temperature=0.5)
+    expected = alpha_bar.sqrt() * cool.encode(condition.image) + 0.5 * (1 - alpha_bar).sqrt() * noise
+    torch.testing.assert_close(cool.initial_latents(condition, process, generators(0, [0, 1])), expected)
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ def test_folder_is_an_ordinary_diffusers_folder(model, tmp_path):
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.5])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_stock_pipeline_gives_our_images(make_model, tmp_path, lr, prediction_type, guidance_scale):
-    scheduler = DDIMScheduler.from_config(architecture.scheduler().config, prediction_type=prediction_type)
+    scheduler = DDIMScheduler.from_config(sd_scheduler().config, prediction_type=prediction_type)
     model = make_model(scheduler=scheduler)
     model.save_pretrained(tmp_path / "model")
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
@@ -321,8 +324,8 @@ def test_a_prompt_that_is_cut_is_said_once(make_model, caplog):
 
 def test_parts_must_fit(make_model):
     parts, others = tiny_parts(), make_model()
-    narrow = architecture.autoencoder()  # of 12 channels
-    with pytest.raises(ValueError, match="vae latent_channels must be 4 to fit the unet, got 12; give parts of one"):
+    narrow = architecture.autoencoder()  # of 16 channels
+    with pytest.raises(ValueError, match="vae latent_channels must be 4 to fit the unet, got 16; give parts of one"):
         ControlNetISRModel(**parts | {"vae": narrow})
     assert others.latent_channels == 4
 

@@ -17,14 +17,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from rfsr_ext.mini import architecture
 from rfsr_ext.models import flux, load_model
 from rfsr_ext.models.flux import FLUX_RECIPE, FluxISRModel
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import TimestepWindows, denoise, generators, rollout, sample, trajectory, upscale
 from rfsr_ext.training import RFSRConfig, RFSRTrainer
 from tests.models.released.dp2o import T5_WIDTH, tiny_flux, tiny_flux_parts
-from tests.tiny import tiny_parts
+from tests.tiny import sd_scheduler, tiny_parts
 from tests.training.conftest import Brightness, TinyData
 
 PROMPTS = ["cat, fur", ""]
@@ -386,7 +385,7 @@ def test_parts_must_fit(changes, message):
     if "text_encoder_2" in changes:
         parts["text_encoder_2"].config.d_model = 16
     if "scheduler" in changes:
-        parts["scheduler"] = architecture.scheduler()
+        parts["scheduler"] = sd_scheduler()
     with pytest.raises(ValueError, match=message):
         FluxISRModel(**parts, trained=changes.get("trained"))
 

@@ -13,7 +13,8 @@ from tests.tiny import PixelModel
 # What of ODD is of use, by field; everything else must be refused.
 ACCEPTED = {
     "guidance_scale": {"zero", "half"}, "added_prompt": {"empty", "text"}, "negative_prompt": {"empty", "text"},
-    "start_timestep": {"zero", "null"}, "color_fix": {"null"}, "overlap": {"zero"}, "min_side": {"zero"},
+    "temperature": {"zero", "half"}, "start_timestep": {"zero", "null"}, "color_fix": {"null"}, "overlap": {"zero"},
+    "min_side": {"zero"},
     "t_max": {"zero"}, "t_min": {"zero"}, "structure_window": {"null"}, "reward_window": {"null"},
 }  # fmt: skip
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rfsr_ext.metrics import Judge
-from rfsr_ext.mini import architecture
 from rfsr_ext.rewards import MiniIQA, MiniPreference, Reward, WeightedReward, create_reward, reward_loss
 from rfsr_ext.weights import WEIGHTS
+from tests.tiny import tiny_tokenizer
 
 
 class Constant(Reward):
@@ -67,7 +67,7 @@ def test_nothing_heavy_is_imported_before_a_reward_is_made():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("make", [MiniIQA, lambda: MiniPreference(architecture.tokenizer())])
+@pytest.mark.parametrize("make", [MiniIQA, lambda: MiniPreference(tiny_tokenizer())])
 def test_gradient_matches_finite_differences_and_sizes_are_free(make):
     torch.manual_seed(0)
     reward = make().double()
@@ -90,7 +90,7 @@ def test_gradient_matches_finite_differences_and_sizes_are_free(make):
 def test_prompts_change_the_preference_alone():
     torch.manual_seed(0)
     images = torch.rand(1, 3, 32, 32)
-    preference, iqa = MiniPreference(architecture.tokenizer()), MiniIQA()
+    preference, iqa = MiniPreference(tiny_tokenizer()), MiniIQA()
     assert preference.score(images, ["cat"]) != preference.score(images, ["rocket"])
     assert iqa.score(images, ["cat"]) == iqa.score(images, ["rocket"])
 
@@ -98,7 +98,7 @@ def test_prompts_change_the_preference_alone():
 def test_scores_of_a_batch_are_those_of_its_images():
     torch.manual_seed(0)
     images, prompts = torch.rand(3, 3, 32, 32), ["cat", "a much longer prompt than the others", ""]
-    for reward in (MiniIQA(), MiniPreference(architecture.tokenizer())):
+    for reward in (MiniIQA(), MiniPreference(tiny_tokenizer())):
         alone = torch.cat([reward.score(images[i : i + 1], prompts[i : i + 1]) for i in range(3)])
         torch.testing.assert_close(reward.score(images, prompts), alone)
 
@@ -112,18 +112,17 @@ def test_save_and_load(tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
     assert loaded.label == "mini-iqa (stand-in for CLIP-IQA)"
     with pytest.raises(FileNotFoundError, match="mini-preference weights .* do not exist; `rfsr mini build` makes"):
-        MiniPreference.from_pretrained(tmp_path, architecture.tokenizer())
+        MiniPreference.from_pretrained(tmp_path, tiny_tokenizer())
 
 
 @pytest.mark.parametrize(
     ("load", "file", "other"),
     [
         (MiniIQA.from_pretrained, "rewards/mini-iqa", "judge/judge"),
-        (lambda folder: MiniPreference.from_pretrained(folder, architecture.tokenizer()), "rewards/mini-preference",
-         "rewards/mini-iqa"),
+        (MiniPreference.from_pretrained, "rewards/mini-preference", "rewards/mini-iqa"),
         (Judge.from_pretrained, "judge/judge", "rewards/mini-preference"),
     ],
-)  # fmt: skip
+)
 def test_wrong_files_in_place_of_the_shipped_ones(tmp_path, load, file, other):
     right, wrong = ((WEIGHTS / f"{name}.safetensors").read_bytes() for name in (file, other))
     path = tmp_path / f"{Path(file).name}.safetensors"

@@ -3,6 +3,7 @@ import torch
 
 from rfsr_ext.mini import architecture
 from rfsr_ext.models import ControlNetISRModel, Recipe
+from tests.tiny import sd_scheduler, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -10,14 +11,14 @@ def model():
     """The mini model's architecture with random weights, of 10 steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokenizer = architecture.tokenizer()
+        tokenizer = tiny_tokenizer()
         unet, controlnet = architecture.denoiser()
         for parameter in controlnet.parameters():
             if not parameter.any():  # zero convolutions, which would hide the condition
                 torch.nn.init.normal_(parameter, std=0.05)
         return ControlNetISRModel(
             architecture.autoencoder(), architecture.text_encoder(tokenizer), tokenizer, unet, controlnet,
-            architecture.scheduler(), recipe=Recipe(num_inference_steps=10),
+            sd_scheduler(), recipe=Recipe(num_inference_steps=10),
         )  # fmt: skip
 
 

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.memory import Live
-from rfsr_ext.mini import architecture
 from rfsr_ext.models import ISRModel, Recipe
 from rfsr_ext.sampling import Tiles, adain_color_fix, generators, sample, upscale, wavelet_color_fix
 from rfsr_ext.sampling.tiles import Enlarged
 from rfsr_ext.sampling.upscale import _pad, result_bytes, tiling
+from tests.tiny import sd_scheduler
 
 
 class PixelwiseModel(ISRModel):
@@ -24,7 +24,7 @@ class PixelwiseModel(ISRModel):
 
     def __init__(self):
         self.networks, self.trained = {"network": torch.nn.Linear(1, 1)}, {"network": ""}
-        self.recipe, self.scheduler = Recipe(num_inference_steps=4), architecture.scheduler()
+        self.recipe, self.scheduler = Recipe(num_inference_steps=4), sd_scheduler()
         self.seen = [0]  # sides of what entered a network
         super().__init__()
 

@@ -3,8 +3,8 @@ from diffusers import DDPMScheduler, UniPCMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfsr_ext.mini import architecture
 from rfsr_ext.sampling import TimestepWindows
+from tests.tiny import sd_scheduler
 
 
 def test_paper_windows():
@@ -15,7 +15,7 @@ def test_paper_windows():
 
 
 def test_timesteps_give_the_same_windows_for_50_ddim_steps():
-    scheduler = architecture.scheduler()
+    scheduler = sd_scheduler()
     scheduler.set_timesteps(50)
     assert TimestepWindows.from_timesteps(scheduler.timesteps) == TimestepWindows.from_steps(20, 40, 50)
 
@@ -23,7 +23,7 @@ def test_timesteps_give_the_same_windows_for_50_ddim_steps():
 @pytest.mark.parametrize("kind", [DDPMScheduler, UniPCMultistepScheduler])
 @pytest.mark.parametrize("steps", [10, 20, 50])
 def test_timesteps_of_other_samplers(kind, steps):
-    scheduler = kind.from_config(architecture.scheduler().config)
+    scheduler = kind.from_config(sd_scheduler().config)
     scheduler.set_timesteps(steps)
     windows = TimestepWindows.from_timesteps(scheduler.timesteps)
     assert windows.last == len(scheduler.timesteps)

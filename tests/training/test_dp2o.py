@@ -16,7 +16,6 @@ import torch
 
 from rfsr_ext.data.candidates import CandidateFolder
 from rfsr_ext.evaluation import Measure
-from rfsr_ext.mini import architecture
 from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.training import load_config
 from rfsr_ext.training.dp2o import DP2OConfig, DP2OTrainer, PreferencePairs
@@ -25,7 +24,7 @@ from rfsr_ext.training.kept import read_seconds
 from rfsr_ext.training.setup import as_reference
 from tests import launching
 from tests.models.released.dp2o import tiny_flux
-from tests.tiny import tiny_model
+from tests.tiny import sd_scheduler, tiny_model
 from tests.training.conftest import FewSamples, Pixels, TinyData, assert_same_state, end_state
 
 HERE = Path(__file__).parent
@@ -68,7 +67,7 @@ def run(settings, model=None, **changes):
 
 
 def predictions(kind):
-    scheduler = type(architecture.scheduler()).from_config(architecture.scheduler().config, prediction_type=kind)
+    scheduler = type(sd_scheduler()).from_config(sd_scheduler().config, prediction_type=kind)
     return tiny_model(num_inference_steps=3, scheduler=scheduler)
 
 

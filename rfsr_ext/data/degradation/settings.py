@@ -58,16 +58,16 @@ class Round:
     blur_prob: float = 1.0
     kernel_prob: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     sinc_prob: float = 0.0
-    blur_sigma: tuple[float, float] = (0.2, 1.6)
+    blur_sigma: tuple[float, float] = (0.2, 1.2)
     betag_range: tuple[float, float] = (1.0, 1.0)
     betap_range: tuple[float, float] = (1.0, 1.0)
     resize_prob: tuple[float, float, float] = (0.0, 0.0, 1.0)
     resize_range: tuple[float, float] = (1.0, 1.0)
     gaussian_noise_prob: float = 1.0
-    noise_range: tuple[float, float] = (0.0, 5.0)
+    noise_range: tuple[float, float] = (0.0, 1.5)
     poisson_scale_range: tuple[float, float] = (0.0, 0.0)
     gray_noise_prob: float = 0.0
-    jpeg_range: tuple[int, int] = (70, 95)
+    jpeg_range: tuple[int, int] = (88, 98)
     jpeg_subsampling: str = "4:2:0"
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class Degradation:
     scale: int = 4
     sharpens_gt: bool = False
     kernel_size: tuple[int, int] = (7, 21)
-    first: Round = Round()
+    first: Round = Round(jpeg_subsampling="4:4:4")
     second: Round | None = None
     final_sinc_prob: float = 0.0
 

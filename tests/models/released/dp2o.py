@@ -20,7 +20,7 @@ from rfsr_ext.mini import architecture
 from rfsr_ext.models.csd2 import CSD2_RECIPE, CSD2ISRModel
 from rfsr_ext.models.flux import FLUX_RECIPE, FluxISRModel
 from tests.once import built_once
-from tests.tiny import tiny_parts
+from tests.tiny import sd_scheduler, tiny_parts, tiny_tokenizer
 
 T5_WIDTH = 24
 
@@ -28,7 +28,7 @@ T5_WIDTH = 24
 def tiny_csd2(seed: int = 0, num_inference_steps: int = 5, **options) -> CSD2ISRModel:
     """A `CSD2ISRModel` of `tests.tiny.tiny_parts`, for small images."""
     recipe = dataclasses.replace(CSD2_RECIPE, num_inference_steps=num_inference_steps, tile=32, overlap=8, min_side=0)
-    scheduler = DDPMScheduler.from_config(architecture.scheduler().config, prediction_type="epsilon")
+    scheduler = DDPMScheduler.from_config(sd_scheduler().config, prediction_type="epsilon")
     return CSD2ISRModel(**tiny_parts(seed, scheduler), recipe=recipe, **options)
 
 
@@ -66,7 +66,7 @@ def tiny_flux_parts(
     """The parts: 4 latent channels, 2 pixels per latent, 2×2 latents per token."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer, tokenizer_2 = architecture.tokenizer(), t5_tokenizer()
+        tokenizer, tokenizer_2 = tiny_tokenizer(), t5_tokenizer()
         text_encoder = architecture.text_encoder(tokenizer)
         text_encoder_2 = T5EncoderModel(
             T5Config(

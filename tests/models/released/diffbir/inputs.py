@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rfsr_ext.mini import architecture
+from tests.tiny import tiny_tokenizer
 
 STEPS = 50
 
 
 @functools.cache
 def tokenizer():
-    return architecture.tokenizer()
+    return tiny_tokenizer()
 
 
 def text_ids(texts: list[str]) -> Tensor:
