@@ -18,7 +18,7 @@ __all__ = ["VARIANTS", "ablate"]
 
 _TABLE = "ablation.csv"
 
-# What each variant changes.  Windows are those of 50 sampling steps.
+# What each variant changes.  Windows are those of 50 sampling steps, see `variant`.
 VARIANTS: dict[str, dict] = {
     "rfsr": {},
     # Table 2: timestep-aware training
@@ -37,6 +37,26 @@ VARIANTS: dict[str, dict] = {
     "no-structure": {"structure_loss": "none"},
     "l1": {"structure_loss": "l1"},
 }
+
+
+def variant(name: str, config: RFSRConfig, num_inference_steps: int) -> RFSRConfig:
+    """``config`` with what a variant changes; windows keep their proportions in ``num_inference_steps`` steps.
+
+    Raises:
+        ValueError: for windows beside others that are counted in another unit than steps.
+    """
+    changes = dict(VARIANTS[name])
+    if isinstance(changes.get("rewards"), int):
+        reward, weight = list(config.rewards.items())[changes["rewards"]]
+        changes["rewards"] = {reward: weight}
+    for key in ("structure_window", "reward_window"):
+        if changes.get(key) is None:
+            continue
+        if config.window_unit != "steps":
+            raise ValueError(f"variant {name} needs windows counted in steps, got window_unit {config.window_unit!r}")
+        first, last = (edge * num_inference_steps / 50 for edge in (changes[key][0] - 1, changes[key][1]))
+        changes[key] = [round(first) + 1, round(last)]
+    return config.replace(**changes)
 
 
 def ablate(
@@ -76,23 +96,20 @@ def ablate(
         "scorers": sorted(scorers),
         "base model": base.fingerprint(),
     }
+    steps = config.num_inference_steps or base.recipe.num_inference_steps
     parts = []
     with lock_folder(folder, (_TABLE,)):
-        for seed, variant in itertools.product(seeds, ("base", *variants)):
-            run = Path(folder) / f"{variant}-{seed}"
+        for seed, name in itertools.product(seeds, ("base", *variants)):
+            run = Path(folder) / f"{name}-{seed}"
             result = run / "evaluation.csv"
             settings = common | {"seed": seed}
-            if variant != "base":
-                changes = dict(VARIANTS[variant])
-                if isinstance(changes.get("rewards"), int):
-                    name, weight = list(config.rewards.items())[changes["rewards"]]
-                    changes["rewards"] = {name: weight}
-                changed = config.replace(**changes, seed=seed, output_dir=str(run))
+            if name != "base":
+                changed = variant(name, config, steps).replace(seed=seed, output_dir=str(run))
                 settings |= {key: value for key, value in changed.to_dict().items() if key != "output_dir"}
             frame = find_result(result, settings)
             if frame is None:
-                model = base if variant == "base" else RFSRTrainer(changed).train().model
-                frame = evaluate(model, samples, scorers, seeds=(seed,), name=variant)
+                model = base if name == "base" else RFSRTrainer(changed).train().model
+                frame = evaluate(model, samples, scorers, seeds=(seed,), name=name)
                 keep_result(result, frame)
             parts.append(frame)
         table = pd.concat(parts, ignore_index=True)

@@ -40,7 +40,7 @@ def test_config_show_prints_every_setting(rfsr):
     code, printed = rfsr("config", "show", "mini", "--set", "mixed_precision=no", "--set", "learning_rate=5e-6")
     assert code == 0
     values = yaml.safe_load(printed.out)
-    assert (values["learning_rate"], values["mixed_precision"], values["iterations"]) == (5e-6, "no", 120)
+    assert (values["learning_rate"], values["mixed_precision"], values["iterations"]) == (5e-6, "no", 80)
     assert "# of Adam\nlearning_rate: 5.0e-06\n" in printed.out
 
 

@@ -51,7 +51,7 @@ def test_trajectory(any_model, condition):
     expected.set_timesteps(10)
     assert [state.step for state, _ in states] == list(range(1, 12))
     assert [int(state.timestep) for state, _ in states] == [*expected.timesteps.tolist(), 0]
-    assert all(state.latents.shape == (3, 12, 8, 8) and state.latents.isfinite().all() for state, _ in states)
+    assert all(state.latents.shape == (3, 16, 8, 8) and state.latents.isfinite().all() for state, _ in states)
     assert states[-1][0].latents is states[-1][1]
     # the model's own scheduler is as it was
     assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(scheduler.__dict__[k]))
@@ -148,7 +148,7 @@ def test_guidance_is_the_formula(model):
     lr, prompts = torch.rand(2, 3, 8, 8), ["cat, fur", ""]
     condition = model.condition(lr, prompts, ["blurry, noisy"] * 2)
     process = model.process()
-    z, t = torch.randn(2, 12, 8, 8), process.timesteps[3]
+    z, t = torch.randn(2, 16, 8, 8), process.timesteps[3]
     with torch.no_grad():
         positive, negative = (model.predict(z, t, c) for c in (condition, condition.negative))
         assert (positive - negative).abs().max() > 1e-5

@@ -17,7 +17,9 @@ SAMPLE = {"gt": torch.zeros(3, 8, 8), "lr": torch.zeros(3, 2, 2), "prompt": "a c
 def run(monkeypatch, tmp_path):
     """`ablate` whose training and measuring are only counted."""
     made = SimpleNamespace(trained=[], base=nn.Linear(1, 1))
-    model = SimpleNamespace(fingerprint=lambda: str(made.base.weight.tolist()))
+    model = SimpleNamespace(
+        fingerprint=lambda: str(made.base.weight.tolist()), recipe=SimpleNamespace(num_inference_steps=50)
+    )
 
     class Trainer:
         def __init__(self, config):
@@ -75,8 +77,33 @@ def test_a_result_without_settings_is_refused(run):
         run()
 
 
-def test_every_variant_is_a_configuration():
-    config = RFSRConfig()
-    for changes in ablation.VARIANTS.values():
-        changes = {key: value for key, value in changes.items() if not (key == "rewards" and isinstance(value, int))}
-        assert config.replace(**changes).to_dict() | changes == config.replace(**changes).to_dict()
+@pytest.mark.parametrize("preset", ["paper", "paper-pasd", "mini"])
+@pytest.mark.parametrize("name", ablation.VARIANTS)
+def test_every_variant_is_a_configuration(name, preset):
+    config, changes = RFSRConfig.load(preset), ablation.VARIANTS[name]
+    kept = {key: value for key, value in changes.items() if "window" not in key and not isinstance(value, int)}
+    changed = ablation.variant(name, config, config.num_inference_steps or 50)
+    assert changed.to_dict() | kept == changed.to_dict() and (changed == config) == (name == "rfsr")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "windows"),
+    [
+        ("structure-1-40", 50, ([1, 40], [50, 50])),
+        ("structure-1-40", 10, ([1, 8], [10, 10])),
+        ("reward-21-50", 20, ([1, 20], [9, 20])),
+        ("everywhere", 7, ([1, 7], [1, 7])),
+    ],
+)
+def test_windows_keep_their_proportions(name, steps, windows):
+    config = RFSRConfig(num_inference_steps=steps, structure_window=[1, steps], reward_window=[steps, steps],
+                        allow_overlap=True)  # fmt: skip
+    changed = ablation.variant(name, config, steps)
+    assert (list(changed.structure_window), list(changed.reward_window)) == windows
+
+
+def test_windows_in_another_unit_are_refused():
+    config = RFSRConfig(window_unit="noise", structure_window=[0.6, 1.0], reward_window=[0.0, 0.2])
+    with pytest.raises(ValueError, match="variant everywhere needs windows counted in steps, got window_unit 'noise'"):
+        ablation.variant("everywhere", config, 50)
+    assert ablation.variant("no-style", config, 50).style_loss == "none"
