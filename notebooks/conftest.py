@@ -26,7 +26,7 @@ import pytest
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile, comment_markers, metadata_tags
 
-EVALUATIONS, MEMORY = 25_000, 2.4e9  # what notebooks/README.md says of each, with head-room for other machines
+EVALUATIONS, MEMORY = 10_000, 2.4e9  # what notebooks/README.md says of each, with head-room for other machines
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the kernels, which start later
 CALIBRATION = """
 import time, torch

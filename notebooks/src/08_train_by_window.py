@@ -542,7 +542,7 @@ show(figure, f"A noisy weight rises towards 1 in 600 iterations. Its averages en
 #
 # ## 7 · Live: does it help?
 #
-# Thirty iterations of three pictures: a part of what the preset `mini` sees and a tiny part of the paper's 10 000
+# Sixteen iterations of two pictures: a part of what the preset `mini` sees and a tiny part of the paper's 10 000
 # iterations of eight. Expect little. We measure on held-out pictures, with the same noise before and after: the *judge*, a
 # quality score of about 0 to 100 that no training uses; closeness to the truth (PSNR, and the SSIM of the low and the high
 # bands); and both rewards, which training maximized. Bicubic enlargement stands beside them.
@@ -552,7 +552,7 @@ scorers = {"mini-iqa": iqa.score, "mini-preference": preference.score, "judge": 
 with redirect_stderr(io.StringIO()):
     bicubic = evaluate_bicubic(test, scorers, model.scale)
     before = evaluate(model, test, scorers, num_inference_steps=10, name="before")
-    longer = config.replace(batch_size=3, iterations=30, output_dir=f"{folder.name}/thirty")
+    longer = config.replace(batch_size=2, iterations=16, output_dir=f"{folder.name}/sixteen")
     run = RFSRTrainer(longer, model.reference(), **parts).train()
     after = evaluate(run.model, test, scorers, num_inference_steps=10, name="after")
 change = compare(pd.concat([before, after]), "before", "after")
@@ -585,7 +585,7 @@ for row in (0, 1):
 difference = (images[1] - images[0]).abs().mean().item()
 show(
     pictures(tiles, titles, columns=5, tile=1.92),
-    "Details of a cup and a cat's eye, upscaled before and after 30 iterations, with MiniPreference of the whole crops of "
+    "Details of a cup and a cat's eye, upscaled before and after 16 iterations, with MiniPreference of the whole crops of "
     f"128 pixels: cup {', '.join(titles[1:5])}; cat {', '.join(titles[6:])}. Pixels changed by {difference:.4f} on average.",
 )
 print(f"training changed a pixel by {255 * difference:.1f} of 255 gray levels on average; bicubic enlargement differs from "
@@ -615,7 +615,7 @@ axes[2].legend(frameon=False, fontsize=8)
 counts, typical = record.window.value_counts(), record.groupby("step").grad_norm.median()
 show(
     figure,
-    f"Log of 30 iterations. LL error of {counts['structure']} structure iterations and MiniPreference of "
+    f"Log of 16 iterations. LL error of {counts['structure']} structure iterations and MiniPreference of "
     f"{counts['reward']} reward iterations are shown. Median gradient norm: "
     + ", ".join(f"{typical[st]:.2g} at step {st}" for st in (1, 4, 9, 10))
     + ".",
@@ -634,7 +634,7 @@ for where, bar in share.items():
         print(f"{line:64s}" + "".join(f"{factor[st - 1]:8.2f}" for st in (1, 4, 9, 10)))
 
 # %% [markdown]
-# **What to see.** No learning curve. Each point is another picture at another step, and that matters more than thirty
+# **What to see.** No learning curve. Each point is another picture at another step, and that matters more than sixteen
 # iterations of progress. To know whether training helps, measure on held-out pictures.
 #
 # The right panel and the lines below it say who moves the weights. What lies above the dotted line is clipped to 1. Adam
@@ -778,6 +778,6 @@ exercise(3, verify_everywhere)
 # * More steps with gradient cost memory in proportion; how their gradients grow depends on schedule and kind of answer.
 # * Clipping and Adam decide, beside the weights λ, which window moves the network.
 # * Thirty-five lines and the trainer agree: losses to 1e-6, moving averages to 1 % of the way they moved.
-# * Thirty iterations change little. A log of training losses shows less than a few held-out pictures.
+# * Sixteen iterations change little. A log of training losses shows less than a few held-out pictures.
 #
 # NAVIGATION

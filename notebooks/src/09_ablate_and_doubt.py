@@ -541,9 +541,8 @@ print("RFSR against the base, in all three runs:", "; ".join(sentence))
 #
 # ## 9 · Run one row yourself
 #
-# `ablate` trains and measures variants by name, as `rfsr ablate` does. Here the row "structure only", in small: a
-# quarter of the iterations, two crops in each, six held-out crops, one seed. The second cell asks two
-# things. Are the stored rows of the base model what *this* package measures? And do the directions of the stored runs
+# `ablate` trains and measures variants by name, as `rfsr ablate` does. Here the row "structure only", in small: 30 of 80
+# iterations, two crops in each instead of four, six held-out crops, one seed. The second cell asks two things. Are the stored rows of the base model what *this* package measures? And do the directions of the stored runs
 # come back?
 
 # %%
@@ -572,7 +571,7 @@ for measure in MEASURES:
     print(f"{measure:15s}{' '.join(f'{r:+.2f}' for r in runs)}   {verdict}")
 
 # %% [markdown]
-# **What to see.** Where the stored runs had a direction, a small run may confirm it or not; an eighth of the training moves
+# **What to see.** Where the stored runs had a direction, a small run may confirm it or not; a fifth of the training moves
 # things by less. It is a check that the machinery works, not evidence: six crops, one seed.
 #
 # ## 10 · A bug, and the check that catches it

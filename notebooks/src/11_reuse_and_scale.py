@@ -325,7 +325,7 @@ def objective_for(model, reward, style_weight):
     )  # fmt: skip
 
 
-def tune(model, reward, style_weight, iterations=40):
+def tune(model, reward, style_weight, iterations=24):
     objective = objective_for(model, reward, style_weight)
     optimizer = torch.optim.Adam(model.unfreeze().trained_parameters().values(), 1e-3)
     draw, steps = torch.Generator().manual_seed(0), objective.windows.steps()
@@ -657,6 +657,7 @@ def accumulate(net, lr, gt):
 
 def verify_accumulate():
     lr, gt, _ = batch(5)
+    lr, gt = lr[..., :8, :8], gt[..., :32, :32]  # a corner of each will do
     gradients = []
     for run in (lambda n: loss_of(n(lr), gt).backward(), lambda n: accumulate(n, lr, gt)):
         fresh = copy.deepcopy(start)
