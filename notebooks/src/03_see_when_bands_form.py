@@ -512,7 +512,7 @@ def psnr_story():
 
 
 def verify_psnr():
-    table = torch.tensor(frame["psnr"].to_numpy()).reshape(3, 50, 6)  # seed, step, image
+    table = torch.tensor(frame["psnr"].to_numpy()).reshape(-1, 50, 6)  # seed, step, image
     value = table.mean((0, 2))
     check("best step and fall", psnr_story(), [value.argmax() + 1, value[-1] - value.max()], 1e-3)
 
