@@ -272,8 +272,8 @@ print(f"95 % of the means lie between {interval[0]:.2f} and {interval[1]:.2f}; Â
       f"{d.mean() - 2 * standard_error(d):.2f} and {d.mean() + 2 * standard_error(d):.2f}")  # fmt: skip
 
 # %% [markdown]
-# Both agree, as they should for so many numbers. **Cost:** ten thousand sums, a moment. The trained networks cost the
-# better part of an hour. Statistics are cheap.
+# Both agree, as they should for so many numbers. **Cost:** ten thousand sums, a moment. The trained networks cost an
+# hour and a half. Statistics are cheap.
 #
 # ## 5 Â· What does a second training run say?
 #
