@@ -604,8 +604,8 @@ leash = explore(draw, values=list(HOLDS), label="held by")
 leash
 
 # %%
-leash.slider.value = shown[-1]
-show(*draw(shown[-1]))
+leash.slider.value = "Gram 3000"
+show(*draw("Gram 3000"))
 
 # %% [markdown]
 # ### What the paper reports
