@@ -17,7 +17,7 @@ author = project_copyright = _PROJECT["authors"][0]["name"]
 root_doc = "docs/index"
 include_patterns = [
     "README.md", "CHANGELOG.md", "CONTRIBUTING.md",
-    "docs/**.md", "notebooks/*.md", "notebooks/*.ipynb", "benchmarks/results/*.md", "rfsr_ext/weights/README.md",
+    "docs/**.md", "notebooks/*.md", "notebooks/*.ipynb", "benchmarks/results/**.md", "rfsr_ext/weights/README.md",
     "tests/soak/results.md",
 ]  # fmt: skip
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.githubpages",
