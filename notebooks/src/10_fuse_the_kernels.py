@@ -769,7 +769,9 @@ show(roofline(here, at, rates), f"Roofline of this computer, measured, forward o
 #
 # **Does that make training faster?** Amdahl's law: if a part takes the share $p$ of the time and becomes $s$ times as fast,
 # the whole becomes $1/(1-p+p/s)$ times as fast. In RFSR the rollout, up to fifty passes of the network, takes nearly all the
-# time, and the loss a thousandth. [The repository's own benchmark](../benchmarks/results/intel-xeon-processor-avx512-2-threads.md) says so: a whole iteration takes
+# time, and the loss a thousandth.
+# [The repository's own benchmark](../benchmarks/results/intel-xeon-processor-avx512-2-threads.md)
+# says so: a whole iteration takes
 # as long with the fused losses as with the best other ones (1.00 times, in both windows). What the kernels do give there
 # is memory, same bits for any number of threads, and speed in a loop whose network is small.
 
