@@ -202,6 +202,7 @@ def evaluate(
     best_of: Annotated[
         int | None, whole("So many results per crop or pair: best, mean and worst of 1, 2, 4 … of them.", 2)
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace tables and figures that exist.")] = False,
     model_option: ModelOption = None,
 ) -> None:
     """Measure folders of pictures, or models on held-out photographs or pairs, by the metrics of a preset."""
@@ -226,23 +227,25 @@ def evaluate(
                 "--best-of is for models on held-out crops or --pairs, and its number is that of the seeds"
             )
         if pairs is not None:
-            evaluate_on_pairs(targets, pairs, pictures, chosen, range(best_of), output, options, best_of_seeds=True)
+            evaluate_on_pairs(targets, pairs, pictures, chosen, range(best_of), output, options, False, True, overwrite)
         else:
-            evaluate_best_of(targets, crops, size, best_of, output, chosen, options)
+            evaluate_best_of(targets, crops, size, best_of, output, chosen, options, overwrite)
     elif pairs is not None:
         if any(folders) or gt is not None or cases is not None or steps:
             raise ValueError(
                 "--pairs is for models alone, without --gt, --cases and --steps; its second folder is --gt"
             )
-        evaluate_on_pairs(targets, pairs, pictures, chosen, range(seeds or 1), output, options, stability)
+        evaluate_on_pairs(
+            targets, pairs, pictures, chosen, range(seeds or 1), output, options, stability, False, overwrite
+        )
     elif all(folders):
-        evaluate_folders([Path(target) for target in targets], gt, chosen, output, cases, by)
+        evaluate_folders([Path(target) for target in targets], gt, chosen, output, cases, by, overwrite)
     elif any(folders):
         raise ValueError(f"targets must be all models or all folders of pictures, got {' '.join(targets)}")
     elif gt is not None or cases is not None:
         raise ValueError("--gt and --cases are for folders of pictures; models are measured on the bundled photographs")
     else:
-        evaluate_models(targets, crops, size, range(seeds or 3), output, steps, chosen, options, stability)
+        evaluate_models(targets, crops, size, range(seeds or 3), output, steps, chosen, options, stability, overwrite)
 
 
 @_typer.command()

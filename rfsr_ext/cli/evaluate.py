@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 from torch import Tensor
 
-from rfsr_ext.cli.config import choose_device
+from rfsr_ext.cli.config import check_target, choose_device
 from rfsr_ext.data import Root, evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
@@ -58,6 +58,9 @@ __all__ = [
     "mean_table",
     "write_table",
 ]
+
+STABILITY = (".stability.csv", ".stability.png")  # endings of what is written beside a table, in the place of its own
+BEST_OF = (".best_of.csv", ".best_of.png")
 
 
 def choose_preset(name: str | None, metrics: str | None, channel: str | None, border: int | None) -> Preset | None:
@@ -109,17 +112,36 @@ def difference_table(frame: pd.DataFrame, base: str, names: Sequence[str]) -> st
     return pd.concat(parts).to_string(index=False, formatters=columns)
 
 
-def check_table(path: Path | None) -> None:
-    """Refuse, before anything is measured, a table that could not be written afterwards; make its folder."""
-    if path is None:
-        return
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"output must end in .csv or .parquet, got {str(path)!r}")
-    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ModuleNotFoundError(
-            "writing .parquet needs pyarrow (pip install 'rfsr_ext[metrics]'); give a .csv instead"
-        )
-    make_folder(path.parent)
+def check_outputs(output: Path | None, beside: Sequence[str], overwrite: bool, *others: Path | None) -> None:
+    """Refuse, before anything is measured, what could not be written afterwards or is there already; make its folder.
+
+    Args:
+        output: the table.
+        beside: endings of what is written beside it, in the place of its own.
+        overwrite: whether files that exist may be replaced.
+        others: further files.
+    """
+    targets = [path for path in others if path is not None]
+    if output is not None:
+        if output.suffix not in (".csv", ".parquet"):
+            raise ValueError(f"output must end in .csv or .parquet, got {str(output)!r}")
+        if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise ModuleNotFoundError(
+                "writing .parquet needs pyarrow (pip install 'rfsr_ext[metrics]'); give a .csv instead"
+            )
+        targets += [output, *(output.with_suffix(ending) for ending in beside)]
+    for path in targets:
+        check_target(path, overwrite)
+        make_folder(path.parent)
+
+
+def step_figures(names: Sequence[str]) -> list[str]:
+    """Endings of the figures of models: each by its folder's name, or where two are called alike by the whole path."""
+    short = [Path(name).name for name in names]
+    return [
+        f".{last if short.count(last) == 1 else '-'.join(Path(name).parts).strip('/-')}.png"
+        for name, last in zip(names, short, strict=True)
+    ]
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
@@ -137,8 +159,8 @@ def write_stability(
     typer.echo("\nstandard deviation over seeds: G-STD of each metric, L-STD of pixels (l_std)\n")
     typer.echo(table.reset_index().to_string(index=False, formatters=columns, na_rep=""))
     if output is not None:
-        write_table(table.reset_index(), output.with_suffix(".stability.csv"))
-        save_figure(disagreement_figure(spreads, references), output.with_suffix(".stability.png"))
+        write_table(table.reset_index(), output.with_suffix(STABILITY[0]))
+        save_figure(disagreement_figure(spreads, references), output.with_suffix(STABILITY[1]))
 
 
 def _cases(results: dict[str, FolderResult], metric: str, frame: pd.DataFrame, path: Path) -> None:
@@ -171,15 +193,14 @@ def evaluate_folders(
     output: Path | None,
     cases: Path | None,
     by: str | None,
+    overwrite: bool = False,
 ) -> None:
     """Print the table of folders of pictures and of their differences from the first one; several processes share them.
 
     Raises:
         ValueError: at the end, if a picture could not be measured; the others were.
     """
-    check_table(output)
-    if cases is not None:
-        make_folder(cases.parent)
+    check_outputs(output, (), overwrite, cases)
     join()  # each has a GPU of its own from here on
     suite = Suite(preset or get_preset("basic"), references is not None, choose_device())
     if by is not None and by not in suite.metrics:
@@ -223,6 +244,7 @@ def evaluate_on_pairs(
     options: dict[str, Any] | None = None,
     stability: bool = False,
     best_of_seeds: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Upscale the LR images of pairs, keep the pictures and print the table of models and of their differences.
 
@@ -232,7 +254,7 @@ def evaluate_on_pairs(
     Raises:
         ValueError: before any work if no pair fits a model; at the end if a pair was left out.
     """
-    check_table(output)
+    check_outputs(output, (STABILITY if stability else ()) + (BEST_OF if best_of_seeds else ()), overwrite)
     join()  # each has a GPU of its own from here on
     root = Root(lr=str(pairs[0]), gt=str(pairs[1]))
     suite = Suite(preset or get_preset("basic"), device=choose_device())
@@ -264,7 +286,7 @@ def evaluate_on_pairs(
     if best_of_seeds and common:
         typer.echo(f"\n{len(seeds)} results for each of {len(common)} pictures; 95 % bootstrap over pictures")
         rows = frame[frame["image"].isin(common) & frame["seed"].notna()]
-        write_best_of(rows, suite.metrics, (), output.with_suffix(".best_of.csv") if output else None)
+        write_best_of(rows, suite.metrics, (), output.with_suffix(BEST_OF[0]) if output else None)
     typer.echo(f"\npictures: {', '.join(str(folder) for result in results.values() for folder in result.folders)}")
     if output is not None:
         write_table(frame, output)
@@ -285,16 +307,20 @@ def evaluate_models(
     preset: Preset | None = None,
     options: dict[str, Any] | None = None,
     stability: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Print the table of models and of their differences from the first one; the main process does it alone."""
-    check_table(output)
+    names = list(dict.fromkeys(names))
+    figures = dict(zip(names, step_figures(names), strict=True)) if steps else {}
+    beside = ((".steps.csv", *figures.values()) if steps else ()) + (STABILITY if stability else ())
+    check_outputs(output, beside, overwrite)
     join()
     if not is_main():
         return
     suite = Suite(preset, device=choose_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops)
     scorers = held_out_scorers()
-    models = {name: load_model(name, **(options or {})) for name in dict.fromkeys(names)}
+    models = {name: load_model(name, **(options or {})) for name in names}
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
     spreads = {name: Spread() for name in models}
     frames += [
@@ -324,7 +350,7 @@ def evaluate_models(
                 bands.loc[sorted({1, *range(5, len(bands), 5), *bands.idxmax(), len(bands)})].round(4).to_string()
             )
             if output is not None:
-                save_figure(trajectory_figure(path), output.with_suffix(f".{Path(name).name}.png"), dpi=150)
+                save_figure(trajectory_figure(path), output.with_suffix(figures[name]), dpi=150)
         if output is not None:
             write_table(pd.concat(paths, ignore_index=True), output.with_suffix(".steps.csv"))
 
@@ -337,13 +363,14 @@ def evaluate_best_of(
     output: Path | None,
     preset: Preset | None = None,
     options: dict[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Print Best, Mean and Worst@M of models, M up to ``count``; with ``output`` also the figure and every number.
 
     The reward is made of the preset's metrics, halves with and without ground truth; without a preset of PSNR and SSIM
     and of both stand-in rewards, so that the judge stays held out.  The main process does it alone.
     """
-    check_table(output)
+    check_outputs(output, (".png",), overwrite)
     join()
     if not is_main():
         return

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from rfsr_ext.cli import _typer, errors
 from rfsr_ext.cli.config import choose_device
+from rfsr_ext.cli.evaluate import step_figures
 from rfsr_ext.data.datasets import CheckedSamples
 from tests.odd import ODD
 
@@ -385,6 +386,41 @@ def test_evaluate_folders_measures_what_it_can_and_names_the_rest(rfsr, pictures
     assert "low" in printed.out and "high" in printed.out
     with Image.open(cases) as image:
         assert image.width > 3 * 320 and image.height > 5 * 320  # two makers and the truth; all five pictures
+
+
+@pytest.mark.parametrize("option, name", [("--output", "kept.csv"), ("--cases", "kept.png")])
+def test_evaluate_replaces_a_file_only_when_asked_to(rfsr, pictures, option, name):
+    kept = pictures / name
+    kept.write_text("mine")
+    command = ("evaluate", pictures / "clean", pictures / "gt", "--metrics", "judge", option, kept)
+    code, printed = rfsr(*command)
+    assert code == f"rfsr: {str(kept)!r} exists already; give another --output or --overwrite"
+    assert kept.read_text() == "mine" and printed.out == ""
+    code, _ = rfsr(*command, "--overwrite")
+    assert code == 0 and kept.read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize(
+    "options, beside",
+    [
+        (("--stability",), ".stability.csv"),
+        (("--stability",), ".stability.png"),
+        (("--steps",), ".steps.csv"),
+        (("--steps",), ".mini.png"),
+        (("--best-of", "2"), ".png"),
+        (("--pairs", ".", ".", "--best-of", "2"), ".best_of.csv"),
+        (("--pairs", ".", ".", "--stability", "--seeds", "2"), ".stability.png"),
+    ],
+)
+def test_evaluate_refuses_to_replace_what_lies_beside_its_table(rfsr, tmp_path, options, beside):
+    (tmp_path / f"table{beside}").write_text("mine")
+    code, _ = rfsr("evaluate", "mini", "--output", tmp_path / "table.csv", *options)
+    assert code == f"rfsr: {str(tmp_path / f'table{beside}')!r} exists already; give another --output or --overwrite"
+
+
+def test_models_that_are_called_alike_have_figures_of_their_own():
+    assert step_figures(["mini", "a/model"]) == [".mini.png", ".model.png"]
+    assert step_figures(["a/model", "/b/model", "mini"]) == [".a-model.png", ".b-model.png", ".mini.png"]
 
 
 def test_evaluate_one_good_folder_exits_with_0(rfsr, pictures):
