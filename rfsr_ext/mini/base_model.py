@@ -61,12 +61,9 @@ def train_denoiser(
     """Train U-Net, ControlNet and text encoder together to predict z_0, from a linear estimate of it.
 
     Sampling starts from the LR image's latents, z_T = α_T z_LR + σ_T ε.  So that training sees the same, its noise is
-
-        ε + (z_LR − z_0) α_T / σ_T,
-
-    with which z_T is just that, and every z_t lies on the straight way from there to the truth (as in ResShift).  The
-    first estimate then is what the LR image tells of the truth, and the later ones fill in what it does not.  Timesteps
-    are drawn more densely where sampling starts, t ∝ 1 − u²: the first estimate is what all others begin with.
+    `Process.noise_towards` them.  The first estimate then is what the LR image tells of the truth, and the later ones
+    fill in what it does not.  Timesteps are drawn more densely where sampling starts, t ∝ 1 − u²: the first estimate is
+    what all others begin with.
 
     With all of the noise that it was trained with, the model makes a texture of it, like a canvas's, on everything; its
     recipe starts from 0.7 of it.
@@ -85,11 +82,10 @@ def train_denoiser(
     unet, controlnet = architecture.denoiser()
     model = ControlNetISRModel(
         vae, architecture.text_encoder(tokenizer), tokenizer, unet, controlnet, architecture.scheduler(),
-        recipe=Recipe(temperature=0.7, tile=128, overlap=32),
+        recipe=Recipe(temperature=0.7, noising="to-start", tile=128, overlap=32),
     )  # fmt: skip
     linear_estimator = LinearEstimator(architecture.LATENT_CHANNELS, architecture.LINEAR_WIDTHS)
     process = model.process()
-    alpha, sigma = (level.item() for level in process.level(process.timesteps[0]))
 
     def encode(images: Tensor) -> Tensor:
         return linear.encode(images * 2 - 1) * model.scaling_factor
@@ -105,7 +101,9 @@ def train_denoiser(
         # stratified timesteps: every batch sees the whole schedule
         u = (torch.rand(n, generator=generator) + torch.arange(n)) / n
         timesteps = ((1 - u * u) * model.scheduler.config.num_train_timesteps).long().clamp_max(process.timesteps[0])
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device) + (start - latents) * alpha / sigma
+        noise = process.noise_towards(
+            start, latents, torch.randn(latents.shape, generator=generator).to(latents.device)
+        )
         condition = Condition(
             upscaled, batch["prompt"], {"controlnet_cond": upscaled},
             {"encoder_hidden_states": model.encode_prompts(batch["prompt"])},

@@ -22,6 +22,7 @@ from rfsr_ext.models.process import NonUniformProcess, Process, check_scheduler
 __all__ = ["Condition", "ISRModel", "Recipe"]
 
 _STARTS = ("lr", "noise")
+_NOISINGS = ("plain", "to-start")
 _SPACINGS = ("uniform", "ccsr-v1", "ccsr-v2")
 _COLOR_FIXES = ("wavelet", "adain", None)
 _UNITS = ("steps", "timesteps", "noise")
@@ -97,6 +98,9 @@ class Recipe:
         temperature: of the noise in x_T, a factor: 1 as trained; with less the result has less texture and is nearer to
             the truth.
         start_timestep: with "lr" the timestep whose noise is added; None for the first one of the trajectory.
+        noising: what the network was trained on: z_t = α_t z_0 + σ_t ε ("plain"), or states on the straight way from
+            z_0 to where "lr" starts ("to-start"), see `ISRModel.training_noise`. It matters where x_T is more LR image
+            than noise: α_T / σ_T is 0.07 in Stable Diffusion and 8 in the mini model.
         spacing: of the timesteps: "uniform", or "ccsr-v1" or "ccsr-v2" for one leap to ``t_max``, steps to ``t_min``
             and the estimate there, see `rfsr_ext.models.NonUniformProcess`.
         t_max, t_min: shares of the schedule, where ``spacing`` is one of CCSR's.
@@ -117,6 +121,7 @@ class Recipe:
     negative_prompt: str = ""
     temperature: float = 1.0
     start_timestep: int | None = None
+    noising: str = "plain"
     spacing: str = "uniform"
     t_max: float = 2 / 3
     t_min: float = 1 / 3
@@ -130,7 +135,8 @@ class Recipe:
 
     def __post_init__(self):
         for name, options in (
-            ("start", _STARTS), ("spacing", _SPACINGS), ("color_fix", _COLOR_FIXES), ("window_unit", _UNITS)
+            ("start", _STARTS), ("noising", _NOISINGS), ("spacing", _SPACINGS), ("color_fix", _COLOR_FIXES),
+            ("window_unit", _UNITS),
         ):  # fmt: skip
             if (value := getattr(self, name)) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
@@ -144,6 +150,11 @@ class Recipe:
         for name in ("added_prompt", "negative_prompt"):
             if not isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {value!r}")
+        if self.noising == "to-start" and (self.start != "lr" or self.start_timestep is not None):
+            raise ValueError(
+                "noising must be plain where sampling does not start from the LR image at its first timestep, got "
+                "to-start; give start: lr and start_timestep: null"
+            )
         if self.overlap >= self.tile:
             raise ValueError(f"overlap must be smaller than tile, got overlap {self.overlap} and tile {self.tile}")
         for name in ("structure_window", "reward_window"):  # JSON has lists only
@@ -345,6 +356,19 @@ class ISRModel(ABC):
             return noise * process.init_noise_sigma
         start = process.timesteps[0] if self.recipe.start_timestep is None else self.recipe.start_timestep
         return process.add_noise(self.encode(condition.image), noise, start)
+
+    def training_noise(self, latents: Tensor, noise: Tensor, condition: Condition, process: Process) -> Tensor:
+        """The noise that takes z_0 to states like those that sampling passes through.
+
+        It is ``noise`` itself, or where the recipe's ``noising`` is "to-start"::
+
+            temperature · ε + (z_LR − z_0) α_T / σ_T
+
+        With it and one z_0 estimate throughout, DDIM's states are z_t = α_t z_0 + σ_t · this, from x_T on.
+        """
+        if self.recipe.noising == "plain":
+            return noise
+        return process.noise_towards(self.encode(condition.image), latents, self.recipe.temperature * noise)
 
     @property
     def _denoiser(self) -> nn.Parameter:

@@ -166,6 +166,14 @@ class Process:
         alpha, sigma = self._broadcast(timestep, original_samples)
         return alpha * original_samples + sigma * noise
 
+    def noise_towards(self, start: Tensor, original_samples: Tensor, noise: Tensor) -> Tensor:
+        """ε + (start − z_0) α_T / σ_T, T the first timestep: noise with which z_T = α_T start + σ_T ε.
+
+        Every z_t then lies on the straight way from there to z_0, as in ResShift (arXiv 2307.12348).
+        """
+        alpha, sigma = self._broadcast(self.timesteps[0], original_samples)
+        return noise + (start - original_samples) * alpha / sigma
+
     def scale_model_input(self, latents: Tensor, timestep: Tensor | float) -> Tensor:
         """What the network wants to see of z_t: z_t itself, or in sigma-space z_t brought to the scale of z_0."""
         if self._family in ("vp", "flow"):

@@ -4,9 +4,12 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
+from rfsr_ext.mini import architecture
 from rfsr_ext.models import ControlNetISRModel, ISRModel, Recipe
 from rfsr_ext.models.folders import ISR_CONFIG, read_config, read_json
+from rfsr_ext.sampling import trajectory
 from tests.odd import ODD
 from tests.tiny import PixelModel
 
@@ -31,6 +34,43 @@ def test_odd_values_are_of_use_or_refused_in_one_sentence(name):
             accepted.add(odd)
             assert Recipe(**json.loads(json.dumps(recipe.to_dict(), allow_nan=False))) == recipe
     assert accepted == ACCEPTED.get(name, set())
+
+
+class Knows(PixelModel):
+    """Estimates the same image at every step, as a perfect network would."""
+
+    def __init__(self, image, **recipe):
+        super().__init__(num_inference_steps=5, start="lr")
+        self.recipe, self.image, self.scheduler = self.recipe.replace(**recipe), image, architecture.scheduler()
+
+    def predict(self, latents, timestep, condition):
+        return self.image.expand_as(latents)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_training_noise_leads_to_the_states_that_sampling_passes_through(temperature):
+    """DDIM with one estimate throughout, against z_t = α_t z_0 + σ_t (τ ε + (z_LR − z_0) α_T / σ_T)."""
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model = Knows(image, noising="to-start", temperature=temperature)
+    condition, process = model.condition(torch.full((1, 3, 2, 2), 0.25), [""]), model.process()
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    shifted = model.training_noise(image, noise, condition, process)
+    *states, _ = trajectory(model, condition, torch.Generator().manual_seed(5))
+    assert len(states) == 5
+    for (state, _), timestep in zip(states, process.timesteps, strict=True):
+        alpha, sigma = (level.item() for level in process.level(timestep))
+        first_alpha, first_sigma = (level.item() for level in process.level(process.timesteps[0]))
+        by_hand = alpha * image + sigma * (temperature * noise + (-0.5 - image) * first_alpha / first_sigma)
+        torch.testing.assert_close(process.add_noise(image, shifted, timestep), by_hand)
+        torch.testing.assert_close(state.latents, by_hand, atol=1e-5, rtol=0)
+    plain = Knows(image, temperature=temperature).training_noise(image, noise, condition, process)
+    assert torch.equal(plain, noise)
+
+
+@pytest.mark.parametrize("recipe", [{"start": "noise"}, {"start_timestep": 900}])
+def test_noising_to_the_start_needs_an_lr_start_at_the_first_timestep(recipe):
+    with pytest.raises(ValueError, match="noising must be plain where .*, got to-start; give start: lr and start_time"):
+        Recipe(noising="to-start", **recipe)
 
 
 def test_odd_attributes_of_a_model():

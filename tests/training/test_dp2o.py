@@ -75,6 +75,7 @@ MODELS = {
     "noise": lambda: predictions("epsilon"),
     "velocity": lambda: predictions("v_prediction"),
     "flow": lambda: tiny_flux(num_inference_steps=3, trained={"controlnet": ""}),
+    "from the LR image": lambda: tiny_model(num_inference_steps=3, noising="to-start", temperature=0.5),
 }
 
 
@@ -101,10 +102,15 @@ def test_winners_are_learned_and_losers_unlearned(kind, settings):
     assert torch.equal(timesteps[:4], timesteps[4:]) and condition.prompts[:4] == condition.prompts[4:]
     assert all(torch.equal(a, b) for a, b in zip((latents, timesteps), other[:2], strict=True))
     alpha, sigma = method.process.level(timesteps[:4])
-    for i, index in enumerate(range(4)):  # what is left without the image is the same noise for both
-        clean = torch.stack([batch["winner"][index], batch["loser"][index]])
+    first_alpha, first_sigma = method.process.level(method.process.timesteps[0])
+    start = trainer.model.encode(condition.image)
+    for i in range(4):  # what is left without the images is the same noise for both
+        clean = torch.stack([batch["winner"][i], batch["loser"][i]])
         noise = (latents[[i, i + 4]] - alpha[i].float() * clean) / sigma[i].float()
+        if trainer.model.recipe.noising == "to-start":
+            noise = noise - (start[i] - clean) * (first_alpha / first_sigma).float()
         torch.testing.assert_close(noise[0], noise[1], atol=1e-2, rtol=1e-3)
+        assert noise.std().item() == pytest.approx(trainer.model.recipe.temperature, rel=0.2)
     for _ in range(6):
         loss, logs = method.loss("model", batch, 0, range(4))
         optimizer.zero_grad()

@@ -89,8 +89,10 @@ class DP2O(Method):
         noise = torch.stack(drawn).to(latents).expand_as(latents).flatten(0, 1)
         timesteps = self.draw_timesteps(samples).to(model.device).repeat(2)
         clean = latents.flatten(0, 1)
-        noisy = process.scale_model_input(process.add_noise(clean, noise, timesteps), timesteps)
         condition = _twice(model.condition(batch["lr"], batch["prompt"]))
+        with torch.no_grad():
+            noise = model.training_noise(clean, noise, condition, process)
+        noisy = process.scale_model_input(process.add_noise(clean, noise, timesteps), timesteps)
         with torch.no_grad(), setup.as_reference(model, self.reference) as reference:
             before = reference.predict(noisy, timesteps, condition)
         output = model.predict(noisy, timesteps, condition)
