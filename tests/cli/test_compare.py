@@ -12,6 +12,7 @@ from PIL import Image
 from rfsr_ext.models import load_model
 from rfsr_ext.training import Loop
 from rfsr_ext.training.comparison import ComparisonConfig, shown_images
+from rfsr_ext.training.dp2o import DP2OConfig
 from tests.tiny import tiny_model
 
 QUICK = {"batch_size": 2, "crop_size": 32, "validation_size": 32, "validation_crops": 1, "checkpoint_every": 1}
@@ -75,7 +76,7 @@ def test_six_ways_by_command(recipe, rfsr, tmp_path, monkeypatch):
     code, printed = rfsr("compare", "ways.yaml", "--model", "tiny", "--set", "iterations=5")
     assert "training.csv' was made with other settings (iterations 2, now 5); give another folder" in str(code)
     settings = json.loads((tmp_path / "all/dp2o/seed-0/step-1/training.json").read_text())
-    assert settings["beta"] == 1000 and "output_dir" not in settings
+    assert settings["beta"] == DP2OConfig.load("dp2o-mini").beta and "output_dir" not in settings
 
 
 def same(a, b):
