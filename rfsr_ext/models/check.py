@@ -13,8 +13,8 @@ def check_model(model: ISRModel, lr: Tensor | None = None, prompts: list[str] | 
 
     1. `condition` gives an image of ``scale`` times the size of ``lr``, finite; `encode` and `decode` fit it.
     2. The process gives z_0 back from z_t = α z_0 + σ ε and the output that implies it.
-    3. `predict` takes a scalar timestep and one per image, and treats images alike whatever their batch; whether it
-       sees the condition is reported.
+    3. `predict` takes a scalar timestep and one per image; it and `initial_latents` treat images alike whatever their
+       batch; whether `predict` sees the condition is reported.
     4. Of the gradients of a decoded estimate, one reaches every trained network, and none any other parameter.
     5. `reference` is frozen, predicts the same and shares no trained weight with the model.
 
@@ -95,6 +95,13 @@ def _check(model: ISRModel, lr: Tensor, prompts: list[str], generator: torch.Gen
             scaled, timestep, condition
         )
     sees = "sees its condition" if difference.any() else "does NOT see its condition (a new ControlNet does not)"
+    start = model.initial_latents(condition, process, [torch.Generator().manual_seed(i) for i in range(len(lr))])
+    last = model.condition(lr[-1:], prompts[-1:])
+    alone = model.initial_latents(last, process, [torch.Generator().manual_seed(len(lr) - 1)])
+    _require(
+        start.shape == latents.shape and (start[-1:] - alone).abs().max() <= _limit(start),
+        f"{kind}.initial_latents must start an image alike whatever its batch, each from its own LR image and generator",
+    )
     found.append(f"predict treats every image alike and {sees}")
 
     model.unfreeze()

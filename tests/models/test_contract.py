@@ -134,6 +134,14 @@ def careless(**methods):
         ({"decode": lambda self, z: z[..., ::2] / 2 + 0.5}, r"decode must give \[2, 3, 16, 16\], got \[2, 3, 16, 8\]"),
         ({"encode": lambda self, x: x[:, :2] * 2 - 1}, r"encode must give \[2, 3, 16, 16\], got \[2, 2, 16, 16\]"),
         ({"predict": lambda self, z, t, c: PixelModel.predict(self, z, t, c).flip(0)}, "must not mix the images"),
+        (  # as public code has it: every image of a batch starts from the first one's latents
+            {
+                "initial_latents": lambda self, c, p, g: PixelModel.initial_latents(self, c[:1], p, g[:1]).repeat(
+                    2, 1, 1, 1
+                )
+            },
+            "initial_latents must start an image alike whatever its batch",
+        ),
         (
             {"predict": lambda self, z, t, c: PixelModel.predict(self, z, t, c) * (1 if t.ndim else 2)},
             "one timestep per image",
