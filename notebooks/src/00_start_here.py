@@ -34,7 +34,9 @@
 # [03](03_see_when_bands_form.ipynb) coarse and fine bands → [04](04_keep_the_low_band.ipynb) the structure loss →
 # [05](05_ask_clip_iqa.ipynb), [06](06_ask_image_reward.ipynb) two rewards → [07](07_hold_the_style.ipynb) holding the style
 # → [08](08_train_by_window.ipynb) training → [09](09_ablate_and_doubt.ipynb) doubts →
-# [10](10_fuse_the_kernels.ipynb) kernels → [11](11_reuse_and_scale.ipynb) your own model. Section 4 says what each promises.
+# [10](10_fuse_the_kernels.ipynb) kernels → [11](11_reuse_and_scale.ipynb) your own model; beyond RFSR
+# [12](12_leave_less_to_chance.ipynb) CCSR, [13](13_learn_from_pairs.ipynb) DP2O-SR, [14](14_open_other_models.ipynb) the
+# published models, [15](15_make_such_a_model.ipynb) how such a model is made. Section 4 says what each promises.
 
 # %%
 import io
@@ -93,13 +95,17 @@ LOSSES = {
     "no style loss": {"style_loss": "none"},
 }
 model = load_model("mini")
-images = {"bicubic": F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1),
-          "base": sample(model, lr, prompts, generators(0, range(3)), 5)}  # fmt: skip
+
+
+def upscale(model):
+    return sample(model, lr, prompts, generators(0, range(3)), RUN["num_inference_steps"])
+
+
+images = {"bicubic": F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1), "base": upscale(model)}
 with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # no progress bars
     for name, changes in LOSSES.items():
         config = RFSRConfig.load("mini", {**RUN, **changes, "output_dir": f"{folder}/{name}"})
-        tuned = RFSRTrainer(config, model.reference()).train().model
-        images[name] = sample(tuned, lr, prompts, generators(0, range(3)), 5)
+        images[name] = upscale(RFSRTrainer(config, model.reference()).train().model)
 images["truth"] = gt
 
 # %%
@@ -274,7 +280,8 @@ for device, served in build_info()["devices"].items():
 # ## 4 · Where do I find what?
 #
 # Each notebook stands alone. In order they lead from a sampler to the trained model (01 to 08), then to doubts (09), speed
-# (10) and your own model (11). The paper and the code published with it are not the same method:
+# (10) and your own model (11). 12 and 13 teach two other methods that train such models, 14 opens the models that people
+# publish, and 15 makes one: read it first if you have never trained a diffusion model. The paper and the code published with it are not the same method:
 # [all differences](paper_and_released_code.md).
 #
 # CONTENTS

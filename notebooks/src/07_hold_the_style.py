@@ -444,7 +444,7 @@ print(f"numbers to train: {W.numel()} in W, {sum(p.numel() for p in thin.paramet
 
 # %% [markdown]
 # Now a small version of the paper's Table 4, with *direct* optimization: two pictures, one noisy state each (step 9 of
-# 10), eight steps of Adam on the weights for MiniIQA alone. That is not RFSR's training, it is a stress test of the four
+# 10), six steps of Adam on the weights for MiniIQA alone. That is not RFSR's training, it is a stress test of the four
 # ways, and it shows the mechanism in seconds. (LoRA here is rank 4 on attention and convolutions with a thirty times larger
 # step: other conditions than the other three have. In the paper it has its own, too.)
 #
@@ -475,7 +475,7 @@ for weight in (300, 3000, 30000):
 
 
 # %%
-def tune(name, steps=8):
+def tune(name, steps=6):
     """The picture after ``steps`` steps, and (reward, SSIM, judge) after every other."""
     torch.manual_seed(0)
     m, lora = model.reference(), name == "LoRA"
@@ -518,7 +518,7 @@ tiles = [image[row] for row in (0, 1) for image in (before2, *(ends[name] for na
 titles = ["start", *shown, "truth"]
 show(
     pictures(tiles, titles * 2, columns=6, tile=1.92),
-    "A cup and a flower, before, after eight steps held in four ways (of KL and Gram the weight whose reward ends nearest "
+    "A cup and a flower, before, after six steps held in four ways (of KL and Gram the weight whose reward ends nearest "
     "half the way of the unheld run), and the truth. Rewards: "
     + ", ".join(f"{name} {paths[name][-1, 0]:.2f}" for name in shown)
     + ".",
@@ -539,7 +539,7 @@ axes[0].legend(frameon=False, fontsize=8)
 show(
     figure,
     "Likeness to the truth and the judge's opinion over the reward: the paths of the unheld and the LoRA run, one point "
-    "every four steps, and the ends of KL and Gram, one point a weight. Ends: "
+    "every two steps, and the ends of KL and Gram, one point a weight. Ends: "
     + "; ".join(f"{n} reward {p[-1, 0]:.2f}, SSIM {p[-1, 1]:.2f}, judge {p[-1, 2]:.0f}" for n, p in paths.items())
     + ".",
 )
@@ -566,7 +566,7 @@ print(
 # Then the curves. A way to hold a model is not a point but a *front*: at the same reward, which keeps more likeness and a
 # better judge? Compare the ways at one reward, as the last line does (nan: it never got there). The unheld curve stands
 # for stopping early; a way is worth its effort where it lies above that one. Where it does not, this test shows no
-# advantage of it, whatever the pictures suggest. Two pictures, one noise level, eight steps and a random VGG19 decide
+# advantage of it, whatever the pictures suggest. Two pictures, one noise level, six steps and a random VGG19 decide
 # nothing about the real one.
 #
 # What do whole training runs say? They stand in the file that notebook 09 examines: changes against the base model, means
@@ -595,7 +595,7 @@ def draw(name):
     rows = [image[row] for row in (0, 1) for image in (before2, ends[name], gt2)]
     titles = ["start", f"held by: {name}", "truth"] * 2
     return pictures(rows, titles, columns=3, tile=1.92), (
-        f"The cup and the flower at the start and after eight steps, held by {name}: reward {r:.2f}, SSIM {s:.2f}, "
+        f"The cup and the flower at the start and after six steps, held by {name}: reward {r:.2f}, SSIM {s:.2f}, "
         f"judge {j:.0f}, style distance {strokes[name]:.2g}e-4."
     )
 

@@ -100,7 +100,7 @@ def _check(model: ISRModel, lr: Tensor, prompts: list[str], generator: torch.Gen
     alone = model.initial_latents(last, process, [torch.Generator().manual_seed(len(lr) - 1)])
     _require(
         start.shape == latents.shape and (start[-1:] - alone).abs().max() <= _limit(start),
-        f"{kind}.initial_latents must start an image alike whatever its batch, each from its own LR image and generator",
+        f"{kind}.initial_latents must start an image alike whatever its batch, from its own LR image and generator",
     )
     found.append(f"predict treats every image alike and {sees}")
 
