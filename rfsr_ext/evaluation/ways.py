@@ -69,7 +69,7 @@ def ways_table(frame: pd.DataFrame, scores: Sequence[str], base: str = "base") -
                 f"ways must be measured on the same images and noise as {base}, got others for {model}, training seed "
                 f"{seed}"
             )
-    values = _quantities(frame, scores)
+    values = _quantities(frame, scores).sort_index()
     rows = []
     for model in frame["model"].unique():
         for quantity in values:

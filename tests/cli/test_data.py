@@ -123,7 +123,7 @@ def test_evaluate_on_pairs(rfsr, tmp_path):
             (tmp_path / kind).mkdir(exist_ok=True)
             Image.fromarray(to_uint8(image)).save(tmp_path / kind / name)
     arguments = ["evaluate", "mini", "--pairs", tmp_path / "lr", tmp_path / "gt", "--pictures", tmp_path / "out"]
-    arguments += ["--metrics", "psnr,ssim", "--output", tmp_path / "table.csv"]
+    arguments += ["--metrics", "psnr,ssim", "--output", tmp_path / "table.csv", "--overwrite"]
     code, printed = rfsr(*arguments)
     assert code == 0 and f"pictures: {tmp_path}/out/mini-seed0" in printed.out
     assert sorted(path.name for path in (tmp_path / "out" / "mini-seed0").glob("*.png")) == ["0.png", "1.png"]

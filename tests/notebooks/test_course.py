@@ -23,7 +23,6 @@ def load(name):
 build, strict = load("build"), load("conftest")
 
 TAGS = {"solution", "nbval-ignore-output"}
-LARGE = ("08",)  # trains beside a frozen copy, by hand and with the package
 FORBIDDEN = {
     r"^\s*[%!]": "a magic or shell command",
     r"^\S.*;$": "a semicolon that hides the output, which nbval shows",
@@ -196,7 +195,5 @@ def test_the_table_of_the_course_is_in_step():
     assert [name for name, *_ in rows] == [source.stem for source in build.SOURCES]
     for name, seconds, gigabytes in rows:
         assert seconds and gigabytes, f"{name} was not measured: run `make notebooks`"
-        most = 1.9 if name[:2] in LARGE else 1.5
-        # about a minute each; the machine of the table is a slow one, whose imports alone take 15 to 20 seconds of each
-        assert int(seconds) <= 75 and float(gigabytes) <= most, f"{name} takes too long or too much memory"
-    assert sum(int(seconds) for _, seconds, _ in rows) <= 9 * 60
+        assert int(seconds) <= 60 and float(gigabytes) <= 1.6, f"{name} takes too long or too much memory"
+    assert sum(int(seconds) for _, seconds, _ in rows) <= 40 * len(rows)
