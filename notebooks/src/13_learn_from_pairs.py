@@ -767,8 +767,8 @@ for name, deviation in noisiness.items():
 # learning rate decides how far one step goes, β decides when the force lets go*. A β that is too small for its learning
 # rate never lets go.
 #
-# Then compare the two lines. Do accuracy or the signs of `winner` and `loser` tell the two runs apart? Margin and drift
-# do. A `winner` above 0 is section 5's warning.
+# Then compare the two lines. Do accuracy or the signs of `winner` and `loser` tell the two runs apart? The margin does;
+# the drift does so little after eight steps. A `winner` above 0 is section 5's warning.
 #
 # And the noise: half of the deviation is worth four times as many pairs, and it costs nothing. In this model the
 # timestep counts most, because its noise is small. Does the training show on photographs that it has not seen?
@@ -835,8 +835,8 @@ show(
 # %% [markdown]
 # **What to see.** Read the table in this order. *PSNR and the judge first*: PSNR is a quarter of the reward and may be
 # sold for the other three, the judge is not in it. Which β pays more PSNR, and what do the two metrics without truth
-# give for it? Look for it in colors and contrast, too. The smaller β goes farther on its way, for better and worse;
-# where the quality turns, as in section 5's figure, eight steps cannot tell. Then best, mean and worst: do they move
+# give for it? Look for it in colors and contrast, too. Eight steps hardly tell the two β apart, and
+# where the quality turns, as in section 5's figure, they cannot tell at all. Then best, mean and worst: do they move
 # together, or come closer? The paper promises the second; what moves all three alike is a shift. And what says that
 # *nothing* has happened? A change below two of its errors. Six crops of three photographs make these errors too small
 # if anything. Eight steps, one seed: this demonstrates the machine and decides nothing.
