@@ -288,9 +288,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
     names = [name for name in SCHEDULES if any(key.startswith(f"{name}, seed") for key in found["runs"])]
     for name, color in zip(names, ("#222222", "#d1662b", "#2a6fb0", "#3c8d5a", "#8a5fa8"), strict=False):
         runs = [rows for key, rows in found["runs"].items() if key.startswith(f"{name}, seed")]
-        for axes, (column, clock) in zip(
-            grid.flat, [(c, k) for c in ("reward", "psnr") for k in CLOCKS], strict=True
-        ):
+        for axes, (column, clock) in zip(grid.flat, [(c, k) for c in ("reward", "psnr") for k in CLOCKS], strict=True):
             values = np.array([[row[column] - rows[0][column] for row in rows] for rows in runs])
             times = np.mean([[row[clock] for row in rows] for rows in runs], axis=0)
             axes.plot(times, values.mean(0), "o-", color=color, ms=3, label=f"{name}, seeds: {len(runs)}")
