@@ -23,6 +23,7 @@ def load(name):
 build, strict = load("build"), load("conftest")
 
 TAGS = {"solution", "nbval-ignore-output"}
+LARGE = ("08",)  # trains beside a frozen copy, by hand and with the package
 FORBIDDEN = {
     r"^\s*[%!]": "a magic or shell command",
     r"^\S.*;$": "a semicolon that hides the output, which nbval shows",
@@ -195,5 +196,6 @@ def test_the_table_of_the_course_is_in_step():
     assert [name for name, *_ in rows] == [source.stem for source in build.SOURCES]
     for name, seconds, gigabytes in rows:
         assert seconds and gigabytes, f"{name} was not measured: run `make notebooks`"
-        assert int(seconds) <= 60 and float(gigabytes) <= 1.6, f"{name} takes too long or too much memory"
+        most = 1.6 if name[:2] in LARGE else 1.5
+        assert int(seconds) <= 60 and float(gigabytes) <= most, f"{name} takes too long or too much memory"
     assert sum(int(seconds) for _, seconds, _ in rows) <= 40 * len(rows)
