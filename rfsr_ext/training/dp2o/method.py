@@ -90,8 +90,7 @@ class DP2O(Method):
         timesteps = self.draw_timesteps(samples).to(model.device).repeat(2)
         clean = latents.flatten(0, 1)
         condition = _twice(model.condition(batch["lr"], batch["prompt"]))
-        with torch.no_grad():
-            noise = model.training_noise(clean, noise, condition, process)
+        noise = model.training_noise(clean, noise, condition, process)
         noisy = process.scale_model_input(process.add_noise(clean, noise, timesteps), timesteps)
         with torch.no_grad(), setup.as_reference(model, self.reference) as reference:
             before = reference.predict(noisy, timesteps, condition)
