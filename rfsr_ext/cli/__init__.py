@@ -227,7 +227,17 @@ def evaluate(
                 "--best-of is for models on held-out crops or --pairs, and its number is that of the seeds"
             )
         if pairs is not None:
-            evaluate_on_pairs(targets, pairs, pictures, chosen, range(best_of), output, options, False, True, overwrite)
+            evaluate_on_pairs(
+                targets,
+                pairs,
+                pictures,
+                chosen,
+                range(best_of),
+                output,
+                options,
+                best_of_seeds=True,
+                overwrite=overwrite,
+            )
         else:
             evaluate_best_of(targets, crops, size, best_of, output, chosen, options, overwrite)
     elif pairs is not None:
