@@ -281,8 +281,8 @@ for device, served in build_info()["devices"].items():
 #
 # Each notebook stands alone. In order they lead from a sampler to the trained model (01 to 08), then to doubts (09), speed
 # (10) and your own model (11). 12 and 13 teach two other methods that train such models, 14 opens the models that people
-# publish, and 15 makes one: read it first if you have never trained a diffusion model. The paper and the code published with it are not the same method:
-# [all differences](paper_and_released_code.md).
+# publish, and 15 makes one: read it first if you have never trained a diffusion model. The paper and the code published
+# with it are not the same method: [all differences](paper_and_released_code.md).
 #
 # CONTENTS
 #

@@ -835,9 +835,9 @@ show(
 # %% [markdown]
 # **What to see.** Read the table in this order. *PSNR and the judge first*: PSNR is a quarter of the reward and may be
 # sold for the other three, the judge is not in it. Which β pays more PSNR, and what do the two metrics without truth
-# give for it? Look for it in colors and contrast, too. Eight steps hardly tell the two β apart, and
-# where the quality turns, as in section 5's figure, they cannot tell at all. Then best, mean and worst: do they move
-# together, or come closer? The paper promises the second; what moves all three alike is a shift. And what says that
+# give for it? Look for it in colors and contrast, too. Eight steps hardly tell the two β apart, and where the quality
+# turns, as in section 5's figure, they cannot tell at all. Then best, mean and worst: do they move together, or come
+# closer? The paper promises the second; what moves all three alike is a shift. And what says that
 # *nothing* has happened? A change below two of its errors. Six crops of three photographs make these errors too small
 # if anything. Eight steps, one seed: this demonstrates the machine and decides nothing.
 #
