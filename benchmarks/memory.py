@@ -79,12 +79,13 @@ UHD = 2160, 3840
 
 
 class Tokenizer:
-    """Stands for any tokenizer: as many tokens as the text encoder takes."""
+    """Stands for any tokenizer: as many tokens as the text encoder takes, all of them padding."""
 
     model_max_length = 77
 
     def __call__(self, texts: list[str], max_length: int, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=torch.zeros(len(texts), max_length, dtype=torch.long))
+        tokens = torch.zeros(len(texts), max_length, dtype=torch.long, device="cpu")  # the mask's values are asked for
+        return SimpleNamespace(input_ids=tokens, attention_mask=tokens)
 
 
 def on_cpu(kind: type, **options: Any) -> Any:

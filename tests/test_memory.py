@@ -161,6 +161,16 @@ def test_what_is_trained_at_full_size():
         assert sum(p.numel() for p in model.trained_parameters().values()) == count
 
 
+@pytest.mark.parametrize("name", TWO)
+def test_prompts_are_encoded_at_full_size(name):
+    """By the stand-in for the tokenizer, which the tiny models above do not have."""
+    model = memory.build(name, torch.bfloat16)
+    with torch.device("meta"):
+        condition = model.condition(torch.rand(2, 3, 64, 64, dtype=torch.bfloat16), ["", ""])
+    assert all(tensor.device.type == "meta" for tensor in condition.shared.values())
+    assert {tensor.shape[0] for tensor in condition.shared.values()} == {2}
+
+
 def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setitem(memory.SYSTEMS, "tiny", None)
     monkeypatch.setattr(
