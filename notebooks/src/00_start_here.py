@@ -261,8 +261,8 @@ assert max(rows, key=lambda name: rows[name][0]) == "brighter", "brightness is l
 #
 # $$L_{structure}=\operatorname{mean}\,|LL(x)-LL(y)|\qquad L_{gram}=\Big\|\tfrac{FF^\mathsf T-GG^\mathsf T}{CHW}\Big\|_F^2$$
 #
-# `check` compares two results: whether they are equal (*exact*), how far apart they are at most, and it stops the notebook
-# if that is too far. Sums taken in another order differ in their last digits.
+# `check` compares two results and prints one quiet line if they are equal (*exact*) or as near as it says. If not, it says
+# how far apart they are, and stops the notebook. Sums taken in another order differ in their last digits.
 
 # %%
 by_hand = (2 * F.avg_pool2d(before - gt, 2)).abs().mean()

@@ -121,7 +121,7 @@ shares = [band.double().square().sum() / photo.double().square().sum() for band 
 check("Parseval: the shares of energy sum to 1", sum(shares), 1.0, 1e-6)
 
 # %% [markdown]
-# **What to see.** Both differences are rounding errors of 32-bit numbers. The second line is *Parseval's identity*. It is
+# **What to see.** Both hold up to the rounding of 32-bit numbers. The second line is *Parseval's identity*. It is
 # why one can speak of the energy of a band, and why an error in a band counts as much as the same error in pixels.
 #
 # ## 4 · How does a network see it?
