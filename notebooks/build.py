@@ -2,7 +2,8 @@
 
 ``src/NN_verb_object.py`` (jupytext percent format) is what people edit and review; the notebook beside this file holds
 the same cells, links to its neighbors, and outputs.  Each is replaced whole, and only if every cell ran.  What was
-counted and measured goes into the table of ``README.md``.
+counted and measured goes into the table of ``README.md``.  Solutions to the exercises stand in ``solutions/``, which
+people edit too.
 
 ``--prose`` runs nothing: it takes over new text into stored notebooks whose code is still that of their sources.
 """
@@ -71,8 +72,10 @@ def _contents() -> str:
 def unrun(source: Path) -> nbformat.NotebookNode:
     """The notebook a source stands for, without outputs.
 
-    A line ``NAVIGATION`` becomes links to the neighbors, ``CONTENTS`` the table of all notebooks.
+    A line ``NAVIGATION`` becomes links to the neighbors, ``CONTENTS`` the table of all notebooks, and ``SOLUTIONS``
+    says where the solutions are.
     """
+    solutions = f"Solutions are in [solutions/{source.name}](solutions/{source.name})"
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -82,6 +85,7 @@ def unrun(source: Path) -> nbformat.NotebookNode:
         cell.id = f"cell-{number:02d}"
         if cell.cell_type == "markdown":
             cell.source = cell.source.replace("NAVIGATION", _links(source)).replace("CONTENTS", _contents())
+            cell.source = cell.source.replace("SOLUTIONS", solutions)
     return notebook
 
 
@@ -144,8 +148,7 @@ def counts(source: Path) -> list[int]:
     nodes = [node for cell in cells if cell.cell_type == "code" for node in ast.walk(ast.parse(cell.source))]
     calls = [getattr(node.func, "id", "") for node in nodes if isinstance(node, ast.Call)]
     checks = calls.count("check") + sum(isinstance(node, ast.Assert) for node in nodes)
-    exercises = sum("solution" in cell.metadata.get("tags", ()) for cell in cells)
-    return [words, len(cells), checks, calls.count("explore"), exercises]
+    return [words, len(cells), checks, calls.count("explore"), calls.count("exercise")]
 
 
 def table(measured: dict[str, tuple[str, str]]) -> str:

@@ -302,7 +302,7 @@ caught(lambda: check("structure loss", wrong_loss(before, gt), haar_ll_l1_loss(b
 # %% [markdown]
 # ## 6 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each; *Run All* never
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS. *Run All* never
 # stops at an open one.
 #
 # **Exercise 1 (warm-up).** Training draws one sampling step per iteration, evenly from those that have a loss: of 50 steps,
@@ -323,14 +323,6 @@ def verify_share():
 exercise(1, verify_share)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def share_of_structure():
-    return 20 / 30  # two iterations of three are supervised by the truth
-
-
-exercise(1, verify_share)
-
 # %% [markdown]
 # **Exercise 2.** Find a picture, different from `gt`, whose Gram loss to `gt` is zero (a rounding error counts as zero).
 # <details><summary>Hint</summary>A Gram matrix adds up over all pixels. It does not know where they are.</details>
@@ -348,14 +340,6 @@ def verify_style():
 
 exercise(2, verify_style)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def same_style(x):
-    return x.flip(-1)
-
-
-exercise(2, verify_style)
 
 # %% [markdown]
 # **Exercise 3.** LPIPS in the paper's Table 1, before and after RFSR, for four models on three data sets (lower is closer
@@ -378,15 +362,6 @@ def verify_worse():
 
 exercise(3, verify_worse)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def worse(pairs):
-    return sum(after > before for before, after in pairs)
-
-
-exercise(3, verify_worse)
-print(f"LPIPS got worse in {worse(lpips)} of {len(lpips)}")
 
 # %% [markdown]
 # ## Summary

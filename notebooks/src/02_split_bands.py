@@ -334,7 +334,7 @@ caught(lambda: check("Parseval", sum(b.square().sum() for b in wrong_split(photo
 # %% [markdown]
 # ## 8 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** What is LL of an image that is 0.3 everywhere? Predict the number, then return it.
 # <details><summary>Hint</summary>Four equal pixels, added and halved.</details>
@@ -347,14 +347,6 @@ def constant_ll():
 
 exercise(1, lambda: check("LL of 0.3", constant_ll(), haar_ll(torch.full((1, 1, 2, 2), 0.3))[0, 0, 0, 0], 1e-6))
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def constant_ll():
-    return 4 * 0.3 / 2
-
-
-exercise(1, lambda: check("LL of 0.3", constant_ll(), haar_ll(torch.full((1, 1, 2, 2), 0.3))[0, 0, 0, 0], 1e-6))
 
 # %% [markdown]
 # **Exercise 2.** Remove from a photograph everything finer than LL: keep LL, set the other bands to zero, merge.
@@ -376,16 +368,6 @@ def verify_coarse():
 exercise(2, verify_coarse)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def coarse(x):
-    LL = split(x)[0]
-    nothing = torch.zeros_like(LL)
-    return merge(LL, nothing, nothing, nothing)
-
-
-exercise(2, verify_coarse)
-
 # %% [markdown]
 # **Exercise 3 (harder).** RFSR's structure loss is $\operatorname{mean}|LL(x)-LL(y)|$. Find a change of the photograph that
 # this loss cannot see although it alters every pixel by 0.1.
@@ -405,15 +387,6 @@ def verify_invisible():
 
 exercise(3, verify_invisible)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def invisible(x):
-    checkerboard = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(x.shape[-2] // 2, x.shape[-1] // 2)
-    return x + 0.1 * checkerboard
-
-
-exercise(3, verify_invisible)
 
 # %% [markdown]
 # That is the point: the loss holds what is coarse and leaves the finest texture to the rewards. Where the border should lie

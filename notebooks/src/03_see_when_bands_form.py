@@ -471,7 +471,7 @@ caught(lambda: check("states for estimates", wrong, package[[0, 24, 49]], 1e-3))
 # %% [markdown]
 # ## 8 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** The mini model in 20 steps: they divide the 1000 times evenly too, and the first is again 999.
 # Write $t$ as a function of the step.
@@ -491,14 +491,6 @@ def verify_time():
 
 exercise(1, verify_time)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def time_of(st):
-    return 1049 - 50 * st
-
-
-exercise(1, verify_time)
 
 # %% [markdown]
 # **Exercise 2.** The paper avoids PSNR. Would it have told another story? Return the step with the best mean PSNR, and
@@ -520,16 +512,6 @@ def verify_psnr():
 exercise(2, verify_psnr)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def psnr_story():
-    value = frame.groupby("step")["psnr"].mean()
-    print(f"best at step {value.idxmax()}, then {value[50] - value.max():+.1f} dB")
-    return value.idxmax(), value[50] - value.max()
-
-
-exercise(2, verify_psnr)
-
 # %% [markdown]
 # **Exercise 3.** How many network calls does one training step cost on average, when a step is drawn evenly from both
 # windows together? The rollout to step $st$ takes $st-1$ calls, the step with gradient one more.
@@ -543,14 +525,6 @@ def mean_calls():
 
 exercise(3, lambda: check("calls", mean_calls(), torch.tensor(by_step.steps()).double().mean(), 1e-9))
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def mean_calls():
-    return sum(by_step.steps()) / len(by_step.steps())
-
-
-exercise(3, lambda: check("calls", mean_calls(), torch.tensor(by_step.steps()).double().mean(), 1e-9))
 
 # %% [markdown]
 # **Exercise 4 (harder).** PASD samples in 20 steps, $t=1001-50\,st$; the paper sets $st_1=8$ and $st_2=17$. Read as for SeeSR, where
@@ -571,15 +545,6 @@ def verify_pasd():
 
 exercise(4, verify_pasd)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 4 (expand to read)
-def pasd_reward_window():
-    inside = [st for st in range(1, 21) if 0 <= 1001 - 50 * st <= 200]
-    return inside[0], inside[-1]  # step 17 is t = 151: the paper's two statements differ there
-
-
-exercise(4, verify_pasd)
 
 # %% [markdown]
 # ## Summary

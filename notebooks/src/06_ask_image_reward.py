@@ -609,7 +609,7 @@ caught(lambda: check("one excellent picture", mean_first(mixed), term.loss(mixed
 # %% [markdown]
 # ## 9 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up, predict then run).** A has score 1.2, B has 0.2. How often does A win? And how often, if someone
 # had divided all scores by 0.5?
@@ -630,14 +630,6 @@ def verify_chances():
 exercise(1, verify_chances)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def chances():
-    return 0.731, 0.881
-
-
-exercise(1, verify_chances)
-
 # %% [markdown]
 # **Exercise 2.** Where the dead zone begins, the slope jumps. Soften it: the loss is $\frac1N\sum\log(1+e^{2-r})$.
 # Write its gradient with respect to the scores.
@@ -651,14 +643,6 @@ def soft_gradient(r):
 
 exercise(2, lambda: check("slopes", soft_gradient(marks), gradient(lambda r: F.softplus(2 - r).mean(), marks), 1e-6))
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def soft_gradient(r):
-    return -torch.sigmoid(2 - r) / len(r)
-
-
-exercise(2, lambda: check("slopes", soft_gradient(marks), gradient(lambda r: F.softplus(2 - r).mean(), marks), 1e-6))
 
 # %% [markdown]
 # **Exercise 3 (harder).** A panorama has 100 rows and 300 columns. Which columns does ImageReward see? Return the first and
@@ -680,14 +664,6 @@ def verify_columns():
 
 exercise(3, verify_columns)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def columns_seen():
-    return 100, 199  # (672 - 224) / 2 = 224 to 447 of 672, that is a third of it
-
-
-exercise(3, verify_columns)
 
 # %% [markdown]
 # ## Summary

@@ -656,7 +656,7 @@ caught(lambda: check("the style loss sees the change", log["style"] / by_hand["G
 # %% [markdown]
 # ## 11 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** What is the Gram matrix, divided by $CHW$, of two features at two places,
 # $F=\begin{pmatrix}2&0\\1&3\end{pmatrix}$?
@@ -674,14 +674,6 @@ def verify_small():
 
 exercise(1, verify_small)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def small_gram():
-    return [[4 / 4, 2 / 4], [2 / 4, 10 / 4]]
-
-
-exercise(1, verify_small)
 
 # %% [markdown]
 # **Exercise 2.** Spoil feature maps $[N,C,H,W]$ so that everything is in another place and the Gram matrix cannot tell.
@@ -701,14 +693,6 @@ def verify_misplaced():
 
 exercise(2, verify_misplaced)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def misplaced(f):
-    return f.roll(1, dims=-1)
-
-
-exercise(2, verify_misplaced)
 
 # %% [markdown]
 # **Exercise 3.** A feature map of 256×256 places holds the same value $a$ everywhere. From which $a$ on does its *raw*
@@ -731,14 +715,6 @@ def verify_overflow():
 exercise(3, verify_overflow)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def overflow_from():
-    return (65504 / 256**2) ** 0.5  # just below 1: raw Gram matrices do not fit half precision at all
-
-
-exercise(3, verify_overflow)
-
 # %% [markdown]
 # **Exercise 4 (harder).** Write the derivative of the *absolute* distance that the released code uses,
 # $\operatorname{mean}|G-G'|$ over all $N\cdot C\cdot C$ entries, in $F$.
@@ -759,15 +735,6 @@ def verify_absolute():
 
 exercise(4, verify_absolute)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 4 (expand to read)
-def absolute_gradient(f, f_frozen):
-    D = gram_matrix(f) - gram_matrix(f_frozen)
-    return (2 / (D.numel() * f[0].numel()) * D.sign() @ f.flatten(2)).reshape(f.shape)
-
-
-exercise(4, verify_absolute)
 
 # %% [markdown]
 # ## Summary

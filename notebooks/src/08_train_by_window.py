@@ -672,7 +672,7 @@ caught(lambda: check("gradients, distance over length", apart, 0.0, 1e-3))
 # %% [markdown]
 # ## 9 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** After how many iterations has an average with decay $d$ forgotten half of an old weight?
 # <details><summary>Hint</summary>Each iteration multiplies it by d. Solve d to the power n = ½.</details>
@@ -690,14 +690,6 @@ def verify_half_life():
 
 exercise(1, verify_half_life)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def half_life(d):
-    return np.log(0.5) / np.log(d)
-
-
-exercise(1, verify_half_life)
 
 # %% [markdown]
 # **Exercise 2.** Return the structure and the reward window, as pairs of first and last step, for any list of timesteps
@@ -718,15 +710,6 @@ def verify_two_windows():
 
 exercise(2, verify_two_windows)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def two_windows(timesteps):
-    inside = [[st for st, t in enumerate(timesteps, 1) if a <= t <= b] for a, b in ((600, 1000), (0, 200))]
-    return [(steps[0], steps[-1]) for steps in inside]
-
-
-exercise(2, verify_two_windows)
 
 # %% [markdown]
 # **Exercise 3 (harder).** In the third row of the paper's Table 2 both windows cover *every* step. Write the loss of
@@ -752,20 +735,6 @@ def verify_everywhere():
 
 exercise(3, verify_everywhere)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def loss_everywhere(student, st, lr, gt, prompts, noise):
-    condition = student.condition(lr, prompts)
-    z, t = roll_out(student, condition, st, noise)
-    image = estimate(student, z, t, condition)
-    structure = LAMBDA["structure"] * (LL(image) - LL(gt)).abs().mean()
-    image = image.clamp(0, 1)
-    scores = LAMBDA["iqa"] * iqa.score(image) + LAMBDA["preference"] * preference.score(image, prompts)
-    return structure - scores.mean()
-
-
-exercise(3, verify_everywhere)
 
 # %% [markdown]
 # ## Summary

@@ -594,7 +594,7 @@ caught(lambda: check("standard error", wrong_error("rfsr", "judge"), summary["st
 # %% [markdown]
 # ## 11 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up, predict then run).** There is no effect. With what chance do *four* runs agree in sign?
 # <details><summary>Hint</summary>All up, or all down.</details>
@@ -612,14 +612,6 @@ def verify_signs():
 
 exercise(1, verify_signs)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def four_signs():
-    return 2 * 0.5**4
-
-
-exercise(1, verify_signs)
 
 # %% [markdown]
 # **Exercise 2.** By the paper's own columns, which rows of its Table 4 have all four no-reference scores above
@@ -642,16 +634,6 @@ def verify_suspicious():
 
 exercise(2, verify_suspicious)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def suspicious():
-    table = paper["4 · style loss"]
-    above = (table[COLUMNS[1:]] > table.loc["ours", COLUMNS[1:]]).all(axis=1)
-    return list(table.index[above & (table["LPIPS"] > table["LPIPS"]["ours"])])
-
-
-exercise(2, verify_suspicious)
 
 # %% [markdown]
 # **Exercise 3 (harder).** *Holm's* method handles many questions without flipping signs. Sort the $m$ p-values; compare
@@ -676,19 +658,6 @@ def verify_holm():
 
 exercise(3, verify_holm)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def holm(p):
-    accepted = [False] * len(p)
-    for place, k in enumerate(np.argsort(p)):
-        if p[k] > 0.05 / (len(p) - place):
-            break
-        accepted[k] = True
-    return accepted
-
-
-exercise(3, verify_holm)
 
 # %% [markdown]
 # ## Summary

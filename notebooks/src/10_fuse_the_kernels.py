@@ -789,7 +789,7 @@ check("no part can save more than its share", 1 / (1 - 0.001 + 0.001 / 1e9), 1 /
 #
 # ## 10 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up, predict then run).** How many bytes does the fused forward pass read and write for one channel of
 # `height` × `width` numbers of `s` bytes, with the signs but without the 4 bytes of the result? Rows of signs end on whole
@@ -813,15 +813,6 @@ def verify_bytes():
 exercise(1, verify_bytes)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def fused_bytes(height, width, s):
-    rows, columns = (height + 1) // 2, (width + 1) // 2
-    return 2 * height * width * s + rows * ((columns + 3) // 4)
-
-
-exercise(1, verify_bytes)
-
 # %% [markdown]
 # **Exercise 2.** Write a kernel that puts the largest of `values` into `total[0]`, one value per thread, right in every
 # schedule.
@@ -843,21 +834,6 @@ def verify_largest():
 
 exercise(2, verify_largest)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def largest_kernel(block, thread, shared, values, total):
-    shared[thread] = values[thread]
-    yield "sync"
-    for half in (32, 16, 8, 4, 2, 1):  # of 64 threads
-        if thread < half:
-            shared[thread] = max(shared[thread], shared[thread + half])
-        yield "sync"
-    if thread == 0:
-        total[0] = shared[0]
-
-
-exercise(2, verify_largest)
 
 # %% [markdown]
 # **Exercise 3 (harder).** Write the backward kernel from the kept bytes alone (rule `symmetric`): a thread per pixel finds
@@ -883,21 +859,6 @@ def verify_unpack():
 
 exercise(3, verify_unpack)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def unpack_kernel(block, thread, shared, kept, push, grad):
-    k = block * len(shared) + thread
-    if k < grad.size:
-        r, c = divmod(k, grad.shape[1])
-        ((i, u),), ((j, v),) = (
-            users(at, size, EDGES["symmetric"]) for at, size in zip((r, c), grad.shape, strict=True)
-        )
-        yield
-        grad[r, c] = u * v * push * (0, 1, -1)[int(kept[i, j // 4]) >> 2 * (j % 4) & 3]
-
-
-exercise(3, verify_unpack)
 
 # %% [markdown]
 # ## Summary

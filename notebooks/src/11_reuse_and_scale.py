@@ -615,7 +615,7 @@ for name, build in make.items():
 #
 # ## 7 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up, predict then run).** How many pictures of 512×512 fit into `memory` bytes, by the count of
 # section 5?
@@ -636,14 +636,6 @@ def verify_fit():
 
 exercise(1, verify_fit)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def pictures_that_fit(memory):
-    return int((memory - sum(fixed.values())) // sum(per_picture.values()))
-
-
-exercise(1, verify_fit)
 
 # %% [markdown]
 # **Exercise 2.** Only two pictures fit at a time. Fill `net`'s gradients with those of the batch's mean loss, two pictures
@@ -670,15 +662,6 @@ def verify_accumulate():
 exercise(2, verify_accumulate)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def accumulate(net, lr, gt):
-    for part in range(0, len(lr), 2):
-        (loss_of(net(lr[part : part + 2]), gt[part : part + 2]) * 2 / len(lr)).backward()
-
-
-exercise(2, verify_accumulate)
-
 # %% [markdown]
 # **Exercise 3.** The target of a style loss often stays the same while the picture changes. Return a function of the
 # picture alone that computes the target's Gram matrices once.
@@ -701,15 +684,6 @@ def verify_style():
 
 exercise(3, verify_style)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def style_towards(target):
-    grams = style.target_gram(target)
-    return lambda image: style(image, target_gram=grams)
-
-
-exercise(3, verify_style)
 
 # %% [markdown]
 # ## Summary

@@ -957,7 +957,7 @@ caught(lambda: check("share of the true drift that is logged", log["drift"] / tr
 # %% [markdown]
 # ## 9 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** A recipe for FLUX's latents, 16×64×64 numbers, says β = 0.02 and *sums* squared errors.
 # Which β of `half-mean` is that?
@@ -979,14 +979,6 @@ def verify_beta():
 exercise(1, verify_beta)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def beta_of_half_mean():
-    return 0.02 * 2 * 16 * 64 * 64
-
-
-exercise(1, verify_beta)
-
 # %% [markdown]
 # **Exercise 2.** In the toy, return the β with which training ends where the quality is best.
 # <details><summary>Hint</summary>The quality is best at m = 1, and training ends at m = u / β.</details>
@@ -1003,14 +995,6 @@ def verify_best_beta():
 
 exercise(2, verify_best_beta)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def best_beta():
-    return u
-
-
-exercise(2, verify_best_beta)
 
 # %% [markdown]
 # **Exercise 3 (harder).** Later work adds a term that holds on to the winners: the plain denoising loss, $\lambda$
@@ -1034,16 +1018,6 @@ def verify_anchored():
 
 exercise(3, verify_anchored)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def anchored_gradient(output, reference, target, beta, weight, anchor):
-    gradient = gradient_by_hand(output, reference, target, beta, weight)
-    gradient[0] += anchor * 2 * (output[0] - target[0]) / output[0].numel()
-    return gradient
-
-
-exercise(3, verify_anchored)
 
 # %% [markdown]
 # ## Summary

@@ -884,7 +884,7 @@ show(
 #
 # ## 11 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** At which σ of a flow model is the share of noise $s$?
 # <details><summary>Hint</summary>The share is σ²/(α² + σ²) with α = 1 − σ. First find σ/α.</details>
@@ -902,15 +902,6 @@ def verify_sigma():
 
 exercise(1, verify_sigma)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def flow_sigma(share):
-    ratio = (share / (1 - share)) ** 0.5
-    return ratio / (1 + ratio)
-
-
-exercise(1, verify_sigma)
 
 # %% [markdown]
 # **Exercise 2.** Write CCSR v2's timesteps. Of $n$ uniform ones, largest first, keep those from the last
@@ -932,15 +923,6 @@ def verify_leap():
 
 exercise(2, verify_leap)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def leap(uniform, t_max, t_min):
-    n = len(uniform)
-    return [999, *uniform[n - round(n * t_max) : n - round(n * t_min)]]
-
-
-exercise(2, verify_leap)
 
 # %% [markdown]
 # **Exercise 3 (harder).** One step for all families. DDIM, Euler and flow Euler look like three algorithms. Write the one
@@ -970,16 +952,6 @@ def verify_step():
 
 exercise(3, verify_step)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def one_step(kind, z, answer, now, following):
-    estimate = estimate_by_hand(kind, *now, z, answer)
-    held = (z - now[0] * estimate) / now[1]
-    return following[0] * estimate + following[1] * held
-
-
-exercise(3, verify_step)
 
 # %% [markdown]
 # ## Summary

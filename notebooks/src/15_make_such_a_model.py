@@ -844,7 +844,7 @@ caught(lambda: model.condition(2 * lr - 1, prompts))  # and the package's own ch
 # %% [markdown]
 # ## 9 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** Which constant β makes σ after `steps` timesteps equal to `end`?
 # <details><summary>Hint</summary>$1-\sigma^2=(1-\beta)^{\text{steps}}$. Take the root.</details>
@@ -865,14 +865,6 @@ def verify_beta():
 exercise(1, verify_beta)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def constant_beta(end, steps):
-    return 1 - (1 - end**2) ** (1 / steps)
-
-
-exercise(1, verify_beta)
-
 # %% [markdown]
 # **Exercise 2.** Newer autoencoders have a mean and a deviation per channel (`latents_mean`, `latents_std`) instead of
 # one `scaling_factor`. Bring `[N, C, h, w]` to mean 0 and deviation 1 in every channel.
@@ -892,14 +884,6 @@ def verify_standardized():
 
 exercise(2, verify_standardized)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def standardized(z):
-    return (z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)
-
-
-exercise(2, verify_standardized)
 
 # %% [markdown]
 # **Exercise 3 (harder).** A network answers with velocity. With which weight per timestep is its squared error that of
@@ -923,14 +907,6 @@ def verify_weight():
 
 exercise(3, verify_weight)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def weight_of_velocity(bar_t):
-    return 1 - bar_t
-
-
-exercise(3, verify_weight)
 
 # %% [markdown]
 # ## Summary

@@ -22,7 +22,7 @@ def load(name):
 
 build, strict = load("build"), load("conftest")
 
-TAGS = {"solution", "nbval-ignore-output"}
+TAGS = {"nbval-ignore-output"}
 LARGE = ("08",)  # trains beside a frozen copy, by hand and with the package
 FORBIDDEN = {
     r"^\s*[%!]": "a magic or shell command",
@@ -171,22 +171,25 @@ def test_every_idea_is_checked_and_one_bug_is_caught(notebook):
     assert bugs and all("caught: " in printed(cell) for cell in bugs)
 
 
-def test_exercises_are_open_and_their_solutions_correct(notebook):
-    cells, solutions = code(notebook), 0
-    for stub, solution in zip(cells, cells[1:], strict=False):
-        if "solution" not in tags(solution):
-            continue
-        solutions += 1
-        assert solution.metadata.jupyter.source_hidden
-        assert solution.source.startswith(f"# Solution to exercise {solutions} (expand to read)\n")
-        assert f"exercise {solutions}: open\n" == printed(stub)
-        assert f"exercise {solutions}: correct\n" in printed(solution)
-        asked = re.findall(r"^exercise\(.+", stub.source, re.M)
-        assert "NotImplementedError" not in strict.solved(stub.source, solution.source), "the run puts it in its place"
-        assert asked and asked == re.findall(r"^exercise\(.+", solution.source, re.M), "the same verdict for both"
-    assert 3 <= solutions <= 5
-    assert text(notebook).count("<details><summary>Hint</summary>") == solutions
-    assert len(re.findall(r"^\*\*Exercise \d", text(notebook), re.M)) == solutions
+def test_exercises_are_open_and_have_solutions(source, notebook):
+    asked = {number: cell for cell in code(notebook) if (number := strict.exercise_number(cell.source))}
+    solutions = strict.solutions_of(ROOT / f"{source.stem}.ipynb")
+    assert list(asked) == list(solutions) == list(range(1, len(asked) + 1)) and 3 <= len(asked) <= 5
+    assert f"[solutions/{source.name}](solutions/{source.name})" in text(notebook)
+    assert f" {source.stem}.ipynb" in ast.get_docstring(ast.parse((ROOT / "solutions" / source.name).read_text()))
+    for number, stub in asked.items():
+        assert printed(stub) == f"exercise {number}: open\n"
+        assert re.match("# .+\n", solutions[number]), "it begins with what is asked"
+        open_ones = [n.name for n in ast.parse(stub.source).body if "raise NotImplementedError" in ast.unparse(n)]
+        answers = [getattr(node, "name", "other code") for node in ast.parse(solutions[number]).body]
+        assert answers == open_ones, "a solution defines what the stub leaves open, and nothing else"
+        assert "NotImplementedError" not in strict.solved(stub.source, solutions[number])
+    assert text(notebook).count("<details><summary>Hint</summary>") == len(asked)
+    assert len(re.findall(r"^\*\*Exercise \d", text(notebook), re.M)) == len(asked)
+
+
+def test_every_solutions_file_has_its_source():
+    assert {path.name for path in (ROOT / "solutions").iterdir() if path.is_file()} == {s.name for s in build.SOURCES}
 
 
 def test_the_table_of_the_course_is_in_step():
