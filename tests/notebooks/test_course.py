@@ -4,6 +4,7 @@ import ast
 import base64
 import importlib.util
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -190,6 +191,52 @@ def test_exercises_are_open_and_have_solutions(source, notebook):
 
 def test_every_solutions_file_has_its_source():
     assert {path.name for path in (ROOT / "solutions").iterdir() if path.is_file()} == {s.name for s in build.SOURCES}
+
+
+@pytest.fixture(scope="module")
+def handout(tmp_path_factory):
+    """The course for a class, written twice: the second time over what the first wrote."""
+    folder = tmp_path_factory.mktemp("class") / "student"
+    for _ in range(2):
+        build.write_for_students(folder)
+    return folder
+
+
+def test_a_class_gets_every_notebook_without_outputs_and_solutions(handout):
+    assert {path.stem for path in handout.glob("*.ipynb")} == set(build.ORDER)
+    assert not (handout / "solutions").exists()
+    for path in handout.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        assert not any(cell.outputs or cell.execution_count for cell in code(notebook))
+        assert "Your teacher has the solutions." in text(notebook) and "solutions/" not in path.read_text()
+        solved = strict.solutions_of(ROOT / path.name).values()
+        bodies = [ast.unparse(node.body) for solution in solved for node in ast.parse(solution).body]
+        written = "\n".join(ast.unparse(ast.parse(cell.source)) for cell in code(notebook))
+        assert bodies and not any(body in written for body in bodies if "\n" in body)
+
+
+def test_what_a_class_gets_is_complete(handout):
+    for path in handout.glob("*.*"):
+        if path.suffix in (".md", ".ipynb"):
+            words = text(nbformat.read(path, as_version=4)) if path.suffix == ".ipynb" else path.read_text()
+            for target in re.findall(r"\]\(([^)#\s]+)", words):
+                assert re.match("https?://", target) or (handout / target).exists() and ".." not in target, target
+            for file in re.findall(r"results/\w+\.\w+", path.read_text()):
+                assert (handout / file).exists(), file
+
+
+def test_what_a_class_gets_replaces_nothing_of_others(handout, tmp_path):
+    shutil.copytree(handout, tmp_path / "own")
+    notebook = tmp_path / "own" / "02_split_bands.ipynb"
+    notebook.write_text(notebook.read_text().replace("raise NotImplementedError", "return 0.6", 1))
+    with pytest.raises(FileExistsError, match="'02_split_bands.ipynb' that was not written here or has changed since"):
+        build.write_for_students(tmp_path / "own")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileExistsError, match="holds a 'thesis.txt'"):
+        build.write_for_students(tmp_path / "others")
+    assert [path.name for path in (tmp_path / "others").iterdir()] == ["thesis.txt"]
 
 
 def test_the_table_of_the_course_is_in_step():
