@@ -337,7 +337,7 @@ caught(lambda: check("Parseval", sum(b.square().sum() for b in wrong_split(photo
 # Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** What is LL of an image that is 0.3 everywhere? Predict the number, then return it.
-# <details><summary>Hint</summary>Four equal pixels, added and halved.</details>
+# <details><summary>Hint</summary>What does section 2 do with the four pixels of a block?</details>
 
 
 # %%
@@ -360,9 +360,9 @@ def coarse(x):
 
 
 def verify_coarse():
-    check(
-        "every 2×2 block becomes its mean", coarse(photo), F.interpolate(F.avg_pool2d(photo, 2), scale_factor=2), 1e-6
-    )
+    low, *fine = split(coarse(photo))
+    check("what is coarse stays", low, haar_ll(photo), 1e-6)
+    check("nothing fine is left", torch.stack(fine), torch.zeros(3, *low.shape), 1e-6)
 
 
 exercise(2, verify_coarse)
@@ -371,7 +371,7 @@ exercise(2, verify_coarse)
 # %% [markdown]
 # **Exercise 3 (harder).** RFSR's structure loss is $\operatorname{mean}|LL(x)-LL(y)|$. Find a change of the photograph that
 # this loss cannot see although it alters every pixel by 0.1.
-# <details><summary>Hint</summary>LL only knows the sum of a block. Let two pixels rise and two fall.</details>
+# <details><summary>Hint</summary>What does LL know of a block, and which changes of its four pixels keep that?</details>
 
 
 # %%
@@ -389,8 +389,8 @@ exercise(3, verify_invisible)
 
 
 # %% [markdown]
-# That is the point: the loss holds what is coarse and leaves the finest texture to the rewards. Where the border should lie
-# is another question (section 5).
+# That there are such changes is the point: the loss holds what is coarse and leaves the finest texture to the rewards.
+# Where the border should lie is another question (section 5).
 #
 # ## Summary
 #

@@ -483,7 +483,8 @@ caught(lambda: check("backward", gradient(Forgetful.apply, start, fur), gradient
 #
 # **Exercise 1 (warm-up, predict then run).** A 64×64 gray picture (one channel) is 0.2 too bright everywhere. What is
 # the LL loss, and what is the gradient at one pixel?
-# <details><summary>Hint</summary>Each coefficient is off by half of four times 0.2. There are 32·32 of them.</details>
+# <details><summary>Hint</summary>By how much is one LL coefficient off? How many are there, and how many
+# of them does one pixel touch?</details>
 
 
 # %%
@@ -503,7 +504,7 @@ exercise(1, verify_too_bright)
 
 # %% [markdown]
 # **Exercise 2.** Write the gradient when the loss is *squared* instead of absolute, $\frac1N\sum(LL(x)-LL(y))^2$.
-# <details><summary>Hint</summary>Only the derivative of the outer function changes: 2d for sign(d).</details>
+# <details><summary>Hint</summary>Only the derivative of the outer function changes.</details>
 
 
 # %%

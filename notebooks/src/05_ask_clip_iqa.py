@@ -630,8 +630,8 @@ exercise(2, verify_smooth)
 # **Exercise 3 (harder).** A second term like the structure loss of notebook 04: climb for 20 steps of length 0.5 as `ascend`
 # does (leave out its `clamp`), but do not touch the Haar LL band, the half-size picture of 2×2 sums, halved. Return the
 # last picture. Predict first: will it stay nearer to the truth?
-# <details><summary>Hint</summary>Subtract the LL part of every gradient: `haar_ll(g)`, each coefficient halved,
-# repeated over its 2×2 block.</details>
+# <details><summary>Hint</summary>Take away from every gradient the part that moves LL. Which picture has the LL
+# band of the gradient and nothing finer?</details>
 
 
 # %%
@@ -650,8 +650,8 @@ exercise(3, verify_held)
 
 
 # %% [markdown]
-# The numbers of the last verdict say whether it stays nearer. What they cannot be is a proof of safety: whatever the reward wants finds
-# room enough in the fine bands. A structure loss holds structure, not texture.
+# The numbers of the last verdict say whether it stays nearer. What they cannot be is a proof of safety: whatever the
+# reward wants finds room enough in the fine bands. A structure loss holds structure, not texture.
 #
 # ## Summary
 #

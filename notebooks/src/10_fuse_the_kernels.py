@@ -794,7 +794,8 @@ check("no part can save more than its share", 1 / (1 - 0.001 + 0.001 / 1e9), 1 /
 # **Exercise 1 (warm-up, predict then run).** How many bytes does the fused forward pass read and write for one channel of
 # `height` × `width` numbers of `s` bytes, with the signs but without the 4 bytes of the result? Rows of signs end on whole
 # bytes.
-# <details><summary>Hint</summary>Two inputs; ⌈height/2⌉ rows of ⌈⌈width/2⌉/4⌉ bytes.</details>
+# <details><summary>Hint</summary>Both inputs are read once. A coefficient keeps two bits, four share a byte; how many rows
+# and columns of coefficients are there at odd sizes?</details>
 
 
 # %%

@@ -619,7 +619,7 @@ for name, build in make.items():
 #
 # **Exercise 1 (warm-up, predict then run).** How many pictures of 512×512 fit into `memory` bytes, by the count of
 # section 5?
-# <details><summary>Hint</summary>What remains after `fixed`, divided by what one picture keeps.</details>
+# <details><summary>Hint</summary>How much is left for pictures when everything in `fixed` is there?</details>
 
 
 # %%
@@ -665,7 +665,8 @@ exercise(2, verify_accumulate)
 # %% [markdown]
 # **Exercise 3.** The target of a style loss often stays the same while the picture changes. Return a function of the
 # picture alone that computes the target's Gram matrices once.
-# <details><summary>Hint</summary>`style.target_gram(target)`, and the argument of the same name.</details>
+# <details><summary>Hint</summary>One method of `style` computes them alone, and a call of `style` takes them in the target's place:
+# `help(VGGGramLoss)`.</details>
 
 
 # %%

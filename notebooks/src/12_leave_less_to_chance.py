@@ -774,7 +774,8 @@ caught(lambda: has_spread(careless))
 # Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** You can afford $k\ge2$ evaluations of $n=12$ with $t_{max}=2/3$. Return $t_{min}$.
-# <details><summary>Hint</summary>k = 1 + round(12 t_max) − round(12 t_min). Solve for 12 t_min.</details>
+# <details><summary>Hint</summary>How many of the 12 timesteps does section 2's table keep for a $t_{min}$, and what comes before
+# them?</details>
 
 
 # %%

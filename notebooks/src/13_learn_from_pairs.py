@@ -961,7 +961,7 @@ caught(lambda: check("share of the true drift that is logged", log["drift"] / tr
 #
 # **Exercise 1 (warm-up).** A recipe for FLUX's latents, 16×64×64 numbers, says β = 0.02 and *sums* squared errors.
 # Which β of `half-mean` is that?
-# <details><summary>Hint</summary>The margin of "sum" has no ½, and a sum is n means.</details>
+# <details><summary>Hint</summary>Two factors stand between the margin of "sum" and that of "half-mean" (section 4).</details>
 
 
 # %%
@@ -981,7 +981,7 @@ exercise(1, verify_beta)
 
 # %% [markdown]
 # **Exercise 2.** In the toy, return the β with which training ends where the quality is best.
-# <details><summary>Hint</summary>The quality is best at m = 1, and training ends at m = u / β.</details>
+# <details><summary>Hint</summary>Section 5 says where training ends for a β, and where the quality is best.</details>
 
 
 # %%

@@ -906,7 +906,7 @@ exercise(1, verify_sigma)
 # %% [markdown]
 # **Exercise 2.** Write CCSR v2's timesteps. Of $n$ uniform ones, largest first, keep those from the last
 # $\text{round}(n\,t_{max})$ on, but not the last $\text{round}(n\,t_{min})$. Before them stands 999, the leap.
-# <details><summary>Hint</summary>Slices: from n − round(n · t_max) to n − round(n · t_min).</details>
+# <details><summary>Hint</summary>One slice of `uniform`. Count both of its ends from the back.</details>
 
 
 # %%
@@ -927,8 +927,8 @@ exercise(2, verify_leap)
 # %% [markdown]
 # **Exercise 3 (harder).** One step for all families. DDIM, Euler and flow Euler look like three algorithms. Write the one
 # function that is all three: from $z$ at $(\alpha,\sigma)$ and the network's answer to $z$ at $(\alpha',\sigma')$.
-# <details><summary>Hint</summary>Estimate z_0, take the noise that z holds beside it, and put both together again at the new
-# level.</details>
+# <details><summary>Hint</summary>`estimate_by_hand` gives the picture in z. What else is in z, and how much of both belongs into
+# it at the new level?</details>
 
 
 # %%

@@ -847,7 +847,7 @@ caught(lambda: model.condition(2 * lr - 1, prompts))  # and the package's own ch
 # Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** Which constant β makes σ after `steps` timesteps equal to `end`?
-# <details><summary>Hint</summary>$1-\sigma^2=(1-\beta)^{\text{steps}}$. Take the root.</details>
+# <details><summary>Hint</summary>By which factor does one timestep multiply $1-\sigma^2$?</details>
 
 
 # %%
@@ -888,7 +888,7 @@ exercise(2, verify_standardized)
 # %% [markdown]
 # **Exercise 3 (harder).** A network answers with velocity. With which weight per timestep is its squared error that of
 # the picture, $\lVert\hat z_0-z_0\rVert^2$? Give it for $\bar\alpha_t$.
-# <details><summary>Hint</summary>Section 4: an error δ of the picture is δ/σ in the velocity.</details>
+# <details><summary>Hint</summary>Keep $z_t$ and move the picture by δ. By how much does the velocity move (section 4)?</details>
 
 
 # %%
