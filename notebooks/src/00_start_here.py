@@ -366,6 +366,14 @@ exercise(3, verify_worse)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Find a damage that you see at once and that none of the four losses of section 3 notices. An answer is the
+#   picture, its four losses beside those of a harmless change, and a sentence for each loss that says why it misses
+#   it.
+# * Train with three weights of the rewards and let two friends rank the results without knowing which is which. Which
+#   of the printed measures ranks them like your friends? An answer is a table of both orders for at least six crops.
+#
 # ## Summary
 #
 # * RFSR trains a finished model on scores: denoise without gradient, one step with it, decode, compute the loss, move

@@ -479,6 +479,13 @@ exercise(3, verify_stochastic)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * How few steps are enough? Sample six photographs in 50, 20, 10, 5, 2 and 1 steps from the same noise. An answer is
+#   PSNR over the number of steps with its spread over seeds, and the number that you would use.
+# * Write a step of second order, which extrapolates the estimates of two steps. Do ten such steps come nearer to the
+#   result of fifty than ten DDIM steps? An answer is both distances, over several seeds and photographs.
+#
 # ## Summary
 #
 # * Noising mixes picture and noise: $z_t=\alpha z_0+\sigma\varepsilon$ with $\alpha^2+\sigma^2=1$.

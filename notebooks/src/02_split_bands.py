@@ -392,6 +392,14 @@ exercise(3, verify_invisible)
 # That there are such changes is the point: the loss holds what is coarse and leaves the finest texture to the rewards.
 # Where the border should lie is another question (section 5).
 #
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Haar has the shortest filters. Which wavelet of PyWavelets keeps most energy of these photographs in a tenth of
+#   its coefficients? An answer is a curve of energy over the share that is kept, for five wavelets and all
+#   photographs.
+# * Move a photograph by one pixel and take LL again. How much of the change is the movement, and how much is Haar's
+#   grid? An answer is a map of the change, and a low-pass of the same size that changes less.
+#
 # ## Summary
 #
 # * Haar: four signed sums of each 2×2 block, halved; LL is twice the average.

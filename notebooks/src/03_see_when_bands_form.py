@@ -558,6 +558,14 @@ exercise(4, verify_pasd)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Does detail come later in pictures that have more of it? Sort the crops by the share of energy in their fine
+#   bands. An answer is the step at which the high band is best, for smooth and for rough crops, with a standard
+#   error.
+# * Write a rule that reads both windows from such curves, without a look at the paper. An answer is the windows it
+#   gives for 10, 20 and 50 steps, and whether they lie at the same timesteps.
+#
 # ## Summary
 #
 # * At every step the network implies a finished picture; that estimate, not the noisy state, is what Figure 1 measures.

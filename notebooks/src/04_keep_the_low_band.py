@@ -560,6 +560,14 @@ exercise(4, verify_best)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * The octave between 4 and 8 pixels is in dispute. Build a structure loss with a Gaussian low-pass of any width and
+#   repeat section 1. An answer is a curve of the texture that is left over the width, with both levels of Haar marked
+#   in it.
+# * The push ±1/(2N) never gets smaller near the goal. Compare the absolute, the squared and the Huber loss of LL as
+#   in section 1. An answer is the steps that each needs and the texture that it leaves, over four learning rates.
+#
 # ## Summary
 #
 # * The structure loss is the mean absolute difference of LL bands; errors inside a 2×2 block may cancel.

@@ -653,6 +653,14 @@ exercise(3, verify_held)
 # The numbers of the last verdict say whether it stays nearer. What they cannot be is a proof of safety: whatever the
 # reward wants finds room enough in the fine bands. A structure loss holds structure, not texture.
 #
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Score the mean over random shifts and sizes of a picture, and climb that. Is the picture still ruined? An answer
+#   is PSNR and the judge at equal score, with and without the mean, for six crops.
+# * Write a detector for the pattern that section 6 finds, as a `CallableReward`, and climb score and detector
+#   together. An answer says which pattern the ascent finds next, or shows that it finds none at three weights of the
+#   detector.
+#
 # ## Summary
 #
 # * CLIP-IQA asks whether a picture points more to a good or to a bad sentence: $r=\sigma(100\,(c_+-c_-))$, mean over pairs.

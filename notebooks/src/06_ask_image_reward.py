@@ -667,6 +667,14 @@ exercise(3, verify_columns)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * One voter in five answers at random. How many comparisons of ten pictures does a fit need until its order is
+#   right? An answer is a curve of the rank correlation over the number of comparisons, for three shares of such
+#   voters.
+# * Damage a wide picture at its border alone. Feed it to the network as a middle square, as a squeezed square and as
+#   several squares. An answer says which way notices, and which share of its gradient lies outside the middle.
+#
 # ## Summary
 #
 # * Comparisons become scores by $P(A\text{ beats }B)=\sigma(r_A-r_B)$; only differences are fixed, hence the standardization.

@@ -737,6 +737,13 @@ exercise(4, verify_absolute)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Which of the five layers paints which size of texture? Repeat section 6 with one layer at a time. An answer is a
+#   row of pictures and, for each, the energy of its Haar bands over three levels beside that of the original.
+# * Compare the four ways of section 8 at *equal* reward: choose each weight so that the reward rises by the same
+#   amount. An answer is a table of judge and low-band SSIM for three seeds, with errors.
+#
 # ## Summary
 #
 # * Climbing a reward alone finds pictures that only the reward likes; in super-resolution that looks like a style.

@@ -740,6 +740,13 @@ exercise(3, verify_everywhere)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Swap the two losses: reward early, structure late, with the same weights and iterations. Does the order matter? An
+#   answer is the paired difference of PSNR and judge to the usual order over three seeds, with its error.
+# * A late step costs many network calls. Draw early steps more often and weigh their losses down by as much. An
+#   answer is held-out PSNR and reward over *network calls* in place of iterations, for both ways to draw.
+#
 # ## Summary
 #
 # * Steps 1–20 of 50 train structure, 41–50 reward, and 21–40 nothing; in timesteps the rule fits any sampler.

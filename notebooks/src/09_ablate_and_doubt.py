@@ -666,6 +666,14 @@ exercise(3, verify_holm)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * How many training runs would the smallest effect of section 5 need? Take the spread over seeds from
+#   `results/ablation_mini.csv`. An answer is a curve from size of effect to runs that find it in eight cases of ten,
+#   checked by simulation.
+# * Show five people pairs of two variants, shuffled and without names, and ask which is better. An answer is the
+#   share of wins with its interval, and whether judge or reward would have predicted it.
+#
 # ## Summary
 #
 # * Pair the comparison: same pixels, same noise, subtract, then average. The error over crops is not the error over

@@ -862,6 +862,13 @@ exercise(3, verify_unpack)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Write the loss of the second level, LL of LL, as one kernel in simulated threads that reads each input once. An
+#   answer passes `check` against the package at odd sizes and comes with a table of its bytes.
+# * A tree is one fixed order of many. Compare it with a plain sum, with sums of four lanes and with Kahan's sum on a
+#   million numbers in 32 bits. An answer is the error of each against 64 bits, beside its count of additions.
+#
 # ## Summary
 #
 # * Bytes decide: the LL loss written in slices moves many times what the fused one must, most of it in backward. They

@@ -687,6 +687,13 @@ exercise(3, verify_style)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Put the structure loss into a training of a super-resolution network of your own, three layers will do, with the
+#   package's photographs. An answer is held-out PSNR and low-band SSIM with and without it, for three seeds.
+# * Plan a run for one model and one GPU that you can rent. Which of smaller pictures, checkpointed decoder and lower
+#   precision saves most? An answer is a table on paper, with one row confirmed on `meta`.
+#
 # ## Summary
 #
 # * The losses are functions of two batches of pictures: one new line in any loop, and the same numbers wherever they ran here.

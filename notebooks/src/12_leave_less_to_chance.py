@@ -842,6 +842,13 @@ exercise(3, verify_factor)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Draw eight seeds, keep the result that a reward likes most, and compare it with their mean and with the first. An
+#   answer is PSNR, judge and L-STD of the three ways, and what each costs in network calls.
+# * Choose $t_{max}$ and $t_{min}$ for three evaluations by measuring a grid of both. An answer is a map of PSNR and
+#   of L-STD, and the pairs that nothing else beats in both.
+#
 # ## Summary
 #
 # * Spread is a deviation over seeds: of scores G-STD, of pixels L-STD. Their variance is an exact part of the error.

@@ -1020,6 +1020,13 @@ exercise(3, verify_anchored)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Swap winner and loser in a share of the pairs, in the toy. From which share on does training no longer help, and
+#   does the printed accuracy warn of it? An answer is quality and accuracy over the share of swapped pairs.
+# * Find a rule that sees `winner`, `accuracy` and `drift` alone and stops the toy near its best quality. An answer is
+#   the quality it loses against the best stop, for β over two powers of ten.
+#
 # ## Summary
 #
 # * DP2O-SR learns from the order of a model's own results; no reward needs a gradient, and any metric can vote.

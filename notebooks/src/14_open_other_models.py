@@ -954,6 +954,13 @@ exercise(3, verify_step)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Write RFSR's windows as shares of noise and carry them to every model of section 4. For which models do the
+#   windows by step and by time part most? An answer is a table with one row for each model, and one cause in words.
+# * Take a scheduler of `diffusers` that is not used here and find its α and σ at every step. An answer equals its
+#   `add_noise` up to rounding, and says whether one function of exercise 3 replaces its step.
+#
 # ## Summary
 #
 # * Five verbs are a model: `condition`, `process`, `encode`, `predict`, `decode`; a short loop samples with nothing else.

@@ -909,6 +909,13 @@ exercise(3, verify_weight)
 
 
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Train the network of section 7 with the latents scaled by a half, one and two, for equally many steps. An answer
+#   is the loss over the signal-to-noise ratio for the three, with its spread over three seeds.
+# * Which damage can the mini model repair? Upscale crops with blur, noise or JPEG alone, in four strengths. An answer
+#   is the gain in PSNR over bicubic for each, and the strength at which the gain is gone.
+#
 # ## Summary
 #
 # * The poor pictures are made: blur, shrinking, noise, JPEG. Halved colors are too much for a picture of 16 pixels.
