@@ -2,6 +2,7 @@
 # make test    set up, check style and types, run every test, quick ones first, then every notebook
 # make notebooks    run the course's sources in notebooks/src and store the notebooks; ONLY="02 04" for some of them,
 #                   ONLY=--prose to take over new text without running
+# make student    write the notebooks for a class, without outputs and solutions, into build/student; OUT=... elsewhere
 # make mutants    plant errors in the package, one at a time, and see which notebook notices (tests/notebooks/mutants.txt);
 #                   what was tried before is not tried again
 # make soak    what takes hours: random kills, fuzzed operators and files, a long run, sanitizers; goes on where it
@@ -23,7 +24,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Each process takes about 2 GB.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test notebooks mutants soak book bench install-matrix clean
+.PHONY: demo test notebooks student mutants soak book bench install-matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rfsr demo
@@ -38,6 +39,9 @@ test: $(VENV)/.installed-test
 
 notebooks: $(VENV)/.installed-test
 	OMP_NUM_THREADS=2 $(BIN)/python notebooks/build.py $(ONLY)
+
+student: $(VENV)/.installed-test
+	$(BIN)/python notebooks/build.py --student "$(or $(OUT),build/student)"
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/notebooks/mutants.py $(ARGS)

@@ -2,15 +2,20 @@
 
 ``src/NN_verb_object.py`` (jupytext percent format) is what people edit and review; the notebook beside this file holds
 the same cells, links to its neighbors, and outputs.  Each is replaced whole, and only if every cell ran.  What was
-counted and measured goes into the table of ``README.md``.
+counted and measured goes into the table of ``README.md``.  Solutions to the exercises stand in ``solutions/``, which
+people edit too.
 
 ``--prose`` runs nothing: it takes over new text into stored notebooks whose code is still that of their sources.
+``--student FOLDER`` writes the course for a class, without outputs and solutions.
 """
 
 import argparse
 import ast
 import base64
+import hashlib
+import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +23,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import replace_file, replace_folder
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted((HERE / "src").glob("[0-9][0-9]_*.py"))
@@ -30,6 +35,7 @@ ORDER = (
     "10_fuse_the_kernels", "11_reuse_and_scale", "12_leave_less_to_chance", "13_learn_from_pairs",
     "14_open_other_models", "15_make_such_a_model",
 )  # fmt: skip
+_TEACHER = "Your teacher has the solutions"
 _WIDGET = "application/vnd.jupyter.widget-view+json"  # refers to a widget of a kernel that is gone
 
 
@@ -68,11 +74,13 @@ def _contents() -> str:
     return "\n".join(rows)
 
 
-def unrun(source: Path) -> nbformat.NotebookNode:
+def unrun(source: Path, is_for_students: bool = False) -> nbformat.NotebookNode:
     """The notebook a source stands for, without outputs.
 
-    A line ``NAVIGATION`` becomes links to the neighbors, ``CONTENTS`` the table of all notebooks.
+    A line ``NAVIGATION`` becomes links to the neighbors, ``CONTENTS`` the table of all notebooks, and ``SOLUTIONS``
+    says where the solutions are.
     """
+    solutions = f"Solutions are in [solutions/{source.name}](solutions/{source.name})"
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -82,6 +90,7 @@ def unrun(source: Path) -> nbformat.NotebookNode:
         cell.id = f"cell-{number:02d}"
         if cell.cell_type == "markdown":
             cell.source = cell.source.replace("NAVIGATION", _links(source)).replace("CONTENTS", _contents())
+            cell.source = cell.source.replace("SOLUTIONS", _TEACHER if is_for_students else solutions)
     return notebook
 
 
@@ -144,8 +153,7 @@ def counts(source: Path) -> list[int]:
     nodes = [node for cell in cells if cell.cell_type == "code" for node in ast.walk(ast.parse(cell.source))]
     calls = [getattr(node.func, "id", "") for node in nodes if isinstance(node, ast.Call)]
     checks = calls.count("check") + sum(isinstance(node, ast.Assert) for node in nodes)
-    exercises = sum("solution" in cell.metadata.get("tags", ()) for cell in cells)
-    return [words, len(cells), checks, calls.count("explore"), exercises]
+    return [words, len(cells), checks, calls.count("explore"), calls.count("exercise")]
 
 
 def table(measured: dict[str, tuple[str, str]]) -> str:
@@ -164,11 +172,73 @@ def table(measured: dict[str, tuple[str, str]]) -> str:
     return re.sub(r"^\| notebook \|.*?(?=\n\n)", lambda _: "\n".join(rows), text, flags=re.M | re.S)
 
 
+def _inside(text: str) -> str:
+    """Markdown whose links out of this folder have become words."""
+
+    def words(link: re.Match) -> str:
+        label, path = link[1], link[2].removeprefix("../")
+        return f"`{path}` of the repository" if label == path else f"{label} (`{path}` of the repository)"
+
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)]+)\)", words, text)
+
+
+def student_files() -> dict[str, bytes]:
+    """The course for a class, by name: notebooks without outputs and solutions, and what they read and link to."""
+    readme = README.read_text().partition("\n## Teach")[0]
+    for old, new in (
+        ("and a solution in `solutions/`. Try before you look.", f"and a solution. {_TEACHER}."),
+        ("can be read here as it is: the outputs are stored.", "shows its outputs when you run it."),
+    ):
+        if old not in readme:
+            raise ValueError(f"README.md must say {old!r}, or change student_files()")
+        readme = readme.replace(old, new)
+    texts = {"README.md": readme, "paper_and_released_code.md": (HERE / "paper_and_released_code.md").read_text()}
+    files = {name: _inside(text).encode() for name, text in texts.items()}
+    for source in SOURCES:
+        notebook = unrun(source, is_for_students=True)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = _inside(cell.source)
+        files[f"{source.stem}.ipynb"] = nbformat.writes(notebook).encode() + b"\n"
+    code = "".join(source.read_text() for source in SOURCES)
+    read = [path for path in sorted(HERE.glob("results/*")) if f"results/{path.name}" in code]
+    return files | {path.relative_to(HERE).as_posix(): path.read_bytes() for path in (COVER, *read)}
+
+
+def write_for_students(folder: Path) -> None:
+    """Write `student_files` into a folder that holds nothing else, except as an earlier call has written it."""
+    record = ".student.json"  # what was written: names and hashes
+    files = student_files()
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    known = json.loads((folder / record).read_text()) if (folder / record).exists() else {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_ours = name in (record, ".rfsr.json") or path.is_dir()
+        if not is_ours and known.get(name) != hashlib.sha256(path.read_bytes()).hexdigest():
+            raise FileExistsError(
+                f"folder {str(folder)!r} holds a {name!r} that was not written here or has changed since; "
+                "move it away or give another folder"
+            )
+    with replace_folder(folder) as new:
+        for name, content in {**files, record: json.dumps(hashes, indent=1).encode() + b"\n"}.items():
+            (new / name).parent.mkdir(exist_ok=True)
+            (new / name).write_bytes(content)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", nargs="*", help="of the notebooks, such as 02; all by default")
     parser.add_argument("--prose", action="store_true", help="run nothing, only take over new text")
+    parser.add_argument(
+        "--student", type=Path, metavar="FOLDER", help="run nothing, write the course for a class there"
+    )
     arguments = parser.parse_args()
+    if arguments.student:
+        try:
+            write_for_students(arguments.student)
+        except OSError as error:
+            sys.exit(str(error))
+        return print(f"{len(SOURCES)} notebooks without outputs and solutions are in {arguments.student}")
     for source in SOURCES:
         if arguments.numbers and source.stem[:2] not in arguments.numbers:
             continue

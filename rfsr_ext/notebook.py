@@ -127,7 +127,7 @@ def _array(values) -> np.ndarray:
 
 
 def check(name: str, ours, theirs, tolerance: float) -> None:
-    """Compare two results and print whether they are equal, close, and how far apart at most.
+    """Compare two results and print one quiet line if they agree; an error says how far apart they are.
 
     Args:
         name: what is compared, for the printed line.
@@ -143,8 +143,7 @@ def check(name: str, ours, theirs, tolerance: float) -> None:
     difference = np.abs(ours - theirs).max(initial=0.0)
     if not difference <= tolerance:  # also catches NaN
         raise AssertionError(f"{name}: max difference {difference:.3g}, allowed {tolerance:g}")
-    exact = "yes" if difference == 0 else "no"
-    print(f"{name}: exact {exact} · within {tolerance:g} yes · max difference {difference:.1e}")
+    print(f"✓ {name} · " + ("exact" if tolerance == 0 else f"within {tolerance:g}"))
 
 
 def caught(bug: Callable[[], object]) -> None:

@@ -957,11 +957,11 @@ caught(lambda: check("share of the true drift that is logged", log["drift"] / tr
 # %% [markdown]
 # ## 9 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** A recipe for FLUX's latents, 16×64×64 numbers, says β = 0.02 and *sums* squared errors.
 # Which β of `half-mean` is that?
-# <details><summary>Hint</summary>The margin of "sum" has no ½, and a sum is n means.</details>
+# <details><summary>Hint</summary>Two factors stand between the margin of "sum" and that of "half-mean" (section 4).</details>
 
 
 # %%
@@ -979,17 +979,9 @@ def verify_beta():
 exercise(1, verify_beta)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def beta_of_half_mean():
-    return 0.02 * 2 * 16 * 64 * 64
-
-
-exercise(1, verify_beta)
-
 # %% [markdown]
 # **Exercise 2.** In the toy, return the β with which training ends where the quality is best.
-# <details><summary>Hint</summary>The quality is best at m = 1, and training ends at m = u / β.</details>
+# <details><summary>Hint</summary>Section 5 says where training ends for a β, and where the quality is best.</details>
 
 
 # %%
@@ -1003,14 +995,6 @@ def verify_best_beta():
 
 exercise(2, verify_best_beta)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def best_beta():
-    return u
-
-
-exercise(2, verify_best_beta)
 
 # %% [markdown]
 # **Exercise 3 (harder).** Later work adds a term that holds on to the winners: the plain denoising loss, $\lambda$
@@ -1035,17 +1019,14 @@ def verify_anchored():
 exercise(3, verify_anchored)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def anchored_gradient(output, reference, target, beta, weight, anchor):
-    gradient = gradient_by_hand(output, reference, target, beta, weight)
-    gradient[0] += anchor * 2 * (output[0] - target[0]) / output[0].numel()
-    return gradient
-
-
-exercise(3, verify_anchored)
-
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Swap winner and loser in a share of the pairs, in the toy. From which share on does training no longer help, and
+#   does the printed accuracy warn of it? An answer is quality and accuracy over the share of swapped pairs.
+# * Find a rule that sees `winner`, `accuracy` and `drift` alone and stops the toy near its best quality. An answer is
+#   the quality it loses against the best stop, for β over two powers of ten.
+#
 # ## Summary
 #
 # * DP2O-SR learns from the order of a model's own results; no reward needs a gradient, and any metric can vote.

@@ -884,7 +884,7 @@ show(
 #
 # ## 11 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** At which σ of a flow model is the share of noise $s$?
 # <details><summary>Hint</summary>The share is σ²/(α² + σ²) with α = 1 − σ. First find σ/α.</details>
@@ -903,19 +903,10 @@ def verify_sigma():
 exercise(1, verify_sigma)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def flow_sigma(share):
-    ratio = (share / (1 - share)) ** 0.5
-    return ratio / (1 + ratio)
-
-
-exercise(1, verify_sigma)
-
 # %% [markdown]
 # **Exercise 2.** Write CCSR v2's timesteps. Of $n$ uniform ones, largest first, keep those from the last
 # $\text{round}(n\,t_{max})$ on, but not the last $\text{round}(n\,t_{min})$. Before them stands 999, the leap.
-# <details><summary>Hint</summary>Slices: from n − round(n · t_max) to n − round(n · t_min).</details>
+# <details><summary>Hint</summary>One slice of `uniform`. Count both of its ends from the back.</details>
 
 
 # %%
@@ -933,20 +924,11 @@ def verify_leap():
 exercise(2, verify_leap)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def leap(uniform, t_max, t_min):
-    n = len(uniform)
-    return [999, *uniform[n - round(n * t_max) : n - round(n * t_min)]]
-
-
-exercise(2, verify_leap)
-
 # %% [markdown]
 # **Exercise 3 (harder).** One step for all families. DDIM, Euler and flow Euler look like three algorithms. Write the one
 # function that is all three: from $z$ at $(\alpha,\sigma)$ and the network's answer to $z$ at $(\alpha',\sigma')$.
-# <details><summary>Hint</summary>Estimate z_0, take the noise that z holds beside it, and put both together again at the new
-# level.</details>
+# <details><summary>Hint</summary>`estimate_by_hand` gives the picture in z. What else is in z, and how much of both belongs into
+# it at the new level?</details>
 
 
 # %%
@@ -971,17 +953,14 @@ def verify_step():
 exercise(3, verify_step)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def one_step(kind, z, answer, now, following):
-    estimate = estimate_by_hand(kind, *now, z, answer)
-    held = (z - now[0] * estimate) / now[1]
-    return following[0] * estimate + following[1] * held
-
-
-exercise(3, verify_step)
-
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Write RFSR's windows as shares of noise and carry them to every model of section 4. For which models do the
+#   windows by step and by time part most? An answer is a table with one row for each model, and one cause in words.
+# * Take a scheduler of `diffusers` that is not used here and find its α and σ at every step. An answer equals its
+#   `add_noise` up to rounding, and says whether one function of exercise 3 replaces its step.
+#
 # ## Summary
 #
 # * Five verbs are a model: `condition`, `process`, `encode`, `predict`, `decode`; a short loop samples with nothing else.

@@ -844,10 +844,10 @@ caught(lambda: model.condition(2 * lr - 1, prompts))  # and the package's own ch
 # %% [markdown]
 # ## 9 · Exercises
 #
-# Replace the line that raises, run the cell, and read the verdict. A solution stands below each.
+# Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
 # **Exercise 1 (warm-up).** Which constant β makes σ after `steps` timesteps equal to `end`?
-# <details><summary>Hint</summary>$1-\sigma^2=(1-\beta)^{\text{steps}}$. Take the root.</details>
+# <details><summary>Hint</summary>By which factor does one timestep multiply $1-\sigma^2$?</details>
 
 
 # %%
@@ -864,14 +864,6 @@ def verify_beta():
 
 exercise(1, verify_beta)
 
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 1 (expand to read)
-def constant_beta(end, steps):
-    return 1 - (1 - end**2) ** (1 / steps)
-
-
-exercise(1, verify_beta)
 
 # %% [markdown]
 # **Exercise 2.** Newer autoencoders have a mean and a deviation per channel (`latents_mean`, `latents_std`) instead of
@@ -893,18 +885,10 @@ def verify_standardized():
 exercise(2, verify_standardized)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 2 (expand to read)
-def standardized(z):
-    return (z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)
-
-
-exercise(2, verify_standardized)
-
 # %% [markdown]
 # **Exercise 3 (harder).** A network answers with velocity. With which weight per timestep is its squared error that of
 # the picture, $\lVert\hat z_0-z_0\rVert^2$? Give it for $\bar\alpha_t$.
-# <details><summary>Hint</summary>Section 4: an error δ of the picture is δ/σ in the velocity.</details>
+# <details><summary>Hint</summary>Keep $z_t$ and move the picture by δ. By how much does the velocity move (section 4)?</details>
 
 
 # %%
@@ -924,15 +908,14 @@ def verify_weight():
 exercise(3, verify_weight)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution to exercise 3 (expand to read)
-def weight_of_velocity(bar_t):
-    return 1 - bar_t
-
-
-exercise(3, verify_weight)
-
 # %% [markdown]
+# **Open projects.** They have no verdict, and an afternoon is enough for each.
+#
+# * Train the network of section 7 with the latents scaled by a half, one and two, for equally many steps. An answer
+#   is the loss over the signal-to-noise ratio for the three, with its spread over three seeds.
+# * Which damage can the mini model repair? Upscale crops with blur, noise or JPEG alone, in four strengths. An answer
+#   is the gain in PSNR over bicubic for each, and the strength at which the gain is gone.
+#
 # ## Summary
 #
 # * The poor pictures are made: blur, shrinking, noise, JPEG. Halved colors are too much for a picture of 16 pixels.

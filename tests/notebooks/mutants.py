@@ -62,7 +62,7 @@ class Mutant:
         return [path for number in self.notebooks for path in (ROOT / "notebooks").glob(f"{number}_*.ipynb")]
 
     def key(self, noticed_by: str | None) -> str:
-        """Changes with the file, the error and the code of the notebook that noticed, or of all that did not."""
+        """Changes with the file, the error and code and solutions of the notebook that noticed, or all that did not."""
         asked = [path for path in self.paths() if noticed_by in (None, path.stem)]
         return _hash(self.text(), *map(_code, asked))
 
@@ -90,8 +90,10 @@ def _package() -> str:
 
 
 def _code(path: Path) -> str:
+    """What of a notebook can notice an error: its code cells, and the solutions that are run in place of stubs."""
     cells = json.loads(path.read_text())["cells"]
-    return "\0".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return "\0".join([*code, (path.parent / "solutions" / f"{path.stem}.py").read_text()])
 
 
 def verdict(report: Path, output: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import ast
 import base64
 import importlib.util
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def load(name):
 
 build, strict = load("build"), load("conftest")
 
-TAGS = {"solution", "nbval-ignore-output"}
+TAGS = {"nbval-ignore-output"}
 LARGE = ("08",)  # trains beside a frozen copy, by hand and with the package
 FORBIDDEN = {
     r"^\s*[%!]": "a magic or shell command",
@@ -118,7 +119,9 @@ def test_the_top_and_the_end_lead_the_reader(source, notebook):
     assert first.count("\n* ") >= 3, "list what the reader learns"
     assert build._links(source) in first and build._links(source) in last
     assert len(re.findall(r"^# ", text(notebook), re.M)) == 1, "one heading of level one"
-    assert 3 <= len(re.findall(r"^\* ", last.split("## Summary")[1], re.M)) <= 7
+    projects, summary = last.split("## Summary")
+    assert len(re.findall(r"^\* ", projects.split("**Open projects.**")[1], re.M)) == 2
+    assert 3 <= len(re.findall(r"^\* ", summary, re.M)) <= 7
 
 
 def test_links_lead_somewhere(notebook):
@@ -171,22 +174,71 @@ def test_every_idea_is_checked_and_one_bug_is_caught(notebook):
     assert bugs and all("caught: " in printed(cell) for cell in bugs)
 
 
-def test_exercises_are_open_and_their_solutions_correct(notebook):
-    cells, solutions = code(notebook), 0
-    for stub, solution in zip(cells, cells[1:], strict=False):
-        if "solution" not in tags(solution):
-            continue
-        solutions += 1
-        assert solution.metadata.jupyter.source_hidden
-        assert solution.source.startswith(f"# Solution to exercise {solutions} (expand to read)\n")
-        assert f"exercise {solutions}: open\n" == printed(stub)
-        assert f"exercise {solutions}: correct\n" in printed(solution)
-        asked = re.findall(r"^exercise\(.+", stub.source, re.M)
-        assert "NotImplementedError" not in strict.solved(stub.source, solution.source), "the run puts it in its place"
-        assert asked and asked == re.findall(r"^exercise\(.+", solution.source, re.M), "the same verdict for both"
-    assert 3 <= solutions <= 5
-    assert text(notebook).count("<details><summary>Hint</summary>") == solutions
-    assert len(re.findall(r"^\*\*Exercise \d", text(notebook), re.M)) == solutions
+def test_exercises_are_open_and_have_solutions(source, notebook):
+    asked = {number: cell for cell in code(notebook) if (number := strict.exercise_number(cell.source))}
+    solutions = strict.solutions_of(ROOT / f"{source.stem}.ipynb")
+    assert list(asked) == list(solutions) == list(range(1, len(asked) + 1)) and 3 <= len(asked) <= 5
+    assert f"[solutions/{source.name}](solutions/{source.name})" in text(notebook)
+    assert f" {source.stem}.ipynb" in ast.get_docstring(ast.parse((ROOT / "solutions" / source.name).read_text()))
+    for number, stub in asked.items():
+        assert printed(stub) == f"exercise {number}: open\n"
+        assert re.match("# .+\n", solutions[number]), "it begins with what is asked"
+        open_ones = [n.name for n in ast.parse(stub.source).body if "raise NotImplementedError" in ast.unparse(n)]
+        answers = [getattr(node, "name", "other code") for node in ast.parse(solutions[number]).body]
+        assert answers == open_ones, "a solution defines what the stub leaves open, and nothing else"
+        assert "NotImplementedError" not in strict.solved(stub.source, solutions[number])
+    assert text(notebook).count("<details><summary>Hint</summary>") == len(asked)
+    assert len(re.findall(r"^\*\*Exercise \d", text(notebook), re.M)) == len(asked)
+
+
+def test_every_solutions_file_has_its_source():
+    assert {path.name for path in (ROOT / "solutions").iterdir() if path.is_file()} == {s.name for s in build.SOURCES}
+
+
+@pytest.fixture(scope="module")
+def handout(tmp_path_factory):
+    """The course for a class, written twice: the second time over what the first wrote."""
+    folder = tmp_path_factory.mktemp("class") / "student"
+    for _ in range(2):
+        build.write_for_students(folder)
+    return folder
+
+
+def test_a_class_gets_every_notebook_without_outputs_and_solutions(handout):
+    assert {path.stem for path in handout.glob("*.ipynb")} == set(build.ORDER)
+    assert not (handout / "solutions").exists()
+    for path in handout.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        assert not any(cell.outputs or cell.execution_count for cell in code(notebook))
+        assert "Your teacher has the solutions." in text(notebook) and "solutions/" not in path.read_text()
+        solved = strict.solutions_of(ROOT / path.name).values()
+        bodies = [ast.unparse(node.body) for solution in solved for node in ast.parse(solution).body]
+        written = "\n".join(ast.unparse(ast.parse(cell.source)) for cell in code(notebook))
+        assert bodies and not any(body in written for body in bodies if "\n" in body)
+
+
+def test_what_a_class_gets_is_complete(handout):
+    for path in handout.glob("*.*"):
+        if path.suffix in (".md", ".ipynb"):
+            words = text(nbformat.read(path, as_version=4)) if path.suffix == ".ipynb" else path.read_text()
+            for target in re.findall(r"\]\(([^)#\s]+)", words):
+                assert re.match("https?://", target) or (handout / target).exists() and ".." not in target, target
+            for file in re.findall(r"results/\w+\.\w+", path.read_text()):
+                assert (handout / file).exists(), file
+
+
+def test_what_a_class_gets_replaces_nothing_of_others(handout, tmp_path):
+    shutil.copytree(handout, tmp_path / "own")
+    notebook = tmp_path / "own" / "02_split_bands.ipynb"
+    notebook.write_text(notebook.read_text().replace("raise NotImplementedError", "return 0.6", 1))
+    with pytest.raises(FileExistsError, match="'02_split_bands.ipynb' that was not written here or has changed since"):
+        build.write_for_students(tmp_path / "own")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileExistsError, match="holds a 'thesis.txt'"):
+        build.write_for_students(tmp_path / "others")
+    assert [path.name for path in (tmp_path / "others").iterdir()] == ["thesis.txt"]
 
 
 def test_the_table_of_the_course_is_in_step():
