@@ -9,7 +9,8 @@ held-out photograph.
 ``python -m benchmarks.laboratory pairs PHOTOGRAPHS base=mini fine-tuned=runs/mini/model`` draws pairs of results, which
 is left and which right by chance, and writes the key; ``bicubic=``, without a folder, is bicubic enlargement.  Somebody
 who has not seen the key writes lines ``pair,choice`` (left or right) into ``votes.csv`` beside it, and
-``python -m benchmarks.laboratory count FOLDER`` counts.
+``python -m benchmarks.laboratory count FOLDER`` counts, in it or in each folder in it, and writes every vote with the
+names of its pair into ``blind_votes.csv`` of ``--output``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks import report
 from rfsr_ext.cli.evaluate import held_out_scorers
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.evaluation import (
+    bradley_terry,
     compare,
     comparison_figure,
     enlarge_bicubic,
@@ -137,17 +139,33 @@ def pairs(samples: list[Sample], models: Mapping[str, str], seed: int, output: P
         save_figure(figure, output / f"pairs-{first // PER_SHEET + 1}.png")
 
 
-def count(folder: Path) -> None:
-    """How often each way was chosen, with Wilson's interval."""
-    key = pd.read_csv(folder / "key.csv").set_index("pair")
-    votes = pd.read_csv(folder / "votes.csv").set_index("pair")["choice"]
-    if sorted(votes.index) != sorted(key.index) or not set(votes) <= {"left", "right"}:
-        raise SystemExit(f"votes.csv must hold left or right for each of the {len(key)} pairs once")
-    chosen = pd.Series([key.loc[pair, side] for pair, side in votes.items()]).value_counts()
-    for name in sorted(set(key["left"]) | set(key["right"])):
-        wins = int(chosen.get(name, 0))
-        low, high = binomtest(wins, len(key)).proportion_ci(method="wilson")
-        print(f"{name}: {wins} of {len(key)}, {wins / len(key):.0%} (95 %: {low:.0%} to {high:.0%})")
+def count(folder: Path, output: Path) -> None:
+    """How often each way was chosen, with Wilson's interval; all votes, and the strengths that they give, as CSV."""
+    folders = sorted(path.parent for path in folder.rglob("key.csv"))
+    if not folders:
+        raise SystemExit(f"folder must hold key.csv, or folders with one, got {str(folder)!r}")
+    tests = []
+    for part in folders:
+        key = pd.read_csv(part / "key.csv").set_index("pair")
+        choice = pd.read_csv(part / "votes.csv").set_index("pair")["choice"]
+        if sorted(choice.index) != sorted(key.index) or not set(choice) <= {"left", "right"}:
+            raise SystemExit(f"votes.csv must hold left or right for each of the {len(key)} pairs once")
+        votes = key.join(choice).reset_index()
+        votes["chosen"] = votes["left"].where(votes.pop("choice") == "left", votes["right"])
+        votes.insert(0, "test", part.name)
+        tests.append(votes)
+        for name in sorted(set(key["left"]) | set(key["right"])):
+            wins = int((votes["chosen"] == name).sum())
+            low, high = binomtest(wins, len(key)).proportion_ci(method="wilson")
+            print(f"{name}: {wins} of {len(key)}, {wins / len(key):.0%} (95 %: {low:.0%} to {high:.0%})")
+    everything = pd.concat(tests, ignore_index=True)
+    try:
+        for name, row in bradley_terry(everything).iterrows():
+            print(f"strength of {name}: {row['strength']:+.2f} (95 %: {row['low']:+.2f} to {row['high']:+.2f})")
+    except ValueError as error:  # the counts stand without strengths
+        print(error)
+    output.mkdir(parents=True, exist_ok=True)
+    everything.to_csv(output / "blind_votes.csv", index=False)
 
 
 def main() -> None:
@@ -162,7 +180,7 @@ def main() -> None:
     options = parser.parse_args()
     models = dict(model.split("=", 1) for model in options.models)
     if options.what == "count":
-        return count(options.folder)
+        return count(options.folder, options.output)
     samples = held_out(options.folder, options.crops or {"table": 64, "sheet": 13, "pairs": 40}[options.what])
     if options.what == "table":
         table(samples, models, range(options.seeds), options.output)

@@ -1,23 +1,32 @@
-"""What the course's notebooks share: figures that say what they show, comparisons, exercises, one kind of widget."""
+"""What the course's notebooks share: figures that say what they show, comparisons, exercises, two kinds of widget."""
 
 import base64
+import csv
+import datetime
 import html
 import io
+import itertools
+import math
+import os
+import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["COLORS", "caught", "check", "exercise", "explore", "panels", "pictures", "show"]
+__all__ = ["COLORS", "blind", "caught", "check", "exercise", "explore", "panels", "pictures", "show"]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, darkest contrasts first: told apart with every common color blindness."""
 
 _DPI = 100
 _MOST_BYTES = 200_000
+_VOTE = ["time", "who", "pair", "left", "right", "chosen"]
+_FOCUS = "<style>.rfsr-blind .jupyter-button:focus:enabled {outline: 3px solid #0072B2; outline-offset: -3px}</style>"
 
 
 def panels(rows: int = 1, columns: int = 1, width: float = 7.2, height: float = 2.6, **options):
@@ -77,7 +86,7 @@ def pictures(
     return figure
 
 
-def _picture(figure: Figure) -> str:
+def _picture(figure: Figure, most: float) -> str:
     """The figure as a data URI: PNG or WebP, whichever is smaller, without loss: its pixels are what is compared."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
@@ -87,19 +96,17 @@ def _picture(figure: Figure) -> str:
         image.save(buffer, form, **options)
         files[form] = buffer.getvalue()
     form, data = min(files.items(), key=lambda item: len(item[1]))
-    if len(data) > _MOST_BYTES:
-        raise ValueError(
-            f"figure must take at most {_MOST_BYTES} bytes, got {len(data)}; make it or its pictures smaller"
-        )
+    if len(data) > most:
+        raise ValueError(f"figure must take at most {most} bytes, got {len(data)}; make it or its pictures smaller")
     return f"data:image/{form};base64,{base64.b64encode(data).decode()}"
 
 
-def _html(figure: Figure, alt: str, width: int | None = None) -> str:
+def _html(figure: Figure, alt: str, width: int | None = None, most: float = _MOST_BYTES) -> str:
     if len(alt) < 40 or not re.search(r"\d", alt):
         raise ValueError(f"alt must say in 40 characters or more, with a number, what the figure shows, got {alt!r}")
     pixels = round(figure.get_figwidth() * _DPI) if width is None else width
     return (
-        f'<figure style="margin:0"><img alt="{html.escape(alt, quote=True)}" src="{_picture(figure)}" '
+        f'<figure style="margin:0"><img alt="{html.escape(alt, quote=True)}" src="{_picture(figure, most)}" '
         f'style="width:{pixels}px;max-width:100%"></figure>'
     )
 
@@ -218,3 +225,117 @@ def explore(draw: Callable[[object], tuple[Figure, str]], values: Sequence, labe
     box = Explorer([slider, panel])
     box.slider, box.panel = slider.add_class("rfsr-slider"), panel.add_class("rfsr-panel")
     return box
+
+
+def blind(
+    scenes: Sequence[tuple[torch.Tensor | None, Mapping[str, torch.Tensor]]],
+    path: str | os.PathLike,
+    who: str = "reader",
+    seed: int = 0,
+    question: str = "Which is better?",
+    tile: float = 2.5,
+):
+    """Ask which of two pictures is better, without their names: a pair at a time, below it the buttons left and right.
+
+    Every two pictures of a scene make a pair.  The order of pairs and the sides are random.  Each answer becomes a row
+    of a CSV file at once: ``time`` (UTC), ``who``, ``pair`` (its number by scenes, from 0), and the names ``left``,
+    ``right`` and ``chosen``.  Pairs that ``who`` has answered there are not asked again, so an interrupted session goes
+    on.  `rfsr_ext.evaluation.bradley_terry` makes strengths of such a table.  Tab reaches the buttons, Enter and Space
+    press them.
+
+    Args:
+        scenes: for each a reference to show between the two, such as the low resolution, or None; and by name two or
+            more pictures ``[3, H, W]`` in [0, 1] of one size.
+        path: the CSV file, made by the first answer.
+        who: who answers; another name gets an order and sides of its own.
+        seed: of order and sides.
+        question: below every pair.
+        tile: about how wide a picture becomes, in inches.
+
+    Returns:
+        The widget; its ``left``, ``right`` and ``panel`` are there for a program to press and to read.
+
+    Raises:
+        ValueError: if a scene has fewer than two pictures or pictures of different sizes, or ``path`` holds something
+            else than answers to these pairs.
+    """
+    import ipywidgets as widgets
+
+    pairs = []
+    for number, (reference, named) in enumerate(scenes):
+        sizes = sorted({tuple(picture.shape) for picture in named.values()})
+        if len(named) < 2 or len(sizes) > 1:
+            raise ValueError(
+                f"scene {number} must have two or more pictures of one size, got {len(named)} of size "
+                f"{' and '.join(map(str, sizes))}; leave it out, or enlarge all to one size"
+            )
+        pairs += [(reference, *two) for two in itertools.combinations(named.items(), 2)]
+    answered = _answered(Path(path), [{a, b} for _, (a, _), (b, _) in pairs], who)
+    draw = random.Random(f"{seed} {who}")
+    order = draw.sample(range(len(pairs)), len(pairs))
+    sides = {n: draw.sample(pairs[n][1:], 2) for n in order}
+    waiting = [n for n in order if n not in answered]
+    left, right = (widgets.Button(description=side) for side in ("left", "right"))
+    panel = widgets.HTML()
+
+    def ask() -> None:
+        line, image = f"all {len(pairs)} pairs are answered, thank you", ""
+        if waiting:
+            (_, first), (_, second) = sides[waiting[0]]
+            shown = {"left": first, "reference": pairs[waiting[0]][0], "right": second}
+            shown = {title: picture for title, picture in shown.items() if picture is not None}
+            line = f"{len(pairs) - len(waiting) + 1} of {len(pairs)}: {question}"
+            alt = f"{line} One picture is on the left, one on the right."
+            image = _html(pictures(list(shown.values()), list(shown), tile=tile), alt, most=math.inf)
+        left.disabled = right.disabled = not waiting
+        panel.value = f'{_FOCUS}{image}<p aria-live="polite" style="margin:0">{html.escape(line)}</p>'
+
+    def answer(button) -> None:
+        if not waiting:  # pressed twice before the button was disabled
+            return
+        (a, _), (b, _) = sides[waiting[0]]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        _append(Path(path), [now, who, waiting[0], a, b, a if button is left else b])
+        del waiting[0]
+        ask()
+
+    class Blind(widgets.VBox):
+        left: widgets.Button
+        right: widgets.Button
+        panel: widgets.HTML
+
+        def __repr__(self) -> str:  # the same however many are answered
+            return f"{len(pairs)} pairs to choose from; run this notebook to choose"
+
+    left.on_click(answer)
+    right.on_click(answer)
+    ask()
+    box = Blind([panel, widgets.HBox([left, right])])
+    box.left, box.right, box.panel = left, right, panel
+    return box.add_class("rfsr-blind")
+
+
+def _answered(path: Path, pairs: list[set[str]], who: str) -> set[int]:
+    """Numbers of the pairs that ``who`` has answered in the file, if it is there."""
+    if not path.exists():
+        return set()
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    if header != _VOTE:
+        raise ValueError(
+            f"path must be a CSV file with the columns {_VOTE}, got {str(path)!r} with {header}; give another path"
+        )
+    numbers = {str(n): names for n, names in enumerate(pairs)}
+    for line, row in enumerate(rows, 2):
+        if len(row) != len(_VOTE) or numbers.get(row[2]) != set(row[3:5]) or row[5] not in row[3:5]:
+            raise ValueError(
+                f"path must hold answers to these {len(pairs)} pairs, got {row} in line {line} of {str(path)!r}; give "
+                "another path"
+            )
+    return {int(row[2]) for row in rows if row[1] == who}
+
+
+def _append(path: Path, row: list) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([_VOTE, row] if new else [row])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as bench
-from benchmarks import end_to_end, measure, peers, reading, report
+from benchmarks import end_to_end, laboratory, measure, peers, reading, report
 from benchmarks.cases import Case, cases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,3 +177,27 @@ def test_contestants_read_the_same_crop(tmp_path, name):
     rows = {row["name"]: row for row in reading.run_file(tmp_path / name, 1)["rows"]}
     assert {key for key, row in rows.items() if not row["same"]} == ({"Pillow, draft"} if name == "crop.jpg" else set())
     assert rows["ours"]["median"] > 0 and "Pillow, rows" in rows
+
+
+def test_the_blind_votes_are_counted_as_their_report_and_the_course_have_them(tmp_path, capsys):
+    blind = ROOT / "benchmarks/results/blind"
+    laboratory.count(blind, tmp_path)
+    out = capsys.readouterr().out
+    assert "base: 34 of 40, 85% (95 %: 71% to 93%)" in out and "fine-tuned: 23 of 40, 57% (95 %: 42% to 71%)" in out
+    strengths = [line.removeprefix("strength of ") for line in out.splitlines() if line.startswith("strength")]
+    assert len(strengths) == 3 and all(line in (blind / "README.md").read_text() for line in strengths)
+    made = (tmp_path / "blind_votes.csv").read_text()
+    assert made == (ROOT / "notebooks/results/blind_votes.csv").read_text()
+
+
+def test_votes_without_finite_strengths_are_counted_all_the_same(tmp_path, capsys):
+    (tmp_path / "key.csv").write_text("pair,crop,left,right\n0,5,a,b\n1,3,b,a\n")
+    with pytest.raises(SystemExit, match="^votes.csv must hold left or right for each of the 2 pairs once"):
+        (tmp_path / "votes.csv").write_text("pair,choice\n0,left\n")
+        laboratory.count(tmp_path, tmp_path)
+    (tmp_path / "votes.csv").write_text("pair,choice\n1,right\n0,left\n")
+    laboratory.count(tmp_path, tmp_path)
+    out = capsys.readouterr().out
+    assert "a: 2 of 2" in out and "votes must contain a loss of a" in out
+    with pytest.raises(SystemExit, match="^folder must hold key.csv"):
+        laboratory.count(tmp_path / "nothing", tmp_path)

@@ -23,6 +23,7 @@ from rfsr_ext.evaluation.measure import (
 from rfsr_ext.evaluation.pairs import PairResult, evaluate_pairs, evaluate_pairs_bicubic
 from rfsr_ext.evaluation.preferences import Measure, create_measures, evaluate_measures, score_candidates
 from rfsr_ext.evaluation.stability import Spread, disagreement_figure, stability_table
+from rfsr_ext.evaluation.votes import bradley_terry
 
 __all__ = [
     "FolderResult",
@@ -33,6 +34,7 @@ __all__ = [
     "best_and_worst",
     "best_of",
     "best_of_figure",
+    "bradley_terry",
     "cases_figure",
     "compare",
     "comparison_figure",

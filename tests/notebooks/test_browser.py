@@ -1,9 +1,11 @@
 """The notebooks in JupyterLab and Chromium, from a copied folder: one runs from top to end, keys move every slider.
 
+Keys also answer a blind test, in a notebook that is written for it.
 To save time, one kernel serves all of them, cleared in between, and of the others only those cells are run that the
 slider needs.  What it shows is compared with the figure stored below it, so a cell too few is noticed.
 """
 
+import csv
 import importlib.util
 import json
 import os
@@ -266,3 +268,62 @@ def test_keys_move_the_slider(path, page, lab):
         execute(page, "notebook:run-cell")
     wait(page, needed(path))
     move(page, path)
+
+
+BLIND = """
+import torch
+from rfsr_ext.notebook import blind
+scenes = [(None, {"dark": torch.full((3, 8, 8), k / 9), "light": torch.full((3, 8, 8), k / 9 + 0.2)}) for k in range(3)]
+blind(scenes, "answers.csv")
+"""
+
+
+def test_keys_answer_a_blind_test_that_goes_on_after_a_restart(page, lab):
+    path = lab.folder / "blind.ipynb"
+    notebook = nbformat.read(FIRST, as_version=4)  # for its kernel's name
+    notebook.cells = [nbformat.v4.new_code_cell(BLIND.strip())]
+    nbformat.write(notebook, path)
+    answers, box = lab.folder / "answers.csv", page.locator(".rfsr-blind")
+
+    def focused():
+        return page.evaluate("document.activeElement.closest('.rfsr-blind') && document.activeElement.innerText")
+
+    def start():
+        select(page, 0)
+        execute(page, "notebook:run-cell")
+        wait(page, [0])
+        box.get_by_role("button").first.wait_for()
+        page.evaluate(f"{NOTEBOOK}.activeCell.node.focus()")
+        for _ in range(5):
+            page.keyboard.press("Tab")
+            if focused() == "left":
+                break
+        assert focused() == "left", "Tab does not reach the button"
+
+    def answer(key, says):
+        """What the key chose; then the next pair is shown and the button still has the focus."""
+        outline = page.evaluate("getComputedStyle(document.activeElement).outline")
+        assert "solid" in outline and "3px" in outline, "the focus is to be seen"
+        page.keyboard.press(key)
+        page.wait_for_function("says => document.querySelector('.rfsr-blind [aria-live]').innerText === says", arg=says)
+        with answers.open(newline="") as file:
+            return list(csv.DictReader(file))[-1]
+
+    lab.open(page, path)
+    start()
+    picture = box.locator("img").get_attribute("src")
+    assert box.locator("[aria-live]").inner_text() == "1 of 3: Which is better?"
+    row = answer("Enter", "2 of 3: Which is better?")
+    assert row["chosen"] == row["left"] and {row["left"], row["right"]} == {"dark", "light"}
+    assert box.locator("img").get_attribute("src") != picture and focused() == "left"
+
+    lab.open(page, path)  # with everything forgotten but the file
+    start()
+    assert box.locator("[aria-live]").inner_text() == "2 of 3: Which is better?"
+    page.keyboard.press("Tab")
+    assert focused() == "right"
+    row = answer("Space", "3 of 3: Which is better?")
+    assert row["chosen"] == row["right"]
+    answer("Space", "all 3 pairs are answered, thank you")
+    assert box.locator("img").count() == 0 and box.locator("button:enabled").count() == 0
+    assert sorted(line.split(",")[2] for line in answers.read_text().splitlines()[1:]) == ["0", "1", "2"]

@@ -1,6 +1,7 @@
 """rfsr_ext.notebook: what it draws, compares and refuses."""
 
 import base64
+import csv
 import io
 import re
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import blind, caught, check, exercise, explore, panels, pictures, show
 
 ALT = "A line through 2 points, long enough to be worth hearing."
 
@@ -111,3 +112,105 @@ def test_a_slider_redraws_its_panel():
     box.slider.value = 2
     assert calls == [2, 3], "a position is drawn once"
     assert repr(box) == "slider 'position' with 3 positions; run this notebook to move it"
+
+
+def scenes(count=4, size=8):
+    """Scenes with a reference, and a black, a gray and a white picture in each."""
+    named = {"black": 0.0, "gray": 0.5, "white": 1.0}
+    picture = {name: torch.full((3, size, size), value) for name, value in named.items()}
+    return [(torch.full((3, size // 4, size // 4), 0.25), picture)] * count
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def seen(box):
+    """Gray values of what stands left, in the middle and right."""
+    data = base64.b64decode(re.search('base64,([^"]+)', box.panel.value)[1])
+    line = np.asarray(Image.open(io.BytesIO(data)).convert("L"))[-12]
+    width = (len(line) - 8) // 3
+    return [round(int(line[width // 2 + 8 + k * width]) / 255, 1) for k in range(3)]
+
+
+def test_what_is_seen_is_what_is_noted(tmp_path):
+    path, value = tmp_path / "votes.csv", {"black": 0.0, "gray": 0.5, "white": 1.0}
+    box = blind(scenes(), path)
+    assert not path.exists(), "made by the first answer"
+    for number in range(12):
+        assert f">{number + 1} of 12: Which is better?</p>" in box.panel.value
+        assert not re.search("black|gray|white", re.sub('base64,[^"]+|<style>.+</style>', "", box.panel.value))
+        left, middle, right = seen(box)
+        (box.left, box.right)[left < right].click()  # always the lighter one
+        row = rows(path)[number]
+        assert (value[row["left"]], middle, value[row["right"]]) == (left, 0.2, right)
+        assert value[row["chosen"]] == max(left, right)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", row["time"]) and row["who"] == "reader"
+    assert ">all 12 pairs are answered, thank you</p>" in box.panel.value and "<img" not in box.panel.value
+    assert box.left.disabled and box.right.disabled
+    box.left.click()
+    assert len(rows(path)) == 12, "one press too many is no answer"
+    found = sorted(((int(row["pair"]), {row["left"], row["right"]}) for row in rows(path)), key=lambda pair: pair[0])
+    combined = [{"black", "gray"}, {"black", "white"}, {"gray", "white"}]
+    assert found == [(n, combined[n % 3]) for n in range(12)], "each pair once"
+
+
+def test_order_and_sides_are_random_by_seed_and_person(tmp_path):
+    def answers(**options):
+        path = tmp_path / f"{options}.csv"
+        box = blind(scenes(), path, **options)
+        for _ in range(12):
+            box.left.click()
+        return [(row["pair"], row["left"]) for row in rows(path)]
+
+    first = answers()
+    assert first == answers(who="reader") and first != answers(seed=1) and first != answers(who="Ada")
+    assert [pair for pair, _ in first] != sorted(pair for pair, _ in first)
+    lighter = sum({"black": 0, "gray": int(pair) % 3 == 0, "white": 1}[name] for pair, name in first)
+    assert 0 < lighter < 12, "the lighter one stands on both sides"
+
+
+def test_an_interrupted_session_goes_on(tmp_path):
+    path = tmp_path / "votes.csv"
+    box = blind(scenes(), path)
+    for _ in range(5):
+        box.right.click()
+    before = path.read_text()
+    again, other = blind(scenes(), path, seed=3), blind(scenes(), path, who="Ada")
+    assert ">6 of 12: " in again.panel.value and ">1 of 12: " in other.panel.value
+    for _ in range(7):
+        again.left.click()
+    other.left.click()
+    assert path.read_text().startswith(before)
+    assert sorted(int(row["pair"]) for row in rows(path) if row["who"] == "reader") == list(range(12))
+    assert ">all 12 " in blind(scenes(), path).panel.value
+    assert repr(again) == repr(blind(scenes(), path)) == "12 pairs to choose from; run this notebook to choose"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a,b\n1,2\n", r"^path must be a CSV file with the columns .* with \['a', 'b'\]; give another path$"),
+        (b"", r"^path must be a CSV file with the columns .* with \[\]"),
+        (b"\xff\xd8\x00\xff", "^path must be a CSV file with the columns"),
+        (b"time,who,pair,left,right,chosen\nt,w,12,black,gray,gray\n", "^path must hold answers to these 12 pairs"),
+        (b"time,who,pair,left,right,chosen\nt,w,0,black,red,red\n", "in line 2 of"),
+        (b"time,who,pair,left,right,chosen\nt,w,0,black,gray,white\n", "in line 2 of"),
+        (b"time,who,pair,left,right,chosen\nt,w,0,black\n", "in line 2 of"),
+    ],
+)
+def test_a_file_of_others_is_refused_and_left_alone(tmp_path, content, says):
+    path = tmp_path / "votes.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        blind(scenes(), path)
+    assert path.read_bytes() == content
+
+
+def test_a_pair_needs_two_pictures_of_one_size(tmp_path):
+    pictures = [torch.zeros(3, 8, 8), torch.zeros(3, 4, 4)]
+    with pytest.raises(ValueError, match=r"^scene 1 must have .* got 2 of size \(3, 4, 4\) and \(3, 8, 8\); leave"):
+        blind([*scenes(1), (None, dict(zip("ab", pictures, strict=True)))], tmp_path / "votes.csv")
+    with pytest.raises(ValueError, match="^scene 0 must have two or more pictures of one size, got 1 of size"):
+        blind([(None, {"a": pictures[0]})], tmp_path / "votes.csv")
