@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.data.distortions import DISTORTIONS, INPUT_FAULTS
 from rfsr_ext.data.images import read_image, to_tensor
-from rfsr_ext.evaluation import compare
+from rfsr_ext.evaluation import bradley_terry, compare
 from rfsr_ext.metrics import Judge, psnr
-from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, blind, caught, check, exercise, explore, panels, pictures, show
 from rfsr_ext.rewards import create_reward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
@@ -540,11 +540,82 @@ print("RFSR against the base, in all three runs:", "; ".join(sentence))
 # It would also be wrong to say from the judge alone that the pictures got better, or worse: for that one would have to ask
 # people.
 #
-# ## 9 · Run one row yourself
+# ## 9 · Ask people
+#
+# A *blind test* shows two pictures, which is left and which right by chance, and asks for the better one. This project
+# made two such tests of 40 pairs each, with held-out crops of 128 pixels: the base model against bicubic enlargement,
+# and a fine-tuned model against the base. The answers were written down before the key was opened. They lie beside this
+# notebook, made by `python -m benchmarks.laboratory count`.
+#
+# Notebook 06 turned such answers into scores: $P(a\text{ beats }b)=\sigma(s_a-s_b)$. With two things, chosen $w$ and $l$
+# times, the best fit is the logarithm of the odds, and its standard error has a closed form:
+#
+# $$s_a-s_b=\log\frac wl,\qquad\text{error}=\sqrt{\frac1w+\frac1l}.$$
+
+# %%
+votes = pd.read_csv("results/blind_votes.csv")
+strengths = bradley_terry(votes, zero="base")  # strength 0 for the base: only differences are fixed
+for test, part in votes.groupby("test"):
+    name, other = test.split("-against-")
+    won = int((part["chosen"] == name).sum())
+    lost = len(part) - won
+    odds, error = math.log(won / lost), math.sqrt(1 / won + 1 / lost)
+    print(f"{name} before {other}: {won} of {len(part)}, log odds {odds:+.2f}, error {error:.2f}")
+    sign, found = (-1, strengths.loc[other]) if name == "base" else (1, strengths.loc[name])
+    check("log odds by hand and package", odds, sign * found["strength"], 1e-9)
+    check("error by hand and package", error, found["standard_error"], 1e-9)
+left = (votes["chosen"] == votes["left"]).mean()
+print(f"the left picture was chosen in {left:.0%} of {len(votes)} pairs")
+
+# %%
+figure, axes = panels(width=6.4, height=2.2)
+for place, row in enumerate(strengths[::-1].itertuples()):
+    reach = [[row.strength - row.low], [row.high - row.strength]]
+    axes.errorbar(row.strength, place, xerr=reach, marker="o", capsize=4, color=COLORS[place])
+axes.axvline(0, color="0.4", linestyle=":")
+axes.set_yticks(range(3), [f"{name}\n{wins} of {count}" for name, wins, count in
+                           strengths[::-1][["wins", "votes"]].itertuples()])  # fmt: skip
+axes.set(xlabel="strength, base at 0; lines are 95 % intervals", ylim=(-0.6, 2.6))
+told = [f"{name} {row['strength']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+        for name, row in strengths.drop("base").iterrows()]  # fmt: skip
+show(figure, f"Strengths by {len(votes)} blind votes, the base at 0, with 95 % intervals: {'; '.join(told)}.")
+odds, error = strengths.loc["fine-tuned", ["strength", "standard_error"]]
+enough = 40 * (1.96 * error / odds) ** 2
+print(f"if the share stayed as it is, {enough:.0f} pairs would be needed for an interval without 0")
+
+# %% [markdown]
+# **What to see.** An interval that excludes 0 says: better or worse than the base. Which of the two does? The last line
+# says how many pairs the smaller difference needs (the error falls with the root of their number). And the
+# test itself: was one *side* chosen more often than half? Sides are random, so that favors no model, but it drowns small
+# differences.
+#
+# What the intervals do not know: each pair was looked at once, and votes of one pair of eyes are no independent evidence
+# of what other people like.
+#
+# Now choose yourself. There are two scenes of section 1, each in four versions without their names: 12 pairs. The low
+# resolution stands in the middle. Tab moves to the buttons, Enter or Space presses. Every answer goes at once to
+# `my_votes.csv`, so you can stop and go on later; to begin again, delete the file. Your own scores are then
+# `bradley_terry(pd.read_csv("my_votes.csv"), prior=0.5, zero="base")`. Do they put the four in the order of the judge in
+# section 1, or of PSNR? How wide is the narrowest interval?
+
+# %%
+scenes = []
+for row, (name, count) in enumerate([("chelsea", 5), ("coffee", 6)]):
+    lr = evaluation_crops([name], 96, count)[-1]["lr"]
+    base, rfsr, no_style, _ = strip[:, 96 * row : 96 * (row + 1)].split(96, dim=2)
+    bicubic_picture = F.interpolate(lr[None], scale_factor=4, mode="bicubic")[0].clamp(0, 1)
+    scenes.append((lr, {"bicubic": bicubic_picture, "base": base, "RFSR": rfsr, "no style loss": no_style}))
+blind(scenes, "my_votes.csv", tile=1.92)
+
+# %% [markdown]
+# A picture that you always chose has no finite score: any higher one would fit better still. `prior=0.5` adds half a vote
+# for each side of every two things, which keeps scores finite and draws them together a little.
+#
+# ## 10 · Run one row yourself
 #
 # `ablate` trains and measures variants by name, as `rfsr ablate` does. Here the row "structure only", in small: 30 of 80
-# iterations, two crops in each instead of four, six held-out crops, one seed. The second cell asks two things. Are the stored rows of the base model what *this* package measures? And do the directions of the stored runs
-# come back?
+# iterations, two crops in each instead of four, six held-out crops, one seed. Then two questions. Are the stored rows of the base model what *this* package measures? And do the
+# directions of the stored runs come back?
 
 # %%
 small = RFSRConfig.load("mini", {
@@ -557,8 +628,6 @@ with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.Stri
     live = ablate(small, samples, scorers, variants=["structure-only"], seeds=(0,), folder=folder)
     history = pd.read_csv(Path(folder) / "structure-only-0" / "history.csv")
 print(f"{len(history)} iterations, all in the structure window: {set(history['window']) == {'structure'}}")
-
-# %%
 stored = rows["base"].xs(0, level="seed")[MEASURES].head(6)
 again = live[live["model"] == "base"].set_index("image")[MEASURES]
 check("PSNR and SSIMs of the base model, stored and now", stored[MEASURES[:4]], again[MEASURES[:4]], 0.01)
@@ -575,7 +644,7 @@ for measure in MEASURES:
 # **What to see.** Where the stored runs had a direction, a small run may confirm it or not; a fifth of the training moves
 # things by less. It is a check that the machinery works, not evidence: six crops, one seed.
 #
-# ## 10 · A bug, and the check that catches it
+# ## 11 · A bug, and the check that catches it
 #
 # Someone takes all rows, every crop with each of three seeds, for independent evidence. The mean stays right, code gets
 # shorter, and every result looks surer than it is.
@@ -593,7 +662,7 @@ print(
 caught(lambda: check("standard error", wrong_error("rfsr", "judge"), summary["standard_error"]["judge"], 1e-6))
 
 # %% [markdown]
-# ## 11 · Exercises
+# ## 12 · Exercises
 #
 # Replace the line that raises, run the cell, and read the verdict. SOLUTIONS.
 #
@@ -671,8 +740,8 @@ exercise(3, verify_holm)
 # * How many training runs would the smallest effect of section 5 need? Take the spread over seeds from
 #   `results/ablation_mini.csv`. An answer is a curve from size of effect to runs that find it in eight cases of ten,
 #   checked by simulation.
-# * Show five people pairs of two variants, shuffled and without names, and ask which is better. An answer is the
-#   share of wins with its interval, and whether judge or reward would have predicted it.
+# * Let five people choose with `blind`, each under a name of their own. An answer is the four scores with their intervals,
+#   how far the five agree, and whether judge or reward would have predicted them.
 #
 # ## Summary
 #
