@@ -24,6 +24,18 @@
 # * recognize reward hacking, and say why a score that ends at 1 does not prevent it,
 # * turn scores into the loss that `RFSRTrainer` minimizes: sign, weight, cap, steps.
 
+# %% [markdown]
+# **What is scored by what.** CLIP's weights do not come with this course. So **the real CLIP-IQA scores no picture on this
+# page**: all scores printed below are those of small stand-ins. The formula is the real one; what feeds it changes:
+#
+# | sections | what answers | is it CLIP-IQA? |
+# |---|---|---|
+# | 1, 2 | random numbers in place of CLIP's features | the formula, yes; the scores mean nothing |
+# | 3 | the picture half of MiniPreference, with two learned directions | the same kind of network, small |
+# | 4 | nothing: only the preprocessing | yes |
+# | 5 to 8, 10 | `MiniIQA`, the reward that trains the mini model | a **stand-in**, made to behave like it |
+# | 9 | the paper's own numbers, quoted; and the real network, if you have its file | yes |
+
 # %%
 from importlib.util import find_spec
 
@@ -419,6 +431,10 @@ show(*draw(10))
 # outlines, darker on the dark side and brighter on the bright side. Look for the grid in it, from the first step on. At
 # which step do you notice it on the left? Compare with the step at which the score passed that of the truth.
 #
+# All this was the stand-in. Whether the *real* CLIP-IQA likes this picture is another question: a pattern made for one
+# network need not please a second one. Section 9 asks it, if its file is there.
+
+# %% [markdown]
 # ## 7 · Does a bounded score not stop by itself?
 #
 # A score cannot exceed 1. And by the chain rule its gradient carries the factor $r(1-r)$, which vanishes there:

@@ -263,12 +263,14 @@ print(f"{'all':30s} {total / 1e6:6.1f} million; {2 * total / 2**30:.1f} GiB in b
 print(f"{'MiniPreference':30s} {sum(p.numel() for p in preference.parameters()) / 1e6:6.1f} million")
 
 # %% [markdown]
-# The same class can be built tiny. **The weights of this one are random**, so its scores mean nothing. But its wiring
-# is the real one, and we can check that. First the text. BERT's vocabulary is not here either, so we write one of 14
-# words; the package adds the two special tokens that BLIP has.
+# Between the five linear layers stands *nothing*: no activation, only dropout in training. Five linear maps after one
+# another are one linear map. So ImageReward's whole head is a scalar product with one vector, and then the
+# standardization of section 1. The same class built tiny shows it. **Its weights are random** and it knows two words, so
+# its scores mean nothing, but its wiring is the real one.
+
 
 # %%
-words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", "cat", "eyes", "fur", "moon", "cup", "##s", "a", "photo"]
+words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", "cat", "fur"]
 with tempfile.TemporaryDirectory() as folder:
     (Path(folder) / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = load_tokenizer(folder)
@@ -276,19 +278,8 @@ torch.manual_seed(0)
 width = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 72}
 text = TEXT | width | {"vocab_size": len(tokenizer), "bos_token_id": 2, "sep_token_id": 3}
 random_reward = ImageReward(ImageRewardModel(VISION | width, text), tokenizer)
-ids, mask = random_reward.tokens(["Cat, fur", "cups, " * 40])
-print(tokenizer.convert_ids_to_tokens(ids[0].tolist())[:6], "…", list(ids.shape))
-print("words seen:", mask.sum(1).tolist(), "of 35 places")
-check("cat , fur between [CLS] and [SEP]", ids[0, :6], [2, 6, 5, 8, 3, 0], 0)
-check("a long prompt is cut, [SEP] kept", [ids.shape[1], ids[1, -1]], [35, 3], 0)
-
-# %% [markdown]
-# Then the head. Between its five linear layers stands *nothing*: no activation, only dropout in training. Five linear
-# maps after one another are one linear map. So ImageReward's whole head is a scalar product with one vector, and then
-# the standardization of section 1.
 
 
-# %%
 def head_by_hand(first_position):
     weight, bias = torch.eye(36), torch.zeros(36)
     for layer in random_reward.model.head.values():
@@ -297,83 +288,37 @@ def head_by_hand(first_position):
     return (raw - 0.16717362830052426) / 1.0333394966054072
 
 
+ids, mask = random_reward.tokens(["Cat, fur", "fur, " * 40])  # the first is padded to 35 places, the second cut
 pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
 seen = random_reward.model.vision(pixel_values=pixels).last_hidden_state
 read = random_reward.model.text(
     input_ids=ids, attention_mask=mask, encoder_hidden_states=seen,
     encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
 ).last_hidden_state  # fmt: skip
-check("random network: by hand and package", head_by_hand(read[:, 0]), random_reward.model(ids, mask, pixels), 1e-6)
+check("one vector and the package", head_by_hand(read[:, 0]), random_reward.model(ids, mask, pixels), 1e-6)
 
 # %% [markdown]
-# ## 5 · What does it see of a picture?
-#
-# Always 224×224 pixels: the shorter side is resized to 224, and the middle cut out. The original does that with Pillow
-# on 8-bit pictures, which lets no gradient through (notebook 05, section 10). The package writes it in PyTorch.
-#
-# Resizing is linear: each new pixel is a weighted mean of old ones, first along rows, then along columns, that is
-# $Y=W_h\,X\,W_w^{\mathsf T}$. The weights are a *bicubic* curve, widened when the picture shrinks, so that no old pixel
-# is skipped. Pillow stores 8 bits after each of the two passes, which cuts values to [0, 1]; we cut, too, but let the
-# gradient pass as if we had not. So if $G$ is the gradient with respect to $Y$, that with respect to $X$ is
-# $W_h^{\mathsf T}\,G\,W_w$.
-
+# What does this network see of a picture? Always 224×224 pixels: the shorter side is resized to 224, and the middle cut
+# out. The original does that with Pillow on 8-bit pictures, which lets no gradient through (notebook 05, section 10). The
+# package does it in PyTorch. One gray level of difference comes from Pillow's roundings. Resizing is linear, so its
+# gradient is the same for every picture, also where the result is cut to [0, 1], as at the edges of a black and white one.
 
 # %%
-def resizing(old, new):
-    """The matrix [new, old] of antialiased bicubic resizing."""
-    widen = max(old / new, 1)
-    center = (torch.arange(new).double() + 0.5) * old / new
-    x = ((torch.arange(old).double() + 0.5 - center[:, None]) / widen).abs()
-    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    return weights / weights.sum(1, keepdim=True)
-
-
-mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)[:, None, None]
-std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)[:, None, None]
-
-
-def plan(height, width):
-    rows, columns = (224 * n // min(height, width) for n in (height, width))
-    window = [slice((n - 224) // 2, (n - 224) // 2 + 224) for n in (rows, columns)]
-    return resizing(height, rows), resizing(width, columns), window
-
-
-def preprocess_by_hand(x):
-    along, across, (down, right) = plan(*x.shape[-2:])
-    x = (x @ across.T).clamp(0, 1)
-    x = (along @ x).clamp(0, 1)
-    return (x[..., down, right] - mean) / std
-
-
-def pull_back(push, height, width):
-    """The gradient of the pixels from that of the preprocessed ones."""
-    along, across, (down, right) = plan(height, width)
-    wide = push.new_zeros(*push.shape[:2], len(along), len(across))
-    wide[..., down, right] = push / std
-    return along.T @ wide @ across
-
-
-# %%
-push = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2)).double()
-whole = cat[None].double()
-for name, x in {
-    "300×451, smaller": whole,
-    "97×131, larger": whole[..., 60:157, 90:221],
-    "300×451, black and white": (whole > 0.5).double(),  # overshoots at every edge, so that both cuts act
-    "224×224": whole[..., :224, :224],
-}.items():
-    check(name, preprocess_by_hand(x), random_reward.preprocess(x), 1e-9)
-    package = gradient(lambda x: random_reward.preprocess(x) * push, x)
-    check("its gradient", pull_back(push, *x.shape[-2:]), package, 1e-9)
+mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 photograph = Image.fromarray((255 * cat.movedim(0, -1)).round().byte().numpy())
 by_pillow = photograph.resize((336, 224), Image.Resampling.BICUBIC).crop((56, 0, 280, 224))
 ours = (random_reward.preprocess(cat[None]) * std + mean)[0].movedim(0, -1)
-check("gray levels between ours and Pillow's", 255 * ours, np.asarray(by_pillow), 1.5)
+check("gray levels, package and Pillow", 255 * ours, np.asarray(by_pillow), 1.5)
+push = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2)).double()
+contrasts = (cat[None] > 0.5).double(), 0.4 + 0.2 * (cat[None] > 0.5).double()
+strong, weak = (gradient(lambda x: random_reward.preprocess(x) * push, x) for x in contrasts)
+check("the gradient passes where pixels were cut", strong, weak, 1e-9)
+columns = (weak[0] != 0).any(0).any(0).nonzero()
+print(f"it reaches columns {columns.min():d} to {columns.max():d} of 451")
 
 # %% [markdown]
-# About one gray level of difference comes from Pillow's two roundings. Now the consequence. RFSR trains at 512×512; at
-# 224 each new pixel stands for 2.3×2.3 old ones. What is left of stripes?
+# Now the consequence. RFSR trains at 512×512; at 224 each new pixel stands for 2.3×2.3 old ones. What is left of stripes?
 
 # %%
 periods = [2, 3, 4, 5, 6, 8, 12, 16, 24, 32]
@@ -407,16 +352,7 @@ assert max(shares[2], shares[3]) < 0.1 < 0.9 < shares[16]
 # 3: with ImageReward alone pictures are coherent but less clear, with CLIP-IQA alone sharp but with wrong textures and
 # noise.
 #
-# Picture, prompt, gradient: here is the whole way once, still with random weights. The cell after it asks the published
-# weights, if they are on this machine, and otherwise says what is missing.
-
-# %%
-scores = random_reward.score(torch.cat([cat[None], cat[None]]), [prompt, "moon"])
-assert scores[0] != scores[1], "another prompt, another score"
-push = gradient(lambda x: random_reward.score(x, [prompt]), cat[None])
-assert push.isfinite().all()
-columns = (push[0] != 0).any(0).any(0).nonzero()
-print(f"the gradient reaches columns {columns.min():d} to {columns.max():d} of 451: the middle that was cut out")
+# The next cell asks the published weights, if they are on this machine, and otherwise says what is missing.
 
 # %% tags=["nbval-ignore-output"]
 needed = {"the file ImageReward.pt": "image-reward", "the file vocab.txt of bert-base-uncased": "bert-vocabulary"}
@@ -426,10 +362,79 @@ if missing:
     print("to get them: `rfsr weights fetch image-reward` and `rfsr weights fetch bert-vocabulary`")
 else:
     real = create_reward("image-reward")
-    for text in ("a photo of a cat", "a photo of the moon"):
-        print(f"{text:20s} ImageReward {real.score(cat[None], [text]).item():.2f}")
+    for sentence in ("a photo of a cat", "a photo of the moon"):
+        print(f"{sentence:20s} ImageReward {real.score(cat[None], [sentence]).item():.2f}")
 
 # %% [markdown]
+# ## 5 · Can a prompt be hacked?
+#
+# Notebook 05 climbed a score that knows no prompt. This one reads a prompt, so climb it with a *wrong* one. We start from
+# a face, a photograph that MiniPreference was trained on, and follow the gradient in three ways: with the face's own
+# prompt; with the prompt of the motorcycle; and with the *difference* of the two scores. In the difference the quality $q$
+# drops out, and only the prompts are left. Every step moves a pixel by 0.003 on average.
+
+
+# %%
+own, other = texts[0], texts[3]
+face = torch.from_numpy(load_photograph("astronaut").copy()).movedim(-1, 0)[None, :, 20:212, 120:312]
+face = F.interpolate(face, size=64, mode="bilinear", antialias=True)
+
+
+def ascend(loss, x, steps=40, length=0.33):
+    """Follow the negative gradient of a loss; the end, and how many steps it took until no gradient was left."""
+    for step in range(steps):
+        g = gradient(loss, x)
+        if not g.any():
+            return x, step
+        x = (x - length * g / g.norm()).clamp(0, 1)
+    return x, steps
+
+
+def asked(x):
+    """The scores with both prompts."""
+    return torch.stack([preference.score(x, [text] * len(x)) for text in (own, other)])
+
+
+ways = {
+    "its own prompt": lambda x: -asked(x)[0],
+    "the motorcycle's": lambda x: -asked(x)[1],
+    "the difference": lambda x: asked(x)[0] - asked(x)[1],
+}
+ends = {"start": face} | {name: ascend(loss, face)[0] for name, loss in ways.items()}
+both_scores = {name: asked(x)[:, 0].tolist() for name, x in ends.items()}
+
+# %%
+changes = {name: x[0] - face[0] for name, x in ends.items() if name != "start"}
+largest = max(change.abs().max() for change in changes.values())
+titles = [f"{n}\nown {a:.1f}, motorcycle {b:.1f}" for n, (a, b) in both_scores.items()]
+tiles = [x[0] for x in ends.values()] + [torch.full_like(face[0], 0.5)]
+tiles += [0.5 + change / largest / 2 for change in changes.values()]
+show(
+    pictures(tiles, titles + ["", *(f"change by {name}" for name in changes)], tile=1.92, columns=4),
+    "A face before and after 40 steps of ascent in three ways, below the changes. Scores with the own and with the "
+    "motorcycle's prompt: " + "; ".join(title.replace("\n", ": ") for title in titles) + ".",
+)  # fmt: skip
+gaps = {name: b - a for name, (a, b) in both_scores.items()}
+for name, gap in gaps.items():
+    print(f"{name:17s} the motorcycle's prompt scores {'higher' if gap > 0 else 'lower'} than the own one: {gap:+.1f}")
+flat = [change.flatten() for change in changes.values()]
+same = F.cosine_similarity(flat[0], flat[1], dim=0).item()
+print(f"the changes by the two prompts are alike: cosine {same:.2f} (1: the same, 0: nothing in common)")
+assert gaps["the difference"] > max(0, gaps["start"]), "the prompt's part of the score must be climbed"
+
+# %% [markdown]
+# **What to see.** Compare the second picture with the third, one climbed with the right prompt, one with the wrong. The
+# cosine printed says how alike the two changes are. At 1 the prompt decided nothing: both ascents raised the quality $q$,
+# and both scores rose together, whichever was asked for. The third way shows what the prompts alone can do. It moves the
+# gap between the two scores, by little, and no motorcycle appears; both scores fall on the way, because nobody asked for
+# quality.
+#
+# So the wrong prompt does no harm here, for a bad reason: this reward hardly reads. Look at the gap of the *start*, too. If
+# the motorcycle's prompt scores higher there, the network does not even know this face by its own prompt. MiniPreference
+# is a stand-in with 0.2 million numbers, and this says nothing of what ImageReward does. But the test is the one to make
+# with any reward that takes a prompt: climb it with a wrong one, and see whether anything changes. For a reward that does
+# read, a wrong tag is a wrong goal.
+#
 # ## 6 · When is a picture good enough?
 #
 # This score has no upper bound, so maximizing it has no end. The released code (and ReFL, the reward feedback learning
@@ -438,8 +443,9 @@ else:
 # $$\mathcal L=\frac1N\sum_n\text{relu}\bigl(2-r_n\bigr),\qquad
 # \frac{\partial\mathcal L}{\partial r_n}=\begin{cases}-1/N&r_n<2\\0&r_n\ge2\end{cases}$$
 #
-# instead of the plain $-r$: two standard deviations above the average is good enough. Beyond that is the **dead zone**:
-# no loss, no gradient. The package writes it as the option `cap` of a term; without it, the loss is $-r$.
+# instead of the plain $-r$. A picture two standard deviations above the average is good enough: there the loss ends at 0,
+# as a hinge does, and beyond lies the **dead zone**, without loss and without gradient. The package calls the 2 the `cap`
+# of a term; without a cap, the loss is $-r$.
 
 
 # %%
@@ -478,115 +484,109 @@ show(
 )
 
 # %% [markdown]
-# The ascent of notebook 05 shows what that means for a picture, here with MiniPreference: steps of equal length along
-# the gradient, until 40 are done or no gradient is left.
+# What does the cap mean for a picture? The face again, with its own prompt, until 40 steps are done or no gradient is left.
 
 
 # %%
-def ascend(cap, x, steps=40, length=0.5):
+def capped_ascent(cap):
     term = [WeightedReward(preference, weight=1.0, cap=cap)]
-    for step in range(steps):
-        g = gradient(lambda x: reward_loss(term, x, [prompt])[0], x)
-        if not g.any():
-            return x, step
-        x = (x - length * g / g.norm()).clamp(0, 1)
-    return x, steps
+    return ascend(lambda x: reward_loss(term, x, [own])[0], face)
 
 
 def draw(cap):
-    x, steps = ascend(cap, soft)
-    score, fidelity = preference.score(x, [prompt]).item(), psnr(x, eye)[0].item()
-    before, after = preference.score(soft, [prompt]).item(), f"{steps} steps: score {score:.1f}\n{fidelity:.0f} dB"
-    titles = [f"start: score {before:.1f}\n{psnr(soft, eye)[0]:.0f} dB", after]
-    what = "no cap" if cap is None else f"cap {cap:g}"
-    return pictures([eye[0], soft[0], x[0]], ["truth\n", *titles], tile=1.92), (
-        f"The softened eye at score {before:.1f}, and with {what} after {steps} steps: score {score:.1f}, {fidelity:.0f} dB."
-    )
+    x, steps = capped_ascent(cap)
+    score, fidelity = preference.score(x, [own]).item(), psnr(x, face)[0].item()
+    titles = [f"start\nscore {preference.score(face, [own]).item():.1f}"]
+    titles += [f"cap {cap:g}, {steps} steps\nscore {score:.1f}, {fidelity:.0f} dB"]
+    alt = f"The face, and with cap {cap:g} after {steps} steps: score {score:.1f}, {fidelity:.0f} dB from where it started."
+    return pictures([face[0], x[0]], titles, tile=1.92), alt
 
 
-content = explore(draw, values=[0.0, 0.5, 1.0, 2.0, 3.0, 5.0], label="cap")
-content
+cap_slider = explore(draw, values=[0.0, 0.5, 1.0, 2.0, 3.0, 5.0], label="cap")
+cap_slider
 
 # %%
-content.slider.value = 1.0
-results = {"start": (soft, 0)} | {f"cap {cap}": ascend(cap, soft) for cap in (1, 2, 5)} | {"no cap": ascend(None, soft)}
-titles = [
-    f"{n}: {k} steps\nscore {preference.score(x, [prompt]).item():.1f}, {psnr(x, eye)[0]:.0f} dB"
-    for n, (x, k) in results.items()
-]
-show(
-    pictures([eye[0], *(x[0] for x, _ in results.values())], ["truth\n", *titles], tile=1.92, columns=3),
-    "The cat's eye, softened, and after four ascents: " + "; ".join(t.replace("\n", ", ") for t in titles) + ".",
-)
-assert results["cap 1"][1] <= results["cap 2"][1] <= results["cap 5"][1] <= results["no cap"][1]
-print("ended by itself, before step 40:", ", ".join(name for name, (_, k) in results.items() if 0 < k < 40) or "none")
+cap_slider.slider.value = 2.0
+show(*draw(2.0))
+taken = {cap: capped_ascent(cap)[1] for cap in (1.0, 2.0, 5.0, None)}
+assert taken[1.0] <= taken[2.0] <= taken[5.0] <= taken[None] == 40
+print("steps:", ", ".join(f"{'no cap' if cap is None else f'cap {cap:g}'} {steps}" for cap, steps in taken.items()))
 
 # %% [markdown]
-# **What to see.** With a cap the ascent stops by itself once the score has reached it; without one it goes on. But the cap is
-# no protection by itself: where it lies decides, and it is measured on the reward's own scale. Compare the fidelity that
-# each cap costs from where this picture started. A reward that ends at 1, such as CLIP-IQA, never reaches a cap of 2, so
-# there the cap changes nothing.
+# **What to see.** The face starts at a score of 2. With the released cap of 2 it is good enough already: no step is taken,
+# the picture stays as it is (PSNR of equal pictures is infinite). With a higher cap the ascent goes on until the score has
+# reached it; without one it goes on for ever. But the cap is no protection by itself: where it lies decides, and it is
+# measured on the reward's own scale. Move the slider, and compare how far from the start (in dB) each cap lets the picture
+# go. A reward that ends at 1, such as CLIP-IQA, never reaches a cap of 2, so there the cap changes nothing.
 #
 # ## 7 · Two rewards, two scales
 #
 # CLIP-IQA moves between 0 and 1, ImageReward between −2 and 2. Which one wins depends on the weights *and* on those
 # scales. The paper gives both the weight $5\cdot10^{-5}$; the released script gives ImageReward a tenth of that. The
-# package has two ways to take the scale out, both off by default. The first: **standardize** by a running mean and
-# variance, exponential averages over batches (a bar is the mean of a batch),
+# package has two ways to take the scale out, both off by default.
 #
-# $$m\leftarrow\beta m+(1-\beta)\,\overline{r},\qquad v\leftarrow\beta v+(1-\beta)\,\overline{(r-m)^2},\qquad
-# r'=\frac{r-m}{\sqrt v}$$
+# **Standardize:** divide by a running standard deviation. Mean and variance are exponential averages over batches,
+# $m\leftarrow\beta m+(1-\beta)\,\overline{r}$ and $v\leftarrow\beta v+(1-\beta)\,\overline{(r-m)^2}$ with the new $m$; $m$
+# starts as the mean of the first batch, $v$ as 1, and $\beta$ is 0.99. Only $1/\sqrt v$ reaches the gradient.
 #
-# with the new $m$ in the second formula; $m$ starts as the mean of the first batch, and $v$ as 1. Only a training step
-# moves them; a loss computed without gradient leaves them as they are. In the loss $m$ and $v$ are constants: only the
-# factor $1/\sqrt v$ reaches the gradient. In training $\beta$ is 0.99.
+# **Balance:** scale each term so that the picture's gradients have the same norm, the mean of their norms. The weights then
+# are shares of the update.
 
 # %%
 batches = [torch.tensor([0.2, 0.4]), torch.tensor([0.9, 0.5]), torch.tensor([-0.3, 0.1])]
 beta, m, v = 0.9, None, 1.0
 statistics = RunningStatistics(decay=beta)
-check("before the first batch: untouched", statistics(batches[0]), batches[0], 0)
-for number, batch in enumerate(batches, 1):
+for batch in batches:
     m = batch.mean() if m is None else beta * m + (1 - beta) * batch.mean()
     v = beta * v + (1 - beta) * (batch - m).square().mean()
     statistics.update(batch)
-    check(f"batch {number}: mean and variance", [statistics.mean, statistics.variance], [m, v], 1e-6)
+check("running mean and variance", [statistics.mean, statistics.variance], [m, v], 1e-6)
 check("standardized", statistics(batches[2]), (batches[2] - m) / v.sqrt(), 1e-6)
-statistics.update(torch.tensor([float("nan"), 0.1]))
-check("a broken batch is left out", [statistics.mean, statistics.variance], [m, v], 1e-6)
 
 iqa = MiniIQA.from_pretrained()
 pair, both = torch.cat([eye, soft]), [prompt, prompt]
-normal = WeightedReward(iqa, weight=1.0, normalize=True)
-scores = iqa.score(pair)
-m, v = scores.mean(), 0.99 + 0.01 * scores.var(correction=0)
-check("only looked at: untouched", reward_loss([normal], pair, both)[0], -scores.mean(), 1e-6)
-training = reward_loss([normal], pair.clone().requires_grad_(), both)[0].detach()
-check("loss", training, -((scores - m) / v.sqrt()).mean(), 1e-6)
-v = 0.99 * v + 0.01 * scores.var(correction=0)  # the next call is the next batch; its mean is the same
-wanted = gradient(lambda x: -iqa.score(x).mean() / v.sqrt(), pair)
-check("gradient", gradient(lambda x: reward_loss([normal], x, both)[0], pair), wanted, 1e-7)
-
-# %% [markdown]
-# The second way looks at what really meets in the picture, the gradients. **Balance** scales each term so that the
-# picture's gradients have the same norm, the mean of their norms. Weights then are shares of the update.
-
-# %%
-terms = [WeightedReward(iqa, weight=0.75), WeightedReward(preference, weight=0.25)]
-losses = [-iqa.score(pair).mean().item(), -preference.score(pair, both).mean().item()]
+terms = [WeightedReward(iqa, weight=0.5), WeightedReward(preference, weight=0.5)]
 pushes = [gradient(lambda x: -iqa.score(x).mean(), pair), gradient(lambda x: -preference.score(x, both).mean(), pair)]
 norms = [g.norm().item() for g in pushes]
-print(f"norms of the gradients: MiniIQA {norms[0]:.2f}, MiniPreference {norms[1]:.2f}")
 factors = [sum(norms) / 2 / norm for norm in norms]
-wanted = sum(w * f * g for w, f, g in zip((0.75, 0.25), factors, pushes, strict=True))
-check("gradient", gradient(lambda x: reward_loss(terms, x, both, balance=True)[0], pair), wanted, 1e-6)
-wanted = sum(w * f * loss for w, f, loss in zip((0.75, 0.25), factors, losses, strict=True))
-check("loss", reward_loss(terms, pair.clone().requires_grad_(), both, balance=True)[0], wanted, 1e-5)
-dead = [*terms[:1], WeightedReward(preference, weight=0.25, cap=-10.0)]  # content with everything
-ours = gradient(lambda x: reward_loss(dead, x, both, balance=True)[0], pair)
-check("a term in its dead zone does not count", ours, 0.75 * pushes[0], 1e-6)
+wanted = sum(0.5 * f * g for f, g in zip(factors, pushes, strict=True))
+check("balanced", gradient(lambda x: reward_loss(terms, x, both, balance=True)[0], pair), wanted, 1e-6)
+
+# %%
+spread = []
+for reward in (iqa, preference):
+    running, scores = RunningStatistics(), reward.score(torch.cat([clean, worse]), prompts * 2)
+    for k in range(600):
+        running.update(scores[torch.randint(96, (4,), generator=torch.Generator().manual_seed(k))])
+    spread.append(running.variance**0.5)
+sizes = {
+    "as they are": norms,
+    "standardized": [n / s for n, s in zip(norms, spread, strict=True)],
+    "balanced": [n * f for n, f in zip(norms, factors, strict=True)],
+}
+figure, axes = panels(width=6.4, height=2.0)
+share = {name: 100 * a / (a + b) for name, (a, b) in sizes.items()}
+axes.barh(list(share), list(share.values()), color="#0072B2", label="MiniIQA")
+axes.barh(
+    list(share), [100 - x for x in share.values()], left=list(share.values()), color="#E69F00", label="MiniPreference"
+)
+axes.axvline(50, color="black", linestyle=":", linewidth=1)
+axes.invert_yaxis()
+axes.set(xlabel="share of the gradient (%), equal weights", xlim=(0, 100))
+axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+show(
+    figure,
+    "Share of MiniIQA in the sizes of both gradients at equal weights: "
+    + ", ".join(f"{name} {x:.0f} percent" for name, x in share.items()) + "; MiniPreference has the rest.",
+)  # fmt: skip
+print(f"after 600 batches the standard deviations are: MiniIQA {spread[0]:.2f}, MiniPreference {spread[1]:.2f}")
 
 # %% [markdown]
+# **What to see.** With equal weights the two rewards do not count the same. Standardizing evens out the scales of the
+# *scores*; how steep a score is at this picture is another thing, so the shares need not become equal. Balance makes them
+# equal by definition, also where one of the rewards has nothing useful to say. No preset uses either: the paper does not,
+# and weights chosen by hand do the same as long as the rewards stay as they are.
+#
 # **What does it cost?** One forward and one backward pass through 446 million parameters at 224 pixels, whatever the
 # size of the picture. Prompts are tokenized once each and remembered.
 #

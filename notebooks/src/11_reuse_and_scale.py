@@ -120,8 +120,9 @@ check("the loss of the truth itself", loss_of(test_gt, test_gt), 0.0, 1e-6)
 # %% [markdown]
 # ## 2 · In Lightning
 #
-# Lightning takes the loop away and asks for the loss. The same line goes into `training_step`. The package is no part of
-# this course's installation: where it is missing the cell says so, and the comparison is left to the other two loops.
+# Lightning takes the loop away and asks for the loss. The same line goes into `training_step`. The extra `notebooks`
+# installs the package (`pip install 'rfsr_ext[notebooks]'`). In an older environment without it the cell says so, and the
+# comparison is left to the other two loops.
 
 # %% tags=["nbval-ignore-output"]
 if importlib.util.find_spec("lightning") is None:
@@ -183,6 +184,27 @@ check("losses on the way", losses["plain"], losses["accelerate"], 1e-6)
 # it visible. (Ours predicts $\hat z_0$ itself; for noise it is $(z_t-\sigma\varepsilon)/\alpha$, for velocity
 # $\alpha z_t-\sigma v$.) A script also draws *different* timesteps for the samples of a batch, so the window becomes a
 # weight per sample: RFSR's structure loss counts where $t\ge600$.
+#
+# The example `train_controlnet.py` of diffusers computes its loss in one line and goes on to `backward`. These are the new
+# lines (`noise_scheduler`, `vae`, `timesteps`, `batch` are the script's own names, `epsilon` is what Stable Diffusion
+# predicts):
+#
+# ```diff
+#  loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")
+# +# for noise only: velocity has another estimate
+# +share = noise_scheduler.alphas_cumprod.to(noisy_latents)[timesteps].view(-1, 1, 1, 1)
+# +estimate = (noisy_latents - (1 - share).sqrt() * model_pred) / share.sqrt()
+# +images = vae.decode((estimate / vae.config.scaling_factor).to(vae.dtype)).sample.float() / 2 + 0.5
+# +truth = batch["pixel_values"].float() / 2 + 0.5
+# +loss = loss + 0.1 * haar_ll_l1_loss(images, truth, weight=(timesteps >= 600).float())
+#
+#  accelerator.backward(loss)
+# ```
+#
+# The script already keeps its autoencoder frozen, so nothing else changes. (Mind the division by `share.sqrt()`: at the
+# largest times it multiplies the error of a predicted noise by more than ten, notebook 01. With such a model begin with a
+# small factor.) The script trains the ControlNet alone, and so does the new loss in it. The cell below is one step of
+# such a loop, run with the mini model, which predicts $\hat z_0$ and trains its U-Net, too.
 
 # %%
 model = load_model("mini")

@@ -6,7 +6,7 @@ are averaged first, because they are no independent evidence about other images.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -219,10 +219,11 @@ def measure_trajectory(
     batch_size: int = 8,
     num_inference_steps: int | None = None,
     name: str = "",
+    steps: Collection[int] | None = None,
 ) -> pd.DataFrame:
     """How close the z_0 estimate of every sampling step is to the truth (the paper's Figure 1, b).
 
-    Arguments and noise are those of `evaluate`.
+    Arguments and noise are those of `evaluate`; ``steps``, from 1, are the ones to decode and measure, all by default.
 
     Returns:
         One row per (image, seed, step): ``model``, ``image``, ``seed``, ``step`` (from 1), ``timestep``, ``low_ssim``,
@@ -235,8 +236,10 @@ def measure_trajectory(
     for seed, images, gt, lr, prompts in _batches(samples, batch_size, f"trajectory {name}".strip(), seeds):
         with torch.no_grad():
             condition, guidance_scale = inference_condition(model, lr.to(model.device), prompts)
-            *steps, _ = trajectory(model, condition, generators(seed, images), num_inference_steps, guidance_scale)
-            for state, estimate in steps:
+            *path, _ = trajectory(model, condition, generators(seed, images), num_inference_steps, guidance_scale)
+            for state, estimate in path:
+                if steps is not None and state.step not in steps:
+                    continue
                 sr = model.decode(estimate)
                 low, high = band_ssim(sr, gt)
                 where = {"step": state.step, "timestep": state.timestep.item()}

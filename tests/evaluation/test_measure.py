@@ -249,3 +249,9 @@ def test_trajectory(samples):
         np.testing.assert_allclose(merged.psnr, merged.psnr_end, rtol=0, atol=1e-2)
         np.testing.assert_allclose(merged.low_ssim, merged.low_ssim_end, rtol=0, atol=1e-3)
         np.testing.assert_allclose(merged.high_ssim, merged.high_ssim_end, rtol=0, atol=1e-3)
+
+
+def test_trajectory_of_some_steps(samples):
+    whole = measure_trajectory(NoisyBicubic(), samples)
+    some = measure_trajectory(NoisyBicubic(), samples, steps=(1, 4))
+    pd.testing.assert_frame_equal(some, whole[whole.step.isin((1, 4))].reset_index(drop=True))

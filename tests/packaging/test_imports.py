@@ -77,9 +77,9 @@ def undeclared(paths: list[Path], known: set[str], **options) -> dict[str, set[s
 OPTIONAL = {
     "rfsr_ext": declared("lora", "8bit", "stream", "notebooks", "metrics") | {"packaging", "image-reward"},
     "benchmarks": declared("bench") | {"torchvision"},
-    "notebooks/src": {"lightning"},
-    "notebooks": {"lightning"},
-    "tests": declared("8bit", "metrics", "stream", "peers", "browser") | {"lightning", "timm", "image-reward"},
+    "notebooks/src": set(),
+    "notebooks": set(),
+    "tests": declared("8bit", "metrics", "stream", "peers", "browser") | {"timm", "image-reward"},
 }
 
 
