@@ -502,12 +502,12 @@ def draw(cap):
     return pictures([face[0], x[0]], titles, tile=1.92), alt
 
 
-cap_slider = explore(draw, values=[0.0, 0.5, 1.0, 2.0, 3.0, 5.0], label="cap")
+cap_slider = explore(draw, values=[2.0, 3.0, 4.0, 5.0, 6.0], label="cap", start=3.0)
 cap_slider
 
 # %%
-cap_slider.slider.value = 2.0
-show(*draw(2.0))
+cap_slider.slider.value = 5.0
+show(*draw(5.0))
 taken = {cap: capped_ascent(cap)[1] for cap in (1.0, 2.0, 5.0, None)}
 assert taken[1.0] <= taken[2.0] <= taken[5.0] <= taken[None] == 40
 print("steps:", ", ".join(f"{'no cap' if cap is None else f'cap {cap:g}'} {steps}" for cap, steps in taken.items()))
@@ -680,7 +680,7 @@ exercise(3, verify_columns)
 # * Comparisons become scores by $P(A\text{ beats }B)=\sigma(r_A-r_B)$; only differences are fixed, hence the standardization.
 # * The same picture gets another score with another prompt, as far as the training data taught it words.
 # * ImageReward sees the middle 224×224 pixels of a reduced picture: no fine texture, and nothing outside that square.
-# * $\text{relu}(2-r)$ is $-r$ with a point of content; beyond it no gradient. A reward that never reaches 2 gets the
+# * $\text{relu}(2-r)$ is $-r$ up to a cap, beyond which there is no gradient. A reward that never reaches 2 gets the
 #   gradient of $-r$.
 # * Running standardization divides a gradient by $\sqrt v$; balancing gives all terms the same norm.
 #
