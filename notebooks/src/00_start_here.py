@@ -40,6 +40,7 @@
 
 # %%
 import io
+import os
 import tempfile
 from contextlib import redirect_stderr
 
@@ -59,6 +60,7 @@ from rfsr_ext.rewards import create_reward
 from rfsr_ext.sampling import TimestepWindows, generators, sample
 from rfsr_ext.training import RFSRConfig, RFSRTrainer
 
+os.environ["ACCELERATE_USE_CPU"] = "1"  # else training takes a GPU where there is one; everything here is on the CPU
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
 crops = evaluation_crops(photographs("test"), size=128, count=6)

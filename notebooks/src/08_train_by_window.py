@@ -26,6 +26,7 @@
 # %%
 import copy
 import io
+import os
 import tempfile
 from contextlib import redirect_stderr
 
@@ -47,6 +48,7 @@ from rfsr_ext.sampling import TimestepWindows, generators, rollout, sample, traj
 from rfsr_ext.training import RFSRConfig, RFSRObjective, RFSRTrainer
 from rfsr_ext.training.checkpoint import TrainingState
 
+os.environ["ACCELERATE_USE_CPU"] = "1"  # else training takes a GPU where there is one; everything here is on the CPU
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()
 

@@ -29,6 +29,7 @@ import io
 import itertools
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from rfsr_ext.rewards import create_reward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
 
+os.environ["ACCELERATE_USE_CPU"] = "1"  # else training takes a GPU where there is one; everything here is on the CPU
 judge = Judge.from_pretrained()
 
 # %% [markdown]
