@@ -154,8 +154,16 @@ print(f"root mean square of z_0 {rms(z0):.2f}, of z_LR − z_0 {rms(z_lr - z0):.
 #
 # The network is a U-Net, which first shrinks and then enlarges the latents, with a *ControlNet* beside it: a copy of its
 # shrinking half that reads the enlarged photograph and adds what it finds at every size. Both see $z_t$ and $t$ and must
-# say what is noise and what is picture. (Enlarged photograph and encoded prompt are what the code calls `condition`.) The
-# answer may be given in any of three ways, because $z_t$ and one answer determine the rest:
+# say what is noise and what is picture. (Enlarged photograph and encoded prompt are what the code calls `condition`.)
+#
+# ```text
+# z_t, t ──────────────────────▶ U-Net ↓ ─────────▶ U-Net ↑ ──▶ answer
+# z_t, t, enlarged photograph ─▶ ControlNet ↓ ──(+ at every size)──┘
+# prompt ─▶ text encoder ──(attention)──▶ both
+# ```
+#
+# How it is trained: notebook [15](15_make_such_a_model.ipynb), section 4. The answer may be given in any of three ways,
+# because $z_t$ and one answer determine the rest:
 #
 # | it predicts | `prediction_type` | the picture, `pred_original_sample` | for example |
 # |---|---|---|---|

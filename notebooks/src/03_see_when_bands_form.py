@@ -168,7 +168,7 @@ show(
 #
 # The paper measures with SSIM: it compares means, spreads and correlation in small windows, and is 1 for equal pictures
 # (notebook 02). It needs the range of the values. LL lies in [0, 2] and the fine bands in [−1, 1], so for both it is 2.
-# By hand:
+# By hand (as in notebook 02, now for each band; skip it if you were there):
 
 
 # %%
@@ -448,6 +448,7 @@ show(*draw(45))
 # RFSR turns the figure into two windows of steps: *hold the structure* where it is settled (1 to 20) and *reward* where
 # detail is invented (41 to 50). Steps 21 to 40 get no loss. The paper also states the windows as times, $t\in[600,1000]$
 # and $t\in[0,200]$. Are these the same? The mini model's scheduler links sampling step $st$ and time by $t=1019-20\,st$.
+# (This is the table of notebook 01, section 6. If you know it, go on to "Does our figure support the choice?")
 
 # %%
 times = scheduler.timesteps

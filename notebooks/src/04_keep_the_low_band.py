@@ -280,6 +280,8 @@ check("5×7 pixels", gradient(haar_ll_l1_loss, odd, nothing)[0, 0], wanted, 1e-8
 #
 # ### Adjoint and gradient check
 #
+# For those who write operators; others go on to section 4.
+#
 # `haar_ll` is linear, $LL=Wx$, so its backward pass must be $W^\mathsf T$. The test of that needs no formula at all:
 # $\langle Wx,\,v\rangle=\langle x,\,W^\mathsf Tv\rangle$ for any $x$ and $v$. `gradcheck` does the same with finite
 # differences, in 64-bit numbers.

@@ -24,6 +24,8 @@
 # * write equation 6 forwards and backwards, and choose its normalization knowingly,
 # * explain why its reference is the frozen model and not the ground truth, and what KL and LoRA do instead.
 #
+# It is long. You can read it in two sittings: sections 1 to 6 (what a Gram matrix is) and 7 to 10 (holding a model).
+#
 # Two networks here are **stand-ins**: the reward is MiniIQA, a small network in CLIP-IQA's place, and VGG19 has *seeded
 # random weights*. No number below says anything about the real ones.
 
@@ -445,8 +447,8 @@ print(f"numbers to train: {W.numel()} in W, {sum(p.numel() for p in thin.paramet
 # %% [markdown]
 # Now a small version of the paper's Table 4, with *direct* optimization: two pictures, one noisy state each (step 9 of
 # 10), six steps of Adam on the weights for MiniIQA alone. That is not RFSR's training, it is a stress test of the four
-# ways, and it shows the mechanism in seconds. (LoRA here is rank 4 on attention and convolutions with a thirty times larger
-# step: other conditions than the other three have. In the paper it has its own, too.)
+# ways, and it shows the mechanism in seconds. (LoRA here is rank 4 on attention and convolutions with a thirty times
+# larger step: other conditions than the other three have.)
 #
 # How hard should each hold? With one weight per way one compares the weights and not the ways. So KL and Gram are run with
 # three each, and the unheld run is recorded on the way: *stopping it early* is a fifth way to hold a model back.
@@ -583,10 +585,14 @@ for name, way in held.items():
         print(f"held by {way:5s} NOT RUN")
 
 # %% [markdown]
-# **What to see.** Read the line without a style loss against the others: what does it gain in reward, and what does it pay in
-# fidelity and with the judge? That is the evidence for holding the style; the toy above shows the mechanism only.
+# **What to see.** Read the line without a style loss against the others: what does it gain in reward, and what does it
+# pay in fidelity and with the judge? That is the evidence for holding the style; the toy above shows the mechanism
+# only. Compare only Gram and none. KL and LoRA learned little of the reward: they ran with the preset's learning rate
+# and their weights as they come, under which they hold or learn too little to be compared
+# ([card](../rfsr_ext/weights/README.md)).
 #
-# Slide through the ways of the toy and compare the rims of the flower.
+# Slide through the ways of the toy and compare the rims of the flower. Pictures as small as these show rims and contrast.
+# For the look of an oil painting, of which the paper writes, they are too small.
 
 
 # %%

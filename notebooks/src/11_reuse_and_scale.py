@@ -391,9 +391,10 @@ assert results["greedy"][1] > results["preset"][1], "a heavier reward must rise 
 # %% [markdown]
 # **What to see.** (The numbers are means of six crops, of which one is shown; *before* is bicubic enlargement.) The
 # machinery works: with no line changed it trains a model it has never heard of. But the weights need not transfer. Do
-# those of the mini model move the toy at all? Does the greedy reward rise by something you would call better, or by
-# contrast and color, at the price of fidelity? *Each base model needs its own balance*, found on a few hundred iterations
-# with held-out fidelity in view, before the long run.
+# those of the mini model move the toy at all? Hardly, as printed; this shows that the machine runs, not that it helps.
+# Does the greedy reward rise by something you would call better, or by contrast and color, at the price of fidelity?
+# *Each base model needs its own balance*, found on a few hundred iterations with held-out fidelity in view, before the
+# long run.
 #
 # `sample`, `upscale`, and `RFSRTrainer(config, model=toy)` take the adapter as well.
 #
@@ -401,6 +402,7 @@ assert results["greedy"][1] > results["preset"][1], "a heavier reward must rise 
 #
 # `copy.copy` instead of `copy.deepcopy` in `reference`: the "frozen" copy shares its weights with the model. Then
 # the style loss compares the model with itself. Every number looks fine, and nothing holds against reward hacking.
+# (Notebook 07 has this bug too, with RFSR's own loss.)
 
 
 # %%
@@ -560,14 +562,18 @@ per_picture = kept_for_backward(512)
 check("activations grow with the area", sum(kept_for_backward(256).values()) / sum(per_picture.values()), 0.25, 0.01)
 
 # %% [markdown]
-# **What to see.** The paper trains "batches of 8" on two A100 with 80 GB; we read that as four pictures on each. Counted
-# this way they fit, in plain fp32. (The count is a count: no GPU has run it.) Weights and what belongs to them take nearly half: a trained number needs 20 bytes, for itself,
-# its gradient, two moments of Adam, and the moving average. Of what each picture adds (orange), the *decoder* is by far
-# the largest: RFSR's losses look at pixels, and the gradient passes through the decoder to reach the latents. Left out
-# are the two rewards, SeeSR's extra attentions, temporary memory of kernels, and what PyTorch keeps in reserve. In
-# practice one takes `mixed_precision=bf16`, which stores most activations in half the bytes. For smaller cards there are
-# `lora_rank`, `gradient_checkpointing`, `frozen_dtype`, `offload_reference` and `optimizer: adam-8bit`; what each saves,
-# `python -m benchmarks.memory` counts.
+# **What to see.** The paper trains "batches of 8" on two A100 with 80 GB; we read that as four pictures on each.
+# Counted this way they fit, in plain fp32. (The count is a count: no GPU has run it.) Weights and what belongs to them
+# take nearly half: a trained number needs 20 bytes, for itself, its gradient, two moments of Adam, and the moving
+# average. Of what each picture adds (orange), the *decoder* is by far the largest: RFSR's losses look at pixels, and
+# the gradient passes through the decoder to reach the latents. Left out are the two rewards (they see one picture at a
+# time; ImageReward has 446 million numbers, 0.8 GiB in bfloat16, notebook 06), SeeSR's extra attentions, temporary
+# memory of kernels, and what PyTorch keeps in reserve. In practice one takes `mixed_precision=bf16`, which stores most
+# activations in half the bytes. For smaller cards there are `lora_rank`, `gradient_checkpointing`, `frozen_dtype`,
+# `offload_reference` and `optimizer: adam-8bit`; what each saves, `python -m benchmarks.memory` counts. SeeSR's
+# iteration in fp32, in GiB ([how it is counted, and all rows](../docs/published_models.md#memory)): with all weights
+# trained 76 at batch 4 and 43 at batch 1, with LoRA of rank 8 49 and 19. By this count, which leaves out rewards and
+# workspaces, a card of 24 GB can train LoRA at batch 1.
 #
 # ## 6 · What does a full run need?
 #

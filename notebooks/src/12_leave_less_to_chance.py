@@ -742,6 +742,9 @@ read_recording(RECORDING)
 # difference more than twice its error? CCSR's way samples with two evaluations and the base with more; so its row has the
 # effect of training and that of fewer evaluations together.
 #
+# Must one ask for steadiness to get it? RFSR does not ask, and made results agree as well: its L-STD changed by
+# −0.0029 ± 0.0004 of 0.0082, its judge by −2.7 ± 0.8 ([all ways](../docs/comparison.md)).
+#
 # ## 6 · Two bugs
 #
 # **The latents in place of the estimate.** At $t_{min}$ the sampler stops, and someone decodes what it holds there, with

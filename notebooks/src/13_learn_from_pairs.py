@@ -258,6 +258,9 @@ show(
 # So a crop whose results differ by rounding alone gets the same rewards as one whose results truly differ. Keep this in
 # mind for the weights.
 #
+# Why two halves? Train once with `FULL` alone and once with `NONE` alone: `rfsr train dp2o-mini` takes
+# `--set "no_reference=[]"` or `--set "full_reference=[]"`. Which smooths, which invents?
+#
 # ## 3 · Which pairs count?
 #
 # Sections 4.2 and 4.3. The $N$ best and the $N$ worst of $M$ make $N^2$ pairs, each with a weight

@@ -468,6 +468,9 @@ show(
 # one result of 3840×2160: tiles times evaluations, twice where guidance asks for a second answer. A side of $L$ pixels
 # takes $\lceil(L-o)/(t-o)\rceil$ tiles of size $t$ that overlap by $o$. (Not in the table: the words of prompts.
 # SeeSR, PASD and CCSR v2 add "clean, high-resolution, 8k" to every prompt, and whoever guides has a negative prompt.)
+#
+# *Color fix*, a column of the table, comes after sampling, because large models may shift colors: `wavelet` replaces the low
+# frequencies of the result by those of the enlarged input, `adain` gives each channel the input's mean and spread.
 
 
 # %%

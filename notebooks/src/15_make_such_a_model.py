@@ -57,10 +57,11 @@ prompts = [crop["prompt"] for crop in test]
 # %% [markdown]
 # ## 1 · From a sharp picture to a low-resolution one
 #
-# Nobody has two photographs of one moment, a sharp one and a poor one. So the poor one is *made*, and the network learns
-# to undo exactly what was done to it. The mini model's pairs come from four operations: a Gaussian blur, shrinking to a
-# quarter, a little noise, and a JPEG file. (Published models use a longer chain of the same operations, twice.) Their
-# strengths are drawn at random. Each is a few lines of NumPy.
+# Nobody has two photographs of one moment, a sharp one and a poor one. So the poor one is *made*, and the network
+# learns to undo exactly what was done to it. The mini model's pairs come from four operations: a Gaussian blur,
+# shrinking to a quarter, a little noise, and a JPEG file. (Published models use a longer chain of the same operations,
+# twice: [what each preset does to a photograph](../docs/degradations.png).) Their strengths are drawn at random. Each
+# is a few lines of NumPy.
 #
 # * **Blur**: a weighted mean with $w_k\propto e^{-k^2/2\sigma^2}$, rows first, then columns; beyond the edge the last pixel
 #   repeats. Weights farther than $4\sigma$ are left out.
