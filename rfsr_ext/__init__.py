@@ -2,8 +2,8 @@
 
 Folders, each importing only those before it: ``ops``, ``files``, ``importing``, ``memory``, ``processes`` →
 ``weights``, ``presets`` → ``losses``, ``data``, ``networks`` → ``models``, ``rewards`` → ``sampling``, ``metrics`` →
-``evaluation`` → ``training`` → ``mini`` (how the shipped weights are made) → ``cli``.  ``notebook`` imports none of
-them.
+``evaluation`` → ``recordings`` → ``training`` → ``mini`` (how the shipped weights are made) → ``cli``.  ``notebook``
+imports none of them.
 
 The losses need torch and nothing of the rest: ``from rfsr_ext import haar_ll_l1_loss, gram_loss``.
 """

@@ -280,6 +280,26 @@ def models(
         convert_model(name or "", output, model_options(model_option, weights, base, dtype))
 
 
+@_typer.command()
+def record(
+    name: Annotated[str | None, typer.Argument(help="A protocol; without one all are listed.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The file; recordings/NAME.json by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recording that exists.")] = False,
+    weights: WeightsFolder = None,
+    base: BaseFolder = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of a published model.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cuda if there is one, else cpu.")] = None,
+) -> None:
+    """Measure a published network by a fixed protocol and keep a small file, which the notebooks show."""
+    from rfsr_ext.cli.config import model_options
+    from rfsr_ext.cli.record import list_protocols, record_protocol
+
+    if name is None:
+        list_protocols()
+    else:
+        record_protocol(name, output, overwrite, model_options(None, weights, base, dtype), device)
+
+
 @_weights.callback()
 def weights(
     context: typer.Context,
