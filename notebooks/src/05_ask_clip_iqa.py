@@ -47,6 +47,7 @@ from rfsr_ext.data import evaluation_crops, load_photograph, photographs
 from rfsr_ext.metrics import Judge, psnr, ssim
 from rfsr_ext.models import load_model
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.recordings import recorded, say_missing
 from rfsr_ext.rewards import (
     CallableReward,
     ImageReward,
@@ -573,6 +574,24 @@ else:
     real = create_reward("clipiqa")
     for k in chosen:
         print(f"step {k:2d}: MiniIQA {scores[k]:.2f}, CLIP-IQA {real.score(path[k : k + 1]).item():.2f}")
+
+# %% [markdown]
+# What did the real CLIP-IQA say where somebody had its weights? `rfsr record clip-iqa` asks it for three held-out
+# photographs: the truth, four faults in three strengths, a pattern of 4×4 pixels in three amplitudes, and `climbed`, the
+# bicubic enlargement after 10, 20 and 30 steps along *MiniIQA's* gradient ([docs/recordings.md](../docs/recordings.md)).
+# The column to read is `above truth`: how many of the three photographs CLIP-IQA likes better in that version. MiniIQA
+# rises along `climbed`, because it was climbed; if CLIP-IQA does not, the pattern is MiniIQA's own and no common taste.
+
+# %% tags=["nbval-ignore-output"]
+if (recording := recorded("clip-iqa")) is None:
+    say_missing("clip-iqa")
+else:
+    print(recording.provenance)
+    table = recording.rows.set_index(["photograph", "version", "strength"])
+    truth = table.xs(("truth", 0), level=(1, 2))["score"]
+    table["above truth"] = table["score"] > truth.reindex(table.index.get_level_values(0)).to_numpy()
+    summary = table.groupby(level=(1, 2), sort=False)
+    print(summary.agg({"score": "mean", "mini_iqa": "mean", "above truth": "sum"}).round(3).to_string())
 
 # %% [markdown]
 # ## 10 · A bug, and the check that catches it

@@ -37,6 +37,7 @@ from rfsr_ext.data import PHOTOGRAPHS, evaluation_crops, load_photograph, photog
 from rfsr_ext.data.distortions import INPUT_FAULTS, distort
 from rfsr_ext.metrics import psnr
 from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.recordings import recorded, say_missing
 from rfsr_ext.rewards import (
     CallableReward,
     ImageReward,
@@ -364,6 +365,19 @@ else:
     real = create_reward("image-reward")
     for sentence in ("a photo of a cat", "a photo of the moon"):
         print(f"{sentence:20s} ImageReward {real.score(cat[None], [sentence]).item():.2f}")
+
+# %% [markdown]
+# Does the real ImageReward read the prompt? `rfsr record image-reward` gives each of seven photographs its own prompt
+# and the six others'. Read along a row, as in section 3: is the own prompt the highest?
+
+# %% tags=["nbval-ignore-output"]
+if (recording := recorded("image-reward")) is None:
+    say_missing("image-reward")
+else:
+    print(recording.provenance)
+    table = recording.rows.pivot(index="photograph", columns="prompt_of", values="score")
+    print(table.round(2).to_string())
+    print(f"the own prompt scores highest in {(table.idxmax(axis=1) == table.index).sum()} of {len(table)} rows")
 
 # %% [markdown]
 # ## 5 · Can a prompt be hacked?

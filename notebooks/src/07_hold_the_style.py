@@ -44,6 +44,7 @@ from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.metrics import Judge, ssim
 from rfsr_ext.models import load_model
 from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.recordings import recorded, say_missing
 from rfsr_ext.rewards import MiniIQA
 from rfsr_ext.sampling import TimestepWindows, generators, rollout, sample
 from rfsr_ext.training import RFSRObjective
@@ -238,6 +239,22 @@ assert within < between
 # Gram distance also counts brightness and contrast (section 3), and two patches of grass may differ in both. A trained
 # VGG19 has better filters; the arithmetic is the same.
 #
+# And the trained one? `rfsr record vgg19` measures the same six patches with ImageNet's VGG19. The units differ from
+# ours, so compare what is independent of them: the ratio of the two means, and how many patches have their twin nearest.
+
+# %% tags=["nbval-ignore-output"]
+if (recording := recorded("vgg19")) is None:
+    say_missing("vgg19")
+else:
+    print(recording.provenance)
+    trained = recording.rows
+    mean = trained.groupby("same")["distance"].mean()
+    both = pd.concat([trained, trained.rename(columns={"a": "b", "b": "a"})], ignore_index=True)
+    twins = both.loc[both.groupby("a")["distance"].idxmin(), "same"].sum()
+    print(f"between over within: trained {mean[False] / mean[True]:.1f}, random {between / within:.1f}")
+    print(f"twin nearest: trained {twins} of 6, random {sum(int(k) == i ^ 1 for i, k in enumerate(nearest))} of 6")
+
+# %% [markdown]
 # ## 5 · Equation 6, forwards and backwards
 #
 # $$\mathcal L_{gram\text{-}kl}=\sum_l w_l\,\frac1N\sum_n\bigl\|G(F^l_n)-G(F'^l_n)\bigr\|_2^2$$
