@@ -190,7 +190,7 @@ def evaluate(
     cases: Annotated[Path | None, typer.Option(help="PNG of the best and worst cases (pictures).")] = None,
     by: Annotated[str | None, typer.Option(help="Metric that ranks the cases; the first by default.")] = None,
     crops: Annotated[int, whole("Held-out crops.", 1)] = 64,
-    size: Annotated[int, whole("Their side in pixels.", 8, step=4)] = 64,
+    size: Annotated[int, whole("Their side in pixels.", 32, step=4)] = 64,
     seeds: Annotated[
         int | None, whole("Seeds of the noise, from 0; 3 on held-out crops and 1 on pairs by default.", 1)
     ] = None,
@@ -308,7 +308,7 @@ def ablate(
     variants: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
     seeds: Annotated[int, whole("Training seeds, from 0.", 1)] = 3,
     crops: Annotated[int, whole("Held-out crops.", 1)] = 32,
-    size: Annotated[int, whole("Their side in pixels.", 8, step=4)] = 64,
+    size: Annotated[int, whole("Their side in pixels.", 32, step=4)] = 64,
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/ablation"),
 ) -> None:
     """Train the variants of the paper's Tables 2 to 5 over several seeds and compare them."""

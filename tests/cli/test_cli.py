@@ -83,7 +83,7 @@ def test_config_show_prints_every_setting(rfsr):
         (["upscale", "x.png", "--tile", "8", "--overlap", "32"], "overlap must be at least 0 and smaller than tile"),
         (
             ["evaluate", "mini", "--size", "63"],
-            "--size must be a whole number from 8 to 1000000000, a multiple of 4, g",
+            "--size must be a whole number from 32 to 1000000000, a multiple of 4, ",
         ),
         (["upscale", "x.png", "--output", "x.png"], "'x.png' must be a folder, but 'x.png' is a file; give another"),
         (["upscale", "x.png", "--output", "x.png/out"], "'x.png/out' must be a folder, but 'x.png' is a file"),
