@@ -318,7 +318,7 @@ def evaluate_models(
     if not is_main():
         return
     suite = Suite(preset, device=choose_device()) if preset else None
-    samples = evaluation_crops(photographs("test"), size, crops)
+    samples = evaluation_crops(photographs("test"), size, crops, called="--crops")
     scorers = held_out_scorers()
     models = {name: load_model(name, **(options or {})) for name in names}
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
@@ -375,7 +375,7 @@ def evaluate_best_of(
     if not is_main():
         return
     suite = Suite(preset, device=choose_device()) if preset else None
-    samples, scorers = evaluation_crops(photographs("test"), size, crops), held_out_scorers()
+    samples, scorers = evaluation_crops(photographs("test"), size, crops, called="--crops"), held_out_scorers()
     frames = []
     for name in dict.fromkeys(names):
         model = load_model(name, **(options or {})).to(choose_device())
@@ -412,7 +412,7 @@ def ablate_variants(
 ) -> None:
     """Train and compare; every row lands in ``output/ablation.csv``."""
     variants = list(variants or VARIANTS)
-    samples = evaluation_crops(photographs("test"), size, crops)
+    samples = evaluation_crops(photographs("test"), size, crops, called="--crops")
     frame = ablate(RFSRConfig.load(config), samples, held_out_scorers(), variants, seeds, output)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} training seeds; rewards are stand-ins\n")
     typer.echo(mean_table(frame))

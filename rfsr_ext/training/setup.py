@@ -103,7 +103,8 @@ def build_model(config: RunConfig, device: torch.device, model: ISRModel | None 
 
 def build_validation(config: RunConfig) -> list[Sample]:
     """Held-out crops of the bundled photographs."""
-    return evaluation_crops(photographs("validation"), config.validation_size, config.validation_crops)
+    names, size = photographs("validation"), config.validation_size
+    return evaluation_crops(names, size, config.validation_crops, called="validation_crops")
 
 
 def build_judges(device: torch.device) -> dict[str, Scorer]:

@@ -66,7 +66,12 @@ def test_config_show_prints_every_setting(rfsr):
             ["train", "mini", "--set", "rewards={magic: 1}"],
             "reward must be one of mini-iqa, mini-preference, clipiqa, ",
         ),
-        (["evaluate", "mini", "--crops", "100000"], "count must be at most"),
+        (["evaluate", "mini", "--crops", "100000"], "--crops must be at most"),
+        (
+            ["train", "mini", "--set", "validation_crops=100000"],
+            "validation_crops must be at most 52 for crops of 64 p",
+        ),
+        (["demo", "--crops", "100000"], "--crops must be at most"),
         (["evaluate", "mini", "--gt", "."], "--gt and --cases are for folders of pictures"),
         (["evaluate", "mini", "."], "targets must be all models or all folders of pictures, got mini ."),
         (["evaluate", ".", "--preset", "magic"], "preset must be one of basic, rfsr-paper, seesr,"),
