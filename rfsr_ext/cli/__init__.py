@@ -253,7 +253,10 @@ def evaluate(
     elif any(folders):
         raise ValueError(f"targets must be all models or all folders of pictures, got {' '.join(targets)}")
     elif gt is not None or cases is not None:
-        raise ValueError("--gt and --cases are for folders of pictures; models are measured on the bundled photographs")
+        raise ValueError(
+            f"--gt and --cases are for folders of pictures, and {targets[0]!r} is none; give some, or leave them out "
+            "to measure models on the bundled photographs"
+        )
     else:
         evaluate_models(targets, crops, size, range(seeds or 3), output, steps, chosen, options, stability, overwrite)
 

@@ -467,7 +467,7 @@ def test_roots_that_are_refused(folder, kind):
         path.mkdir()
     if kind == "only_faults":
         (path / "text.png").write_bytes(b"text")
-    with pytest.raises(FileNotFoundError, match=f"data folder '{path}' (does not exist|has no usable image)"):
+    with pytest.raises(FileNotFoundError, match=f"data folder '{path}' (does not exist|is a file|has no usable image)"):
         ImageFolder([folder, path], SIZE)
 
 
