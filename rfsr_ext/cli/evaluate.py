@@ -64,7 +64,13 @@ BEST_OF = (".best_of.csv", ".best_of.png")
 
 
 def choose_preset(name: str | None, metrics: str | None, channel: str | None, border: int | None) -> Preset | None:
-    """The preset of this name; with anything changed it is called "custom".  None if nothing was asked for."""
+    """The preset of this name; with anything changed it is called "custom".  None if nothing was asked for.
+
+    Raises:
+        ValueError: if there is no such preset, metric or channel.
+    """
+    if channel not in (None, "rgb", "y"):
+        raise ValueError(f"--channel must be rgb or y, got {channel!r}")
     changes: dict[str, Any] = {
         "metrics": tuple(metrics.split(",")) if metrics else None,
         "channel": channel,

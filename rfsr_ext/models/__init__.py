@@ -71,6 +71,9 @@ def load_model(name: str | Path = "mini", **options) -> ISRModel:
     if is_import_name(str(name)):
         return create_object(str(name), "model", ISRModel, **options)
     path = _SHIPPED.get(str(name), Path(name))
+    for option in ("weights", "base"):
+        if option in options:
+            raise ValueError(f"{option} is for published models, which {str(name)!r} is not; leave it out")
     config = path / ISR_CONFIG
     kind = read_json(config).get("model", "controlnet") if config.is_file() else "controlnet"
     if not isinstance(kind, str) or kind not in _KINDS:

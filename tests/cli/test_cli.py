@@ -84,6 +84,9 @@ def test_config_show_prints_every_setting(rfsr):
         (["evaluate", ".", "--output", "table.xlsx"], "output must end in .csv or .parquet, got 'table.xlsx'"),
         (["weights", "fetch", "magic"], "name must be one of vgg19, "),
         (["ablate", "--variants", "magic"], "variants must be among rfsr, "),
+        (["evaluate", ".", "--channel", "z"], "--channel must be rgb or y, got 'z'"),
+        (["upscale", "x.png", "--dtype", "int8"], "--dtype must be float32, bfloat16 or float16, got 'int8'"),
+        (["upscale", "x.png", "--weights", "."], "weights is for published models, which 'mini' is not; leave it out"),
         (
             ["upscale", "x.png", "--color-fix", "sepia"],
             "--color-fix must be one of recipe, wavelet, adain, none, got 'sepia'",
