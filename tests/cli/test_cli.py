@@ -61,7 +61,13 @@ def test_config_show_prints_every_setting(rfsr):
             ["config", "show", "absent.yaml"],
             "config 'absent.yaml' is neither a file nor one of the presets mini, paper",
         ),
-        (["train", "mini", "--set", "model=nowhere"], "model folder 'nowhere' does not exist; give a folder on disk"),
+        (["train", "mini", "--set", "model=nowhere"], "model folder 'nowhere' does not exist, and nothing is down"),
+        (
+            ["upscale", "x.png", "--model", "minii"],
+            "model folder 'minii' does not exist, and nothing is downloaded; did ",
+        ),
+        (["upscale", "x.png", "--model", "sesr"], "; did you mean 'seesr'?"),
+        (["upscale", "x.png", "--model", "owner/name"], "give a folder on disk or one of mini, "),
         (
             ["train", "mini", "--set", "rewards={magic: 1}"],
             "reward must be one of mini-iqa, mini-preference, clipiqa, ",
