@@ -94,6 +94,10 @@ def test_lora_targets_must_be_there(tiny_model):
     ):
         setup.add_adapters(tiny_model, 2, ("nothing", "q"))
 
+    with pytest.raises(
+        ValueError, match="lora_targets must name modules of the unet or controlnet, such as to_k, .* got to_kk$"
+    ):
+        setup.add_adapters(tiny_model, 2, ("to_q", "to_kk"))
 
 def test_lora_over_a_base_in_half_precision_needs_no_second_copy(settings, parts):
     """The base model, which is the reference, is held in bfloat16; what is trained, its moments and average are not."""
