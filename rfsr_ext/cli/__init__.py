@@ -190,7 +190,7 @@ def evaluate(
     cases: Annotated[Path | None, typer.Option(help="PNG of the best and worst cases (pictures).")] = None,
     by: Annotated[str | None, typer.Option(help="Metric that ranks the cases; the first by default.")] = None,
     crops: Annotated[int, whole("Held-out crops.", 1)] = 64,
-    size: Annotated[int, whole("Their side in pixels.", 8, step=4)] = 64,
+    size: Annotated[int, whole("Their side in pixels.", 32, step=4)] = 64,
     seeds: Annotated[
         int | None, whole("Seeds of the noise, from 0; 3 on held-out crops and 1 on pairs by default.", 1)
     ] = None,
@@ -253,7 +253,10 @@ def evaluate(
     elif any(folders):
         raise ValueError(f"targets must be all models or all folders of pictures, got {' '.join(targets)}")
     elif gt is not None or cases is not None:
-        raise ValueError("--gt and --cases are for folders of pictures; models are measured on the bundled photographs")
+        raise ValueError(
+            f"--gt and --cases are for folders of pictures, and {targets[0]!r} is none; give some, or leave them out "
+            "to measure models on the bundled photographs"
+        )
     else:
         evaluate_models(targets, crops, size, range(seeds or 3), output, steps, chosen, options, stability, overwrite)
 
@@ -328,7 +331,7 @@ def ablate(
     variants: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
     seeds: Annotated[int, whole("Training seeds, from 0.", 1)] = 3,
     crops: Annotated[int, whole("Held-out crops.", 1)] = 32,
-    size: Annotated[int, whole("Their side in pixels.", 8, step=4)] = 64,
+    size: Annotated[int, whole("Their side in pixels.", 32, step=4)] = 64,
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/ablation"),
 ) -> None:
     """Train the variants of the paper's Tables 2 to 5 over several seeds and compare them."""

@@ -25,7 +25,7 @@ __all__ = ["compare_ways"]
 def compare_ways(source: str, overrides: dict[str, Any]) -> None:
     """Train and measure every way, or what is left of it; tables and pictures land in ``output_dir``."""
     config, device = ComparisonConfig.load(source, overrides), choose_device()
-    samples = evaluation_crops(photographs("test"), config.size, config.crops)
+    samples = evaluation_crops(photographs("test"), config.size, config.crops, called="crops")
     measures = create_measures(config.full_reference, config.no_reference, device)
     measures += create_measures((), config.held_out, device)
     lower_better = {measure.name for measure in measures if measure.lower_better}

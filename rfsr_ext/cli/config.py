@@ -36,8 +36,10 @@ def model_options(
     """Options of ``load_model`` from those of the command line; only what was given.
 
     Raises:
-        ValueError: as `parse_pairs` does.
+        ValueError: as `parse_pairs` does, or for another type.
     """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
     options = parse_pairs("--model-option", pairs)
     options |= {name: str(path) for name, path in (("weights", weights), ("base", base)) if path is not None}
     return options if dtype == "float32" else {**options, "torch_dtype": dtype}

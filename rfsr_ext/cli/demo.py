@@ -66,10 +66,10 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
     config = RFSRConfig.load("mini", overrides)
     without = config.replace(style_loss="none", output_dir=str(output / "without-style"))
     check_unheld(output, tuple(_WRITTEN))
+    samples = evaluation_crops(photographs("test"), 128, crops, called="--crops")
     typer.echo("RFSR on the mini model; its rewards and VGG19 are small stand-ins (see rfsr_ext/weights/README.md)")
     result, hacked = RFSRTrainer(config).train(), RFSRTrainer(without).train()
 
-    samples = evaluation_crops(photographs("test"), 128, crops)
     base = load_model(config.model)
     models = {"base": base, "fine-tuned": result.model, "without style loss": hacked.model}
     scorers = held_out_scorers()

@@ -64,7 +64,13 @@ BEST_OF = (".best_of.csv", ".best_of.png")
 
 
 def choose_preset(name: str | None, metrics: str | None, channel: str | None, border: int | None) -> Preset | None:
-    """The preset of this name; with anything changed it is called "custom".  None if nothing was asked for."""
+    """The preset of this name; with anything changed it is called "custom".  None if nothing was asked for.
+
+    Raises:
+        ValueError: if there is no such preset, metric or channel.
+    """
+    if channel not in (None, "rgb", "y"):
+        raise ValueError(f"--channel must be rgb or y, got {channel!r}")
     changes: dict[str, Any] = {
         "metrics": tuple(metrics.split(",")) if metrics else None,
         "channel": channel,
@@ -318,7 +324,7 @@ def evaluate_models(
     if not is_main():
         return
     suite = Suite(preset, device=choose_device()) if preset else None
-    samples = evaluation_crops(photographs("test"), size, crops)
+    samples = evaluation_crops(photographs("test"), size, crops, called="--crops")
     scorers = held_out_scorers()
     models = {name: load_model(name, **(options or {})) for name in names}
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
@@ -375,7 +381,7 @@ def evaluate_best_of(
     if not is_main():
         return
     suite = Suite(preset, device=choose_device()) if preset else None
-    samples, scorers = evaluation_crops(photographs("test"), size, crops), held_out_scorers()
+    samples, scorers = evaluation_crops(photographs("test"), size, crops, called="--crops"), held_out_scorers()
     frames = []
     for name in dict.fromkeys(names):
         model = load_model(name, **(options or {})).to(choose_device())
@@ -412,7 +418,7 @@ def ablate_variants(
 ) -> None:
     """Train and compare; every row lands in ``output/ablation.csv``."""
     variants = list(variants or VARIANTS)
-    samples = evaluation_crops(photographs("test"), size, crops)
+    samples = evaluation_crops(photographs("test"), size, crops, called="--crops")
     frame = ablate(RFSRConfig.load(config), samples, held_out_scorers(), variants, seeds, output)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} training seeds; rewards are stand-ins\n")
     typer.echo(mean_table(frame))

@@ -377,13 +377,14 @@ def evaluation_crops(
     seed: int = 0,
     degradation: Degradation | None = None,
     folder: Path | None = None,
+    called: str = "count",
 ) -> list[Sample]:
     """A fixed set of crops for measuring: a regular grid over each photograph at 0.4, 0.65 and full scale.
 
     Flat backgrounds are left out.  Photographs take turns, so that any ``count`` holds about as many crops of each; the
     degradation of a crop depends on ``seed`` and on its place alone.
 
-    ``folder`` is where `PACKAGED` photographs are, see `load_photograph`.
+    ``folder`` is where `PACKAGED` photographs are, see `load_photograph`; ``called`` is what an error calls ``count``.
 
     Raises:
         ValueError: if the photographs hold fewer than ``count`` crops of this size.
@@ -405,7 +406,7 @@ def evaluation_crops(
         columns.append([(name, *crops[i]) for i in order])
     turns = [column[i] for i in range(max(map(len, columns))) for column in columns if i < len(column)]
     if len(turns) < count:
-        raise ValueError(f"count must be at most {len(turns)} for crops of {size} pixels, got {count}")
+        raise ValueError(f"{called} must be at most {len(turns)} for crops of {size} pixels, got {count}")
     samples = []
     for name, key, gt in turns[:count]:
         gt = np.ascontiguousarray(gt)

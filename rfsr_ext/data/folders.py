@@ -115,7 +115,8 @@ def list_files(folder: str, passed_over: Counter) -> tuple[list[str], set[str]]:
         FileNotFoundError: if there is no such folder.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"data folder {str(folder)!r} does not exist; give a folder of images")
+        what = "is a file" if os.path.exists(folder) else "does not exist"
+        raise FileNotFoundError(f"data folder {str(folder)!r} {what}; give a folder of images")
     images, texts = [], set()
     for path in _walk(os.fspath(folder), set(), passed_over):
         suffix = os.path.splitext(path)[1].lower()

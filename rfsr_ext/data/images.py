@@ -124,6 +124,9 @@ def _decoding() -> Iterator[None]:
         raise
     except MemoryError as error:
         raise OSError("it needs more memory than there is") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise OSError(f"it has more than the {most:.0f} million pixels that are read; give parts of it") from error
     except Exception as error:
         raise OSError(str(error) or type(error).__name__) from error
 

@@ -42,7 +42,8 @@ def list_pictures(folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder {str(folder)!r} does not exist")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"folder {str(folder)!r} {what}; give a folder of pictures")
     found: dict[str, Path] = {}
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES):
         name = re.sub(r"_x\d+$", "", path.stem)  # what `rfsr upscale` appends

@@ -1,5 +1,6 @@
 """Base models: what RFSR asks of one, and the implementation over diffusers parts."""
 
+import difflib
 from pathlib import Path
 
 import torch
@@ -70,7 +71,16 @@ def load_model(name: str | Path = "mini", **options) -> ISRModel:
         return open_published(str(name), **options)
     if is_import_name(str(name)):
         return create_object(str(name), "model", ISRModel, **options)
+    for option in ("weights", "base"):
+        if option in options:
+            raise ValueError(f"{option} is for published models, which {str(name)!r} is not; leave it out")
     path = _SHIPPED.get(str(name), Path(name))
+    if not path.exists():
+        close = difflib.get_close_matches(str(name), list_models(), n=1)
+        advice = (
+            f"did you mean {close[0]!r}?" if close else f"give a folder on disk or one of {', '.join(list_models())}"
+        )
+        raise FileNotFoundError(f"model folder {str(name)!r} does not exist, and nothing is downloaded; {advice}")
     config = path / ISR_CONFIG
     kind = read_json(config).get("model", "controlnet") if config.is_file() else "controlnet"
     if not isinstance(kind, str) or kind not in _KINDS:

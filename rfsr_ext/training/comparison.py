@@ -20,7 +20,7 @@ from rfsr_ext.evaluation.measure import seconds_per_image
 from rfsr_ext.files import load_tensors, lock_folder, save_tensors
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.training.ccsr import CCSRConfig
-from rfsr_ext.training.config import Count, Pixels, RFSRConfig, RunConfig, Settings, Text
+from rfsr_ext.training.config import Count, Measured, RFSRConfig, RunConfig, Settings, Text
 from rfsr_ext.training.dp2o import DP2OConfig
 from rfsr_ext.training.kept import find_result, keep_result, samples_digest
 from rfsr_ext.training.runs import create_trainer, load_config
@@ -61,7 +61,7 @@ class ComparisonConfig(Settings):
     )
     seeds: Count = Field(3, description="trainings of each way, which differ in data order and noise; seeds from 0")
     crops: Count = Field(24, description="held-out crops of the bundled test photographs")
-    size: Pixels = Field(64, description="their side in pixels")
+    size: Measured = Field(64, description="their side in pixels")
     results: Annotated[int, Field(ge=2, le=1000)] = Field(
         8, description="M, results per crop, for spread and for best, mean and worst of M"
     )

@@ -41,6 +41,7 @@ _OLD_VALUES = {"dwt-ll": "haar-ll", "gram-kl": "gram"}
 Text = Annotated[str, Field(pattern=r"\S")]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Pixels = Annotated[int, Field(ge=8, le=2**14, multiple_of=4)]  # LR images are 4 times smaller
+Measured = Annotated[int, Field(ge=32, le=2**14, multiple_of=4)]  # the judge takes no smaller ones
 Weight = Annotated[float, Field(ge=0, le=1e12)]  # far below the largest number of single precision
 Edge = Annotated[float, AfterValidator(lambda value: int(value) if value.is_integer() else value)]
 Window = tuple[Edge, Edge]
@@ -215,7 +216,7 @@ class RunConfig(Settings):
     )
     validate_every: Count = Field(500, description="iterations between two measurements on the held-out crops")
     validation_crops: Count = Field(8, description="number of held-out crops")
-    validation_size: Pixels = Field(512, description="side of the held-out crops in pixels")
+    validation_size: Measured = Field(512, description="side of the held-out crops in pixels")
     checkpoint_every: Count = Field(500, description="iterations between two checkpoints, from which a run resumes")
     keep_checkpoints: Count = Field(2, description="number of checkpoints kept, the newest")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of data, noise and drawn steps")

@@ -85,7 +85,14 @@ class HeldOut:
         """Append a row to ``measured``, and say whether its weights are the best so far, at a PSNR that is kept."""
         self.measured.append(row)
         best = next(r for r in self.measured if r["iteration"] == self.best_iteration)
-        kept = row["psnr"] >= self.measured[0]["psnr"] - self.max_psnr_drop
+        fallen = self.measured[0]["psnr"] - row["psnr"]
+        kept = fallen <= self.max_psnr_drop
+        if fallen > max(self.max_psnr_drop, 0):
+            logger.warning(
+                "iteration %d: held-out PSNR is %.2f dB, %.2f below the base model's, more than max_psnr_drop (%g) "
+                "allows; if it stays so, lower learning_rate",
+                row["iteration"], row["psnr"], fallen, self.max_psnr_drop,
+            )  # fmt: skip
         if row is not self.measured[0] and not (kept and is_better(row, best)):
             return False
         self.best_iteration = row["iteration"]

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -103,7 +104,8 @@ def build_model(config: RunConfig, device: torch.device, model: ISRModel | None 
 
 def build_validation(config: RunConfig) -> list[Sample]:
     """Held-out crops of the bundled photographs."""
-    return evaluation_crops(photographs("validation"), config.validation_size, config.validation_crops)
+    names, size = photographs("validation"), config.validation_size
+    return evaluation_crops(names, size, config.validation_crops, called="validation_crops")
 
 
 def build_judges(device: torch.device) -> dict[str, Scorer]:
@@ -155,22 +157,36 @@ def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:
 
     Raises:
         ModuleNotFoundError: without the package peft.
-        ValueError: if a network has none of the modules.
+        ValueError: if a network has none of the modules, or no network has one that the defaults do not name.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ModuleNotFoundError("lora_rank needs the package peft; pip install 'rfsr_ext[lora]'") from None
-    for network, module in model.trainable_networks().items():
-        names = [name for name, part in module.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
-        if not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
-            endings = sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
-            raise ValueError(
-                f"lora_targets must name modules of the {network}, such as {', '.join(endings[:8])}, got "
-                f"{', '.join(targets)}"
-            )
+    parts = {
+        network: [f".{name}" for name, part in module.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+        for network, module in model.trainable_networks().items()
+    }
+    for network, names in parts.items():
+        if not any(name.endswith(f".{target}") for name in names for target in targets):
+            raise _no_such_target(network, names, targets)
+    usual = RunConfig.model_fields["lora_targets"].default  # no kind of network has all of these
+    everywhere = [name for names in parts.values() for name in names]
+    for target in targets:
+        if target not in usual and not any(name.endswith(f".{target}") for name in everywhere):
+            raise _no_such_target(" or ".join(parts), everywhere, [target])
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
     model.networks |= {name: get_peft_model(m, lora) for name, m in model.trainable_networks().items()}
+
+
+def _no_such_target(network: str, names: Sequence[str], targets: Sequence[str]) -> ValueError:
+    """Names of modules that there are, those first that look like what was given."""
+    endings = sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
+    near = [close for target in targets for close in difflib.get_close_matches(target, endings, n=1)]
+    known = list(dict.fromkeys([*near, *endings]))[:8]
+    return ValueError(
+        f"lora_targets must name modules of the {network}, such as {', '.join(known)}, got {', '.join(targets)}"
+    )
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ SKIPPED = {
     "bad_stream.png": (png(PIXELS, 2, data=chunk(b"IDAT", b"no zlib stream at all")), "cannot be decoded"),
     "no_data.png": (png(PIXELS, 2, data=b""), "cannot be"),
     "no_sides.png": (png(None, 2, size=(0, 0)), "cannot be"),
-    "bomb.png": (png(None, 0, size=(20_000, 10_000)), "cannot be read as an image (Image size (2"),
+    "bomb.png": (png(None, 0, size=(20_000, 10_000)), "cannot be read as an image (it has more than the 179"),
     "text_bomb.png": (
         png(PIXELS, 2, before=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**21)))),
         "cannot be read as an image (Decompressed data too large",
@@ -467,7 +467,7 @@ def test_roots_that_are_refused(folder, kind):
         path.mkdir()
     if kind == "only_faults":
         (path / "text.png").write_bytes(b"text")
-    with pytest.raises(FileNotFoundError, match=f"data folder '{path}' (does not exist|has no usable image)"):
+    with pytest.raises(FileNotFoundError, match=f"data folder '{path}' (does not exist|is a file|has no usable image)"):
         ImageFolder([folder, path], SIZE)
 
 

@@ -281,7 +281,12 @@ def test_what_we_save_of_it_stock_diffusers_opens(stock, tmp_path):
 @pytest.mark.parametrize(
     ("place", "options", "error", "message"),
     [
-        ("nowhere", {}, FileNotFoundError, r"model folder '.*nowhere' does not exist; give a folder on disk or one of"),
+        (
+            "nowhere",
+            {},
+            FileNotFoundError,
+            r"model folder '.*nowhere' does not exist, and nothing is downloaded; give a ",
+        ),
         ("empty", {}, ValueError, r"must be a diffusers folder .* got a folder without model_index.json"),
         ("photo.png", {}, ValueError, r"must be a diffusers folder .* got a file"),
         ("plain", {}, ValueError, r"is a StableDiffusionPipeline without ControlNet; give its folder as controlnet="),

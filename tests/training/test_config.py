@@ -149,6 +149,10 @@ def test_a_method_that_nobody_knows_is_named(tmp_path):
             {"degradation": {"preset": "realesrgan-a", "first": {"jpeg_range": [95, 30]}}},
             "degradation: preset realesrgan-a: first.jpeg_range must be",
         ),
+        (
+            {"validation_size": 28},
+            "validation_size must be a whole number (at least 32, at most 16384, a multiple of 4), got 28",
+        ),
         ({"model": 5}, "model must be text that is not empty, got 5"),
         ({"lora_targets": "to_q"}, "lora_targets must be a list of text that is not empty, got 'to_q'"),
         ({"points_per_rollout": 3}, "iterations must be a multiple of points_per_rollout (3), got 10000"),

@@ -18,6 +18,7 @@ from rfsr_ext.models import ControlNetISRModel
 from rfsr_ext.rewards import WeightedReward
 from rfsr_ext.sampling import sample
 from rfsr_ext.training import NonFiniteLossError, RFSRConfig, RFSRTrainer, setup
+from rfsr_ext.training.held_out import HeldOut
 from tests import launching
 from tests.training import run_tiny
 from tests.training.conftest import Brightness, FewSamples, Pixels, assert_same_state, end_state, make_tiny_model
@@ -93,6 +94,10 @@ def test_lora_targets_must_be_there(tiny_model):
         ValueError, match="lora_targets must name modules of the unet, such as conv, .* got nothing, q$"
     ):
         setup.add_adapters(tiny_model, 2, ("nothing", "q"))
+    with pytest.raises(
+        ValueError, match="lora_targets must name modules of the unet or controlnet, such as to_k, .* got to_kk$"
+    ):
+        setup.add_adapters(tiny_model, 2, ("to_q", "to_kk"))
 
 
 def test_lora_over_a_base_in_half_precision_needs_no_second_copy(settings, parts):
@@ -259,6 +264,17 @@ def test_warns_when_the_reward_rises_and_the_judge_falls(settings, parts, caplog
         run(settings, parts, iterations=20, structure_loss="none", style_loss="none", learning_rate=3e-3)
     assert "the training reward has risen" in caplog.text
     assert "held-out darkness has fallen" in caplog.text
+
+
+def test_warns_when_psnr_falls_too_far(tiny_model, caplog):
+    held_out = HeldOut(tiny_model, [], max_psnr_drop=1.0)
+    for iteration, psnr in ((0, 28.5), (1, 27.6), (2, 9.3)):
+        held_out._record({"iteration": iteration, "psnr": psnr}, lambda row, best: True)
+    assert held_out.best_iteration == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "iteration 2: held-out PSNR is 9.30 dB, 19.20 below the base model's, more than max_psnr_drop (1) allows; if "
+        "it stays so, lower learning_rate"
+    ]
 
 
 @pytest.mark.parametrize(

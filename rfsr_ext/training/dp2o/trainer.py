@@ -126,7 +126,7 @@ class DP2OTrainer:
         self.judges = setup.build_judges(device) if judges is None else judges
         if test is None:
             size, count = config.validation_size, config.report_crops
-            test = evaluation_crops(photographs("test"), size, count) if count else []
+            test = evaluation_crops(photographs("test"), size, count, called="report_crops") if count else []
         self.test = test
         self.base = self.model.fingerprint()
         self.adapted = False
