@@ -218,7 +218,8 @@ class RAM(ModelMixin, ConfigMixin):
 
 
 def _places(folders: list[Path]) -> list[Path]:
-    return [*folders, *(Path(place) for place in [os.environ.get("RFSR_WEIGHTS")] if place)]
+    more = [Path(place) for place in [os.environ.get("RFSR_WEIGHTS")] if place]
+    return list(dict.fromkeys([*folders, *more]))  # a folder may be given twice, as weights and as base
 
 
 def _find(folders: list[Path], file: str) -> Path | None:

@@ -172,8 +172,11 @@ def test_missing_files(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ram_swin_large_14m.pth \(RAM.*`rfsr weights fetch ram` gets it from"):
         RAM.from_released(tmp_path)
     (folder / "DAPE.pth").unlink()
-    with pytest.raises(FileNotFoundError, match=r"DAPE.pth \(.*\) is not in .*; https://github.com/cswry/SeeSR says"):
-        RAM.from_released(folder, dape=True)
+    with pytest.raises(
+        FileNotFoundError, match=r"DAPE.pth \(.*\) is not in .*; https://github.com/cswry/SeeSR says"
+    ) as told:
+        RAM.from_released([folder, folder], dape=True)
+    assert str(told.value).count(str(folder)) == 1, "each place once"
     lr = layout.uniform("lr", [2, 3, 12, 10])
     assert relative(RAM.from_released(folder).logits(lr).detach(), EXPECTED["ram.logits"]) < 1e-5  # plain RAM
 
