@@ -292,8 +292,9 @@ def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
             ) from None
         except OSError as error:
             logger.warning("folder %s cannot be locked (%s); start no second run into it", path, error.strerror)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with disk_errors(path / LOCK):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
 
 

@@ -171,6 +171,16 @@ def test_nothing_is_left_of_a_new_folder_after_an_exception(tmp_path):
     assert names(tmp_path) == set()
 
 
+def test_full_disk_while_locking_is_named(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError) as error, files.lock_folder(tmp_path):
+        pass
+    assert error.value.filename == str(tmp_path / files.LOCK)
+
+
 @pytest.mark.parametrize("replace", [files.replace_file, files.replace_folder])
 def test_full_disk_while_syncing(tmp_path, monkeypatch, replace):
     """Delayed allocation reports a full disk only when the data is forced out."""
