@@ -1,6 +1,7 @@
 """``rfsr upscale``: files in, files out."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 from rfsr_ext.cli.config import check_target, choose_device
 from rfsr_ext.cli.errors import disk_is_full, sentence
+from rfsr_ext.data.folders import NOT_READ
 from rfsr_ext.data.images import SUFFIXES, read_header, read_image_and_alpha, resize, to_image, to_tensor, to_uint8
 from rfsr_ext.files import make_folder, replace_file
 from rfsr_ext.memory import available
@@ -19,20 +21,28 @@ from rfsr_ext.processes import is_main, join, split_map
 from rfsr_ext.sampling import upscale
 from rfsr_ext.sampling.upscale import result_bytes, tiling
 
-__all__ = ["upscale_files"]
+__all__ = ["find_images", "upscale_files"]
 
 logger = logging.getLogger(__name__)
 
 COLOR_FIXES = ("recipe", "wavelet", "adain", "none")
 
 
-def _images(paths: Sequence[Path]) -> list[Path]:
-    """Folders are replaced by the pictures in them; a file given twice is upscaled once."""
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Folders are replaced by the pictures in them, and what else they hold is said; a file given twice counts once."""
     found: dict[Path, Path] = {}
     for path in paths:
         inside = [path]
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+            others = Counter("folders" if p.is_dir() else p.suffix.lower() for p in path.iterdir())
+            passed_over = {kind: n for kind, n in others.items() if kind in NOT_READ | {"folders"}}
+            if passed_over and is_main():
+                logger.warning(
+                    "not looked into in %s: %s",
+                    path,
+                    ", ".join(f"{n} {kind}" for kind, n in sorted(passed_over.items())),
+                )
             if not inside:
                 raise ValueError(f"folder {str(path)!r} has no picture ({', '.join(sorted(SUFFIXES))})")
         for image in inside:
@@ -109,7 +119,7 @@ def upscale_files(
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"--color-fix must be one of {', '.join(COLOR_FIXES)}, got {color_fix!r}")
     device = choose_device(device)
-    images = _images(paths)
+    images = find_images(paths)
     join()  # each has a GPU of its own from here on
     isr = load_model(model, **(model_options or {})).to(device)
     tiling(isr, tile, overlap)  # refused before any work

@@ -14,12 +14,12 @@ from typing import NamedTuple
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.data.pairs import match
 
-__all__ = ["Entry", "Listing", "Root", "list_files", "list_root"]
+__all__ = ["NOT_READ", "Entry", "Listing", "Root", "list_files", "list_root"]
 
 # What no data set means by its pictures: thumbnails of a NAS, macOS's copies; names that begin with a dot besides.
 _NOT_DATA = {"@eadir", "__macosx"}
 # Endings of pictures that are not read.
-_NOT_READ = {".avif", ".dng", ".exr", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga"}
+NOT_READ = {".avif", ".dng", ".exr", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga"}
 _ARCHIVES = {".7z", ".gz", ".lmdb", ".rar", ".tar", ".tgz", ".zip"}  # a data set that was not unpacked
 
 
@@ -124,7 +124,7 @@ def list_files(folder: str, passed_over: Counter) -> tuple[list[str], set[str]]:
             images.append(path)
         elif suffix == ".txt":
             texts.add(path)
-        elif suffix in _NOT_READ | _ARCHIVES:
+        elif suffix in NOT_READ | _ARCHIVES:
             passed_over[suffix] += 1
     return images, texts
 

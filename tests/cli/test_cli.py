@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from rfsr_ext.cli import _typer, errors
 from rfsr_ext.cli.config import choose_device
 from rfsr_ext.cli.evaluate import step_figures
+from rfsr_ext.cli.upscale import find_images
 from rfsr_ext.data.datasets import CheckedSamples
 from tests.odd import ODD
 
@@ -250,6 +251,16 @@ def test_a_folder_is_its_pictures(rfsr, quick, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_x4.png", "b_x4.png"]
     code, _ = rfsr("upscale", tmp_path, "--output", tmp_path / "none")
     assert f"folder {str(tmp_path)!r} has no picture" in code
+
+
+def test_upscale_says_what_it_passes_over_in_a_folder(tmp_path, caplog):
+    (tmp_path / "deeper").mkdir()
+    for name in ("b.png", "c.HEIC", "d.gif", "notes.md", "e.gif", "a.jpg"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_images([tmp_path])] == ["a.jpg", "b.png"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"not looked into in {tmp_path}: 2 .gif, 1 .heic, 1 folders"
+    ]
 
 
 def test_any_error_of_one_file_leaves_the_others(rfsr, quick, tmp_path, monkeypatch):
