@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,9 @@ def app() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "matplotlib", "PIL", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", r"Image size \(\d+ pixels\) exceeds limit"
+    )  # a photograph of 90 megapixels is no attack
     threading.excepthook = _failed_thread
     try:
         if (folder := _working_folder()) not in sys.path:  # settings may name package.module:Name in it

@@ -253,6 +253,14 @@ def test_a_folder_is_its_pictures(rfsr, quick, tmp_path):
     assert f"folder {str(tmp_path)!r} has no picture" in code
 
 
+def test_a_large_photograph_is_no_attack(rfsr, tmp_path, monkeypatch, recwarn):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    code, printed = rfsr("data", "check", tmp_path, "--crop-size", 16)
+    assert not code and "1 of 1 images can be used" in printed.out
+    assert not [warning for warning in recwarn if issubclass(warning.category, Image.DecompressionBombWarning)]
+
+
 def test_upscale_says_what_it_passes_over_in_a_folder(tmp_path, caplog):
     (tmp_path / "deeper").mkdir()
     for name in ("b.png", "c.HEIC", "d.gif", "notes.md", "e.gif", "a.jpg"):
