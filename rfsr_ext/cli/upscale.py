@@ -34,8 +34,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
-            others = Counter("folders" if p.is_dir() else p.suffix.lower() for p in path.iterdir())
+            entries = sorted(path.iterdir())
+            inside = [p for p in entries if p.is_file() and p.suffix.lower() in SUFFIXES]
+            others = Counter("folders" if p.is_dir() else p.suffix.lower() for p in entries)
             passed_over = {kind: n for kind, n in others.items() if kind in NOT_READ | {"folders"}}
             if passed_over and is_main():
                 logger.warning(
