@@ -226,7 +226,7 @@ def _warn(sentence: str) -> None:
     logger.warning("%s", sentence)
 
 
-_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of Pillow, by the color space of an ICC profile
+_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # of Pillow, by the color space of an ICC profile
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Image.Image:
@@ -235,7 +235,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None, path: str | Path) -> Ima
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             mode = _MODES.get(source.profile.xcolor_space)
-            if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
+            if mode is None or (mode != image.mode and {mode, image.mode} & {"CMYK", "LAB"}):
                 raise OSError(f"it is for {source.profile.xcolor_space.strip()}, the picture is {image.mode}")
             converted = ImageCms.profileToProfile(
                 image if image.mode == mode else image.convert(mode),

@@ -24,7 +24,8 @@ def _pair(sr: Tensor, gt: Tensor, smallest: int = 1, channel: str = "rgb", crop:
         raise ValueError(f"gt must have the shape of sr {list(sr.shape)}, got {list(gt.shape)}")
     least = smallest + 2 * crop
     if min(sr.shape[-2:]) < least:
-        raise ValueError(f"sr must be at least {least} pixels high and wide, got {sr.shape[-2]}x{sr.shape[-1]}")
+        left = f" if {crop} are left out along every border" if crop else ""
+        raise ValueError(f"sr must be at least {least} pixels high and wide{left}, got {sr.shape[-2]}x{sr.shape[-1]}")
     inside = (..., slice(crop, sr.shape[-2] - crop), slice(crop, sr.shape[-1] - crop))
     a, b = (x.detach().double().cpu().clamp(0, 1)[inside] for x in (sr, gt))
     return (_luma(a), _luma(b)) if channel == "y" else (a, b)

@@ -242,7 +242,7 @@ def _train(config: RunConfig, before: Mapping[str, str], what: str) -> tuple[pd.
         table = pd.DataFrame({"training_seconds": [made.seconds], "iterations": [len(made.history)]})
         keep_result(result, table)
     digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()
-    return table, {"trained before by": digest}
+    return table, {"earlier training": digest}
 
 
 def _measure(

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from rfsr_ext.data import load_photograph
 from rfsr_ext.data.images import (
@@ -183,6 +183,19 @@ def test_a_gray_profile_at_16_bits(tmp_path):
     Image.fromarray(values).save(tmp_path / "deep.png", icc_profile=profile(lambda x: x**1.8))
     expected = srgb_encode((values / 65535) ** 1.8)
     np.testing.assert_allclose(read_image(tmp_path / "deep.png"), np.stack([expected] * 3, -1), atol=1.6 / 255)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_tiff_in_cielab(tmp_path, embedded, caplog):
+    """L* takes 0 to 255, a* and b* are signed bytes (TIFF 6.0, section 23); white is D50's."""
+    wanted = np.random.default_rng(0).random((16, 16, 3)) * 0.4 + 0.3
+    ratio = srgb_decode(wanted) @ SRGB.T / D50
+    x, y, z = np.moveaxis(np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / 3 / (6 / 29) ** 2 + 4 / 29), -1, 0)
+    lab = np.stack([(116 * y - 16) * 2.55, 500 * (x - y), 200 * (y - z)], -1).round().astype(np.int16).astype(np.uint8)
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes() if embedded else None
+    Image.frombytes("LAB", (16, 16), lab.tobytes()).save(tmp_path / "print.tif", icc_profile=icc)
+    np.testing.assert_allclose(read_image(tmp_path / "print.tif"), wanted, atol=4 / 255)
+    assert not caplog.records
 
 
 def test_a_profile_survives_the_rotation(tmp_path, photograph):

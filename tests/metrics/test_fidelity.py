@@ -75,7 +75,7 @@ def test_border_is_left_out(pair):
     [
         ({"channel": "luma"}, "channel must be 'rgb' or 'y', got 'luma'"),
         ({"crop": -1}, "crop must be at least 0, got -1"),
-        ({"crop": 27}, "sr must be at least 65 pixels high and wide, got 64x64"),
+        ({"crop": 27}, "sr must be at least 65 pixels high and wide if 27 are left out along every border, got 64x64"),
     ],
 )
 def test_rejects_options(pair, options, sentence):
