@@ -325,6 +325,11 @@ class RFSRConfig(RunConfig):
     structure_loss: Literal["haar-ll", "l1", "none"] = Field(
         "haar-ll", description="haar-ll (eq. 2), l1 or none (Table 5)"
     )
+    structure_level: Annotated[int, Field(ge=1, le=8)] = Field(
+        1,
+        description="of the LL band that haar-ll compares: 1 is the paper's; 2 leaves free all that a low-resolution "
+        "image of a quarter of the side does not hold. Each level doubles the band's values, and with them the loss",
+    )
     lambda_structure: Weight = Field(5e-4, description="weight of the structure loss, λ_dwt")
     rewards: dict[str, Any] = Field(
         {"clipiqa": 5e-5, "image-reward": 5e-5},

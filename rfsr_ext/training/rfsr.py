@@ -62,7 +62,7 @@ def build_objective(
     return RFSRObjective(
         model,
         windows,
-        structure_loss=setup.structure_loss(config.structure_loss),
+        structure_loss=setup.structure_loss(config.structure_loss, config.structure_level),
         lambda_structure=config.lambda_structure,
         rewards=rewards,
         balance_rewards=config.balance_rewards,

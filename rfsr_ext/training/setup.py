@@ -147,9 +147,9 @@ def build_rewards(terms: dict[str, float | dict[str, Any]]) -> list[WeightedRewa
     return built
 
 
-def structure_loss(kind: str) -> nn.Module | None:
+def structure_loss(kind: str, level: int) -> nn.Module | None:
     """The structure loss, or what Table 5 puts in its place."""
-    return {"haar-ll": HaarLLLoss, "l1": nn.L1Loss, "none": lambda: None}[kind]()
+    return {"haar-ll": lambda: HaarLLLoss(level=level), "l1": nn.L1Loss, "none": lambda: None}[kind]()
 
 
 def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:

@@ -53,6 +53,15 @@ def test_the_reward_rises_and_everything_is_written(settings, parts):
     StableDiffusionControlNetPipeline.from_pretrained(folder / "model", safety_checker=None)
 
 
+@pytest.mark.parametrize(("level", "scale"), [(1, 2), (2, 4), (3, 8)])
+def test_the_structure_level_is_that_of_the_band(settings, parts, level, scale):
+    """The LL band of level n holds 2ⁿ times the means of squares with sides of 2ⁿ pixels."""
+    config = RFSRConfig.from_dict(settings | {"structure_level": level})
+    images, gt = torch.rand(2, 2, 3, 16, 16)
+    wanted = scale * torch.nn.functional.avg_pool2d(images - gt, scale).abs().mean()
+    torch.testing.assert_close(RFSRTrainer(config, Pixels(), **parts).objective.structure_loss(images, gt), wanted)
+
+
 def test_dwt_only_draws_early_steps_alone(settings, parts):
     result = run(settings, parts | {"rewards": []}, reward_window=None, rewards={})
     assert set(result.history["step"]) <= {1, 2}
