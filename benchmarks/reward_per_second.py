@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.reward_per_second train`` fine-tunes the mini model by every schedule of `SCHEDULES` from every
 seed, each measured on the same held-out crops; what is finished is kept in the results' JSON and not done again.
-``profile`` says what one iteration's time goes into, ``report`` writes the table and the picture beside the JSON.
+``profile`` says what one iteration's time goes into, ``rollouts`` what compiling or half precision makes of a rollout,
+``report`` writes the table and the picture beside the JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from benchmarks import measure, report
 from benchmarks.__main__ import cpu_name
 from rfsr_ext.data import evaluation_crops, photographs
-from rfsr_ext.models import ControlNetISRModel, load_model
+from rfsr_ext.models import ControlNetISRModel, ISRModel, load_model
 from rfsr_ext.rewards import reward_loss
 from rfsr_ext.sampling import generators, rollout
 from rfsr_ext.training import RFSRConfig, RFSRTrainer, build_objective, setup
@@ -50,6 +51,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "5 points averaged": {**_PAPER, "points_per_rollout": 5, "iterations": 20, "validate_every": 5, "averaged": True},
 }
 SETTING = {"batch_size": 2, "learning_rate": 1e-4, "checkpoint_every": 30}
+# How the network may compute in a rollout, which needs no gradient: compiled or not, and in which precision.
+COMPUTING = {"as it is": (False, False), "bfloat16": (False, True), "torch.compile": (True, False),
+             "torch.compile, bfloat16": (True, True)}  # fmt: skip
 _PROFILED = {PLAIN: (10, 45), PRESET: (2, 9)}  # a step in the middle of either window
 
 
@@ -179,6 +183,41 @@ def profile(name: str, step: int, repeats: int = 3) -> dict[str, float]:
     return {part: float(np.median([row[part] for row in found[1:]])) for part in found[0]}
 
 
+def rollouts(name: str, repeats: int = 5) -> dict[str, dict[str, float]]:
+    """A schedule's whole rollout, with the network computing in every way; they take turns.
+
+    ``processor_seconds`` is the median over repeats, ``first`` the seconds of the first call, which compiles, ``error``
+    the largest difference of the last latents from those of "as it is", relative to their largest entry.
+    """
+    config = RFSRConfig.load("mini", SETTING | SCHEDULES[name])
+    dataset, batch = setup.build_dataset(config), config.batch_size
+    samples = [dataset[i] for i in range(batch)]
+    lr, prompts = torch.stack([sample["lr"] for sample in samples]), [sample["prompt"] for sample in samples]
+    steps = config.num_inference_steps
+
+    def run(model: ISRModel, half: bool) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            condition = model.condition(lr, prompts)
+            return rollout(model, condition, steps, generators(0, range(batch)), steps).latents.double()
+
+    models = {way: load_model(config.model) for way in COMPUTING}
+    wanted = run(models["as it is"], False)
+    rows: dict[str, dict[str, float]] = {}
+    for way, (compiled, half) in COMPUTING.items():
+        for network in ("unet", "controlnet") if compiled else ():
+            models[way].networks[network].compile()
+        started = time.perf_counter()
+        error = (run(models[way], half) - wanted).abs().max() / wanted.abs().max()
+        rows[way] = {"first": time.perf_counter() - started, "error": error.item()}
+    seconds: dict[str, list[float]] = {way: [] for way in COMPUTING}
+    for _ in range(repeats):
+        for way, (_, half) in COMPUTING.items():
+            started = time.process_time()
+            run(models[way], half)
+            seconds[way].append(time.process_time() - started)
+    return {way: row | {"processor_seconds": float(np.median(seconds[way]))} for way, row in rows.items()}
+
+
 def reached(rows: list[dict], reward: float, clock: str) -> float:
     """When a run's held-out reward, taken as straight between measurements, first has this value; infinity if never."""
     for before, after in zip(rows, rows[1:], strict=False):
@@ -272,6 +311,21 @@ def lines(found: dict[str, Any]) -> list[str]:
                 cells.append("" if value is None else f"{value:.3f} ({value / total:.0%})")
             body.append([part, *cells])
         text += ["", "One iteration, processor seconds (share):", "", *report.table(["", *steps], body)]
+    if "rollouts" in found:
+        body = []
+        for name, ways in found["rollouts"].items():
+            plain = ways["as it is"]["processor_seconds"]
+            body += [
+                [name, way, f"{row['processor_seconds']:.3f}", f"{plain / row['processor_seconds']:.2f}×",
+                 f"{row['first']:.1f}", f"{row['error']:.0e}"]
+                for way, row in ways.items()
+            ]  # fmt: skip
+        header = ["rollout of", "network", "processor s", "faster by", "first call, s", "error"]
+        text += [
+            "", "A whole rollout of one batch, the condition included, with the network computing in other ways, which "
+            "took turns. Error is the largest difference of the last latents, relative to their largest entry. No "
+            "preset uses another way than the first.", "", *report.table(header, body),
+        ]  # fmt: skip
     return [*text, "", f"{found['device']}, {found['written']}."]
 
 
@@ -300,7 +354,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("train", "profile", "report"))
+    parser.add_argument("what", choices=("train", "profile", "rollouts", "report"))
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--crops", type=int, default=8)
@@ -318,6 +372,9 @@ def main() -> None:
         found["profile"] = {
             f"{name}, step {step}": profile(name, step) for name, steps in _PROFILED.items() for step in steps
         }
+        keep()
+    if options.what == "rollouts":
+        found["rollouts"] = {name: rollouts(name) for name in (PLAIN, PRESET)}
         keep()
     if options.what == "train":
         measured = {"crops": options.crops, "steps": options.steps}

@@ -32,8 +32,12 @@ def test_speed_is_read_where_the_plain_loops_last_reward_is_reached():
     assert math.isclose(first, 3) and second == 0  # 1.2 at 100 evaluations; 1.4 never
     assert math.isclose(shared["psnr_at_goal"][0], 0) and math.isnan(shared["psnr_at_goal"][1])
     assert shared["seeds"] == 2
-    text = "\n".join(bench.lines({"runs": runs, "held_out": {"crops": 1, "steps": 2}, "device": "x", "written": "y"}))
+    found = {"runs": runs, "held_out": {"crops": 1, "steps": 2}, "device": "x", "written": "y"}
+    ways = {"as it is": {"processor_seconds": 3.0, "first": 4.0, "error": 0.0},
+            "bfloat16": {"processor_seconds": 2.0, "first": 5.0, "error": 0.02}}  # fmt: skip
+    text = "\n".join(bench.lines(found | {"rollouts": {"plain": ways}}))
     assert "| 10 points | 2 | 7.5 |" in text
+    assert "| plain | bfloat16 | 2.000 | 1.50× | 5.0 | 2e-02 |" in text
 
 
 def test_evaluations_count_images_but_not_while_measuring():
