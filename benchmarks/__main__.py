@@ -4,11 +4,15 @@
 ``benchmarks/results/<device>.md`` and ``.json``. A full run compiles some 200 peers; ``--operators``, ``--dtypes``,
 ``--match`` and ``--peers`` narrow it down. Run it on a machine that does nothing else: the load before and after is
 written into the results.
+
+``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`` hold a processor that can do more to
+AVX2: torch's own kernels and ours, products of half-precision matrices, and those of fp32.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import re
 import time
@@ -26,6 +30,7 @@ from benchmarks.cases import DTYPES, Case, cases
 # Largest error relative to the largest entry that still counts as the same loss.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 OPERATORS = ("haar", "gram", "end-to-end", "rewards")
+SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 GRADIENT_SCALE = 2.0**14  # as a gradient scaler would: fp16 cannot hold the gradient of a mean over an image
 
 
@@ -170,8 +175,10 @@ def describe(device: str) -> dict:
         except PackageNotFoundError:
             found[package] = "not installed"
     served = rfsr_ext.build_info()["devices"][device]
+    held = {"held by": ", ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        **(held if device == "cpu" and held["held by"] else {}),
         "rfsr_ext": f"{rfsr_ext.__version__}, {served['backend']}: {served['why']}",
         "versions": ", ".join(f"{name} {text}" for name, text in found.items()),
         "system": f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
