@@ -392,7 +392,7 @@ show(
 # filters do not fit the blocks. Its structure error is larger than that of the others: it does not see the finest of what
 # the low resolution knows. So the paper's loss is one octave too shallow for ×4, the released one deeper than it need be:
 # one smooths what nobody knows, the other forgives errors in what is known. The package's trainer takes the paper's;
-# `HaarLLLoss(level=2)` is there for an objective of yours.
+# `structure_level: 2` in a configuration, or `HaarLLLoss(level=2)` in an objective of yours, takes the one between.
 #
 # Slide between the loss of level 2 and the pixel loss and watch the texture fade.
 
