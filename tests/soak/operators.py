@@ -20,7 +20,7 @@ MODES = ["symmetric", "reflect", "periodic", "zero", "constant", "smooth", "anti
          "periodization"]  # fmt: skip
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # of all that are asked for, 10⁵ calls would keep 19 GB
 def band_matrix(size: int, mode: str, level: int) -> Tensor:
     """Of the LL band along one side, column by column from PyWavelets, times √2 per level: whole numbers, so that a
     difference that should be 0 is."""
