@@ -47,6 +47,8 @@ class HeldOut:
         best_iteration: that of the best row; 0 is the base model.
     """
 
+    chosen_by = "reward"  # the column of ``measured`` that says which weights are best
+
     def __init__(
         self,
         model: ISRModel,
@@ -79,7 +81,7 @@ class HeldOut:
         frame["reward"] = self._reward(frame)
         self._warn_of_hacking(frame, iteration)
         row = {"iteration": iteration} | self._row(frame)
-        return self._record(row, lambda row, best: row["reward"] > best["reward"])
+        return self._record(row, lambda row, best: row[self.chosen_by] > best[self.chosen_by])
 
     def _record(self, row: dict[str, Any], is_better: Callable[[dict[str, Any], dict[str, Any]], bool]) -> bool:
         """Append a row to ``measured``, and say whether its weights are the best so far, at a PSNR that is kept."""
@@ -159,9 +161,25 @@ class HeldOut:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self.measured, self.best_iteration = state["measured"], state["best_iteration"]
-        self.scales, self.base_scores = state["scales"], state["base_scores"]
+        """Take over what `state_dict` gave.
+
+        Raises:
+            KeyError, TypeError: if it is something else.
+        """
+        measured, scores = state["measured"], state["base_scores"]
+        for name, kind, values in (("measured", dict, measured), ("base_scores", list, list(scores.values()))):
+            if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+                raise TypeError(f"{name} are no {kind.__name__}s")
+        for row in measured:
+            numbers = {name for name, value in row.items() if isinstance(value, (int, float))}
+            if missing := {"iteration", "psnr", self.chosen_by, *self.judges} - numbers:
+                raise KeyError(min(missing))
+        if measured and state["best_iteration"] not in [row["iteration"] for row in measured]:
+            raise KeyError("best_iteration")
+        if scores and (missing := {"reward", *self.judges} - scores.keys()):
+            raise KeyError(min(missing))
+        self.measured, self.best_iteration = measured, state["best_iteration"]
+        self.scales, self.base_scores = {name: (low, high) for name, (low, high) in state["scales"].items()}, scores
 
 
 def paired_ratio(first: Sequence[float], now: Sequence[float]) -> float:

@@ -209,7 +209,19 @@ def test_a_damaged_checkpoint_is_named(settings, parts):
     path = sorted((Path(settings["output_dir"]) / "checkpoints").glob("*.safetensors"))[-1]
     tensors, metadata = load_tensors(path)
     moment = next(name for name in tensors if ".optimizer.exp_avg." in name)
+    held_out = metadata["held_out"]
     for damaged, facts, sentence in (
+        *(
+            (tensors, metadata | {"held_out": held_out | change}, f"is damaged .*{said}")
+            for change, said in (
+                ({"measured": 1.5}, "measured are no dicts"),
+                ({"measured": [{"iteration": 0, "reward": 0.5, "darkness": 0.5}]}, "psnr"),
+                ({"best_iteration": 7}, "best_iteration"),
+                ({"base_scores": {"reward": 0.5}}, "base_scores are no lists"),
+                ({"base_scores": {"darkness": [0.5]}}, "reward"),
+                ({"scales": {"iqa": 1.0}}, "iterable"),
+            )
+        ),
         (tensors, metadata | {"history": True}, r"is damaged \(its history\); delete it to go on from the one before"),
         (tensors, metadata | {"optimizer_steps": {}}, "is damaged .KeyError"),
         (tensors, metadata | {"held_out": {"measured": []}}, "is damaged .KeyError"),

@@ -31,6 +31,8 @@ class HeldOutStability(HeldOut):
             judges, and ``l_std``.
     """
 
+    chosen_by = "distance"
+
     def __init__(
         self,
         model: ISRModel,
@@ -70,4 +72,4 @@ class HeldOutStability(HeldOut):
         row = {"iteration": iteration} | table["mean"].drop("l_std").to_dict()
         row |= {f"g_std_{name}": table["std"][name] for name in ("psnr", "distance", *self.judges)}
         row["l_std"] = table["std"]["l_std"]
-        return self._record(row, lambda row, best: row["distance"] < best["distance"])
+        return self._record(row, lambda row, best: row[self.chosen_by] < best[self.chosen_by])
