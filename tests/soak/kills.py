@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from rfsr_ext.cli import upscale as cli_upscale
 from rfsr_ext.cli.upscale import upscale_files
@@ -55,6 +57,7 @@ def fork(work: Callable[[Callable[[int], None]], None]) -> tuple[int, int]:
         return process, reader
     code = 1
     try:
+        tqdm.set_lock(threading.RLock())  # its own is one for all processes, and would stay with one that is killed
         os.close(reader)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 1)
