@@ -178,6 +178,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
             (new / MANIFEST).write_text(json.dumps({"files": names}, indent=2) + "\n", encoding="utf-8")
             names.append(MANIFEST)
             for name in names:
+                (new / name).chmod(0o644)  # as `replace_file`; safetensors' are for nobody else to read
                 _sync(new / name)
             _swap(stage, path, names)
         finally:

@@ -70,10 +70,13 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def test_new_folder(tmp_path):
-    save(tmp_path / "a" / "model", {"sub/weights": "new"})
     model = tmp_path / "a" / "model"
+    with files.replace_folder(model) as aside:
+        write(aside, {"sub/weights": "new"})
+        (aside / "sub/weights").chmod(0o600)  # as safetensors 0.8 writes them
     assert model.stat().st_mode & 0o777 == 0o755
     assert names(model) == {"sub", "sub/weights", ".rfsr.json"}
+    assert {file.stat().st_mode & 0o777 for file in model.rglob("*") if file.is_file()} == {0o644}
     assert json.loads((model / ".rfsr.json").read_text()) == {"files": ["sub/weights"]}
 
 
