@@ -108,7 +108,8 @@ def test_a_saved_folder_opens_again(folder, tmp_path):
     again = RAM.from_pretrained(tmp_path / "ram")
     lr = layout.uniform("lr", [2, 3, 12, 10])
     assert again.tags(lr) == ram.tags(lr) and again.tags(lr)[0].startswith("tag 0, tag 1, ")
-    torch.testing.assert_close(again.logits(lr), ram.logits(lr), atol=0, rtol=0)
+    torch.testing.assert_close(again.state_dict(), ram.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(again.logits(lr), ram.logits(lr))  # products may round otherwise at another address
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
