@@ -324,8 +324,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         text += [
             "", "A whole rollout of one batch, the condition included, with the network computing in other ways, which "
             "took turns. A first call compiles, once for all schedules. Error is the largest difference of the last "
-            "latents, relative to their largest entry. No "
-            "preset uses another way than the first.", "", *report.table(header, body),
+            "latents, relative to their largest entry. No preset uses another way than the first.",
+            "", *report.table(header, body),
         ]  # fmt: skip
     return [*text, "", f"{found['device']}, {found['written']}."]
 
