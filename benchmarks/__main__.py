@@ -6,7 +6,9 @@
 written into the results.
 
 ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`` hold a processor that can do more to
-AVX2: torch's own kernels and ours, products of half-precision matrices, and those of fp32.
+AVX2: torch's own kernels and ours, products of half-precision matrices, and those of fp32. Give such a run, and such
+tests, a ``TORCHINDUCTOR_CACHE_DIR`` of their own: torch 2.14 takes compiled code from its cache whichever processor it
+was made for, and then computes wrong or corrupts the heap, with our operators and without.
 """
 
 from __future__ import annotations
