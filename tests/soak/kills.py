@@ -135,8 +135,6 @@ def end_of_training(folder: Path) -> dict[str, bytes]:
 
 def save(folder: Path, told: Callable[[int], None]) -> None:
     """One folder after another in the same place, beside somebody's notes."""
-    (folder / "model").mkdir(exist_ok=True)
-    (folder / "model" / "notes.md").write_text("mine")
     for version in range(1, 30):
         with replace_folder(folder / "model") as new:
             for i in range(FILES):
@@ -165,7 +163,9 @@ def end_of_saving(folder: Path) -> dict[str, bytes]:
 
 
 def given(folder: Path) -> None:
-    """Pictures of the user's."""
+    """Pictures and notes of the user's."""
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "notes.md").write_text("mine")
     for name, side in SIDES.items():
         (folder / name).mkdir(parents=True)
         for i in range(PICTURES):
