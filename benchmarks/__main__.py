@@ -177,10 +177,10 @@ def describe(device: str) -> dict:
         except PackageNotFoundError:
             found[package] = "not installed"
     served = rfsr_ext.build_info()["devices"][device]
-    held = {"held by": ", ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)}
+    held = ", ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        **(held if device == "cpu" and held["held by"] else {}),
+        **({"held by": held} if held and device == "cpu" else {}),
         "rfsr_ext": f"{rfsr_ext.__version__}, {served['backend']}: {served['why']}",
         "versions": ", ".join(f"{name} {text}" for name, text in found.items()),
         "system": f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
