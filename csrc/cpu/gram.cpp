@@ -13,11 +13,11 @@
 //
 // How: a panel is 32 channels (forward) or 32 pixels (backward) of a block that fits in a second-level cache, packed
 // pixel by pixel, as fp32 or fp64 whatever the dtype and layout of the input; an 8 x 32 tile of the result is then a
-// sum of outer products that lives in 16 AVX-512 registers (or, 4 x 16 at a time, in 8 of AVX2). Where the processor
+// sum of outer products that lives in 16 AVX-512 registers (or, 3 x 32 at a time, in 12 of AVX2). Where the processor
 // has a tile unit, bf16 stays bf16: 32 x 32 products by AMX, and in the backward S as the sum of two bf16 matrices, of
 // which one holds what rounding took from the other. fp16 has no such unit and is computed as fp32.
 //
-//   gram_tiles.h    1 narrow tiles for AVX and SSE2, 2 wide tiles for AVX-512
+//   gram_tiles.h    1 narrow tiles for AVX2 and SSE2, 2 wide tiles for AVX-512
 //   gram_columns.h  forward and backward by such tiles
 //   gram_amx.h      3 both of bf16 by the tile unit
 //

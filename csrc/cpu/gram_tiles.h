@@ -1,6 +1,6 @@
 // Sums of outer products in registers, and what brings pixels into the order they need.
 //
-//   1  narrow: pieces of 4 rows and two 32-byte vectors, in clones for AVX and for SSE2
+//   1  narrow: pieces of 3 rows and four 32-byte vectors, in clones for AVX2 and for SSE2
 //   2  wide:   8 rows and two 64-byte vectors by AVX-512
 //   3  csrc/cpu/gram_amx.h: 32 x 32 products of bf16 by the tile unit
 #pragma once
@@ -28,83 +28,97 @@ struct Vector {
   typedef Acc type __attribute__((vector_size(kBytes), aligned(alignof(Acc)), may_alias));
 };
 
-// out[i * kPanel + j] += sign * sum_k a[k * kPanel + i] b[k * kPanel + j], for i of a strip in pieces of kRows and for
-// j in kVectors vectors of kBytes from j0 on.
-template <int kRows, int kVectors, int kBytes, class Acc>
-RFSR_INLINE void add_tile(const Acc* a, const Acc* b, i64 depth, double sign, double* out, i64 j0) {
-  using Vec = typename Vector<Acc, kBytes>::type;
-  constexpr i64 lanes = kBytes / sizeof(Acc);
-  for (i64 i0 = 0; i0 < kStrip; i0 += kRows) {
-    Vec sum[kRows][kVectors] = {};
-    for (i64 k = 0; k < depth; ++k) {
-      Vec row[kVectors];
+// sum[i][j] = sum_k a[k * lda + i] b[k * ldb + j], for i of kRows and j of kVectors vectors.
+template <int kRows, int kVectors, class Vec, class Acc>
+RFSR_INLINE void multiply(const Acc* a, i64 lda, const Acc* b, i64 ldb, i64 depth, Vec (&sum)[kRows][kVectors]) {
+  constexpr i64 lanes = sizeof(Vec) / sizeof(Acc);
+  for (i64 k = 0; k < depth; ++k) {
+    Acc factor[kRows];  // each read once, and each vector once: what is left of the registers is sums
 #pragma GCC unroll 8
-      for (i64 j = 0; j < kVectors; ++j) row[j] = *reinterpret_cast<const Vec*>(b + k * kPanel + j0 + j * lanes);
+    for (i64 i = 0; i < kRows; ++i) factor[i] = a[k * lda + i];
 #pragma GCC unroll 8
-      for (i64 i = 0; i < kRows; ++i) {
-        const Acc factor = a[k * kPanel + i0 + i];
+    for (i64 j = 0; j < kVectors; ++j) {
+      const Vec row = *reinterpret_cast<const Vec*>(b + k * ldb + j * lanes);
 #pragma GCC unroll 8
-        for (i64 j = 0; j < kVectors; ++j) sum[i][j] += factor * row[j];
-      }
-    }
-#pragma GCC unroll 8
-    for (i64 i = 0; i < kRows; ++i) {
-      Acc part[kVectors * lanes];
-#pragma GCC unroll 8
-      for (i64 j = 0; j < kVectors; ++j) reinterpret_cast<Vec*>(part)[j] = sum[i][j];
-      double* o = out + (i0 + i) * kPanel + j0;
-      for (i64 j = 0; j < kVectors * lanes; ++j) o[j] += sign * static_cast<double>(part[j]);
+      for (i64 i = 0; i < kRows; ++i) sum[i][j] += factor[i] * row;
     }
   }
 }
 
-// out[i * ld_out + j] = bias[i] + sum_p a[p * kStrip + i] * b[p * ld + j], in pieces of kRows x 2 vectors of kBytes.
-template <int kRows, int kBytes, class Acc>
-RFSR_INLINE void store_tile(const Acc* a, const Acc* b, i64 ld, i64 depth, const Acc* bias, Acc* out, i64 ld_out) {
+// out[i * kPanel + j] += sign * sum_k a[k * kPanel + i] b[k * kPanel + j], for i < height in pieces of kRows and for
+// j of kVectors vectors of kBytes.
+template <int kRows, int kVectors, int kBytes, class Acc>
+RFSR_INLINE void add_tile(const Acc* a, const Acc* b, i64 height, i64 depth, double sign, double* out) {
   using Vec = typename Vector<Acc, kBytes>::type;
-  constexpr i64 lanes = kBytes / sizeof(Acc);
-  for (i64 i0 = 0; i0 < kStrip; i0 += kRows)
-    for (i64 j0 = 0; j0 < kPanel; j0 += 2 * lanes) {
-      Vec sum[kRows][2] = {};
-      for (i64 p = 0; p < depth; ++p) {
-        const Vec* row = reinterpret_cast<const Vec*>(b + p * ld + j0);
-        const Vec first = row[0], second = row[1];
+  constexpr i64 width = kVectors * kBytes / sizeof(Acc);
+  i64 i0 = 0;
+  for (; i0 + kRows <= height; i0 += kRows) {
+    Vec sum[kRows][kVectors] = {};
+    multiply(a + i0, kPanel, b, kPanel, depth, sum);
 #pragma GCC unroll 8
-        for (i64 i = 0; i < kRows; ++i) {
-          const Acc factor = a[p * kStrip + i0 + i];
-          sum[i][0] += factor * first;
-          sum[i][1] += factor * second;
-        }
-      }
+    for (i64 i = 0; i < kRows; ++i) {
+      Acc part[width];
 #pragma GCC unroll 8
-      for (i64 i = 0; i < kRows; ++i) {
-        Vec* o = reinterpret_cast<Vec*>(out + (i0 + i) * ld_out + j0);
-        o[0] = sum[i][0] + bias[i0 + i];
-        o[1] = sum[i][1] + bias[i0 + i];
-      }
+      for (i64 j = 0; j < kVectors; ++j) reinterpret_cast<Vec*>(part)[j] = sum[i][j];
+      double* o = out + (i0 + i) * kPanel;
+      for (i64 j = 0; j < width; ++j) o[j] += sign * static_cast<double>(part[j]);
     }
+  }
+  if constexpr (kRows > 1)
+    if (i0 < height) add_tile<kRows - 1, kVectors, kBytes>(a + i0, b, height - i0, depth, sign, out + i0 * kPanel);
+}
+
+// out[i * ld_out + j] = bias[i] + sum_p a[p * kStrip + i] * b[p * ld + j], for i < height in pieces of kRows and for j of
+// kVectors vectors of kBytes.
+template <int kRows, int kVectors, int kBytes, class Acc>
+RFSR_INLINE void store_tile(const Acc* a, const Acc* b, i64 ld, i64 height, i64 depth, const Acc* bias, Acc* out,
+                            i64 ld_out) {
+  using Vec = typename Vector<Acc, kBytes>::type;
+  i64 i0 = 0;
+  for (; i0 + kRows <= height; i0 += kRows) {
+    Vec sum[kRows][kVectors] = {};
+    multiply(a + i0, kStrip, b, ld, depth, sum);
+#pragma GCC unroll 8
+    for (i64 i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (i64 j = 0; j < kVectors; ++j) reinterpret_cast<Vec*>(out + (i0 + i) * ld_out)[j] = sum[i][j] + bias[i0 + i];
+  }
+  if constexpr (kRows > 1)
+    if (i0 < height)
+      store_tile<kRows - 1, kVectors, kBytes>(a + i0, b, ld, height - i0, depth, bias + i0, out + i0 * ld_out, ld_out);
 }
 
 template <class Acc>
 RFSR_AVX512 void add_wide(const Acc* a, const Acc* b, i64 depth, double sign, i64 columns, double* out) {
   constexpr i64 lanes = 64 / sizeof(Acc);
   i64 j = 0;
-  for (; j + lanes < columns; j += 2 * lanes) add_tile<8, 2, 64>(a, b, depth, sign, out, j);
-  if (j < columns) add_tile<8, 1, 64>(a, b, depth, sign, out, j);
+  for (; j + lanes < columns; j += 2 * lanes) add_tile<8, 2, 64>(a, b + j, kStrip, depth, sign, out + j);
+  if (j < columns) add_tile<8, 1, 64>(a, b + j, kStrip, depth, sign, out + j);
 }
 template <class Acc>
 RFSR_AVX512 void store_wide(const Acc* a, const Acc* b, i64 ld, i64 depth, const Acc* bias, Acc* out, i64 ld_out) {
-  store_tile<8, 64>(a, b, ld, depth, bias, out, ld_out);
+  constexpr i64 lanes = 64 / sizeof(Acc);
+  for (i64 j = 0; j < kPanel; j += 2 * lanes)
+    store_tile<8, 2, 64>(a, b + j, ld, kStrip, depth, bias, out + j, ld_out);
 }
 
-// Without AVX-512, in clones for AVX and for SSE2.
+// Without AVX-512, in clones for AVX2 and for SSE2. AVX2 has 16 registers: 12 sums, as many as may wait for each other at
+// two multiply-adds a cycle with some to spare, 3 factors and a vector.
 template <class Acc>
 RFSR_CLONES void add_narrow(const Acc* a, const Acc* b, i64 depth, double sign, i64 columns, double* out) {
-  for (i64 j = 0; j < columns; j += 64 / sizeof(Acc)) add_tile<4, 2, 32>(a, b, depth, sign, out, j);
+  constexpr i64 lanes = 32 / sizeof(Acc);
+  i64 j = 0;
+  for (; j + 4 * lanes <= columns; j += 4 * lanes) add_tile<3, 4, 32>(a, b + j, kStrip, depth, sign, out + j);
+  const i64 left = (columns - j) / lanes;
+  if (left == 3) add_tile<4, 3, 32>(a, b + j, kStrip, depth, sign, out + j);
+  if (left == 2) add_tile<4, 2, 32>(a, b + j, kStrip, depth, sign, out + j);
+  if (left == 1) add_tile<8, 1, 32>(a, b + j, kStrip, depth, sign, out + j);
 }
 template <class Acc>
 RFSR_CLONES void store_narrow(const Acc* a, const Acc* b, i64 ld, i64 depth, const Acc* bias, Acc* out, i64 ld_out) {
-  store_tile<4, 32>(a, b, ld, depth, bias, out, ld_out);
+  constexpr i64 lanes = 32 / sizeof(Acc);
+  for (i64 j = 0; j < kPanel; j += 4 * lanes)
+    store_tile<3, 4, 32>(a, b + j, ld, kStrip, depth, bias, out + j, ld_out);
 }
 
 // out[k * kPanel + i] = rows[i][k] - shift for i < 4, by 4 x 4 blocks.

@@ -15,9 +15,13 @@
 
 // One binary, several instruction sets: the loader picks the clone the processor can run. Without this
 // a portable build would stop at SSE2, a quarter of what today's processors add up in one instruction.
-// Features, not arch=...: the latter is matched against the exact processor model. "fma" comes with AVX.
+// No clone for AVX-512: the loader would pick it whatever ATEN_CPU_CAPABILITY says, and it was never faster.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define RFSR_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
+#if __GNUC__ >= 12
+#define RFSR_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))  // AVX2 and FMA
+#else
+#define RFSR_CLONES __attribute__((target_clones("fma", "default")))  // which AVX comes with; no AVX2
+#endif
 #else
 #define RFSR_CLONES
 #endif
