@@ -36,7 +36,8 @@
 # → [08](08_train_by_window.ipynb) training → [09](09_ablate_and_doubt.ipynb) doubts →
 # [10](10_fuse_the_kernels.ipynb) kernels → [11](11_reuse_and_scale.ipynb) your own model; beyond RFSR
 # [12](12_leave_less_to_chance.ipynb) CCSR, [13](13_learn_from_pairs.ipynb) DP2O-SR, [14](14_open_other_models.ipynb) the
-# published models, [15](15_make_such_a_model.ipynb) how such a model is made. Section 4 says what each promises.
+# published models, [15](15_make_such_a_model.ipynb) how such a model is made; [17](17_hold_the_model.ipynb) what else
+# holds a model, [18](18_measure_the_doubt.ipynb) how sure a number is. Section 4 says what each promises.
 
 # %%
 import io
@@ -141,7 +142,7 @@ show(
 # is there with the structure loss alone is not the rewards' doing, whatever the picture is called; only what differs
 # between the last two can be. If you see little between them, so did we: with the full preset, of 40 blind pairs of
 # *base* and fine-tuned picture the fine-tuned one was chosen in 23, which 40 pairs cannot tell from chance (notebook
-# [09](09_ablate_and_doubt.ipynb)).
+# [18](18_measure_the_doubt.ipynb)).
 #
 # Now all columns, as numbers. The *judge* is a score of about 0 (ruined) to 100 (untouched) that
 # nothing was trained on, so it comes first; the two rewards come last, because they were told to rise.
@@ -186,7 +187,7 @@ show(
 # *How much is luck?* Much: this is a short run, with one seed, on three photographs. Change `seed` in the second code cell
 # and see what stays. So this is a demonstration, not evidence. Evidence is the full preset, measured on many held-out crops
 # and over training seeds: [the card](../rfsr_ext/weights/README.md) has the table, the row of the judge included, and
-# notebook [09](09_ablate_and_doubt.ipynb) doubts it. `make demo` runs the preset once.
+# notebook [18](18_measure_the_doubt.ipynb) doubts it. `make demo` runs the preset once.
 #
 # ## 2 · What did training change?
 #
@@ -220,7 +221,7 @@ show(*draw(3))
 
 # %% [markdown]
 # **What to see.** At 3 the direction of the training is plain: look for edges, shadows and shifted colors. Which of the two
-# scores goes on rising, and which does not? Notebook 07 lets a training run far in the direction of the reward.
+# scores goes on rising, and which does not? Notebook 17 lets a training run far in the direction of the reward.
 #
 # ## 3 · Which loss notices what?
 #

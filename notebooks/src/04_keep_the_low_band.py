@@ -393,6 +393,7 @@ show(
 # the low resolution knows. So the paper's loss is one octave too shallow for ×4, the released one deeper than it need be:
 # one smooths what nobody knows, the other forgives errors in what is known. The package's trainer takes the paper's;
 # `structure_level: 2` in a configuration, or `HaarLLLoss(level=2)` in an objective of yours, takes the one between.
+# Notebook 09, section 5, has trained models with both.
 #
 # Slide between the loss of level 2 and the pixel loss and watch the texture fade.
 

@@ -406,7 +406,7 @@ assert share > 10 * 16 / 96**2, "the pattern must follow the reward's grid"
 # such a grid. *What is changed in free pixels shows the signature of the reward.*
 #
 # RFSR does not change pixels, which may become anything, but the weights of a diffusion model, which cannot draw just any
-# pattern: hacking then comes later and looks like a style, contrast and rims (notebook 07), and need not show the grid at
+# pattern: hacking then comes later and looks like a style, contrast and rims (notebook 17), and need not show the grid at
 # all. Slide through the ascent:
 
 

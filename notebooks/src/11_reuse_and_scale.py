@@ -402,7 +402,7 @@ assert results["greedy"][1] > results["preset"][1], "a heavier reward must rise 
 #
 # `copy.copy` instead of `copy.deepcopy` in `reference`: the "frozen" copy shares its weights with the model. Then
 # the style loss compares the model with itself. Every number looks fine, and nothing holds against reward hacking.
-# (Notebook 07 has this bug too, with RFSR's own loss.)
+# (Notebook 17 has this bug too, with RFSR's own loss.)
 
 
 # %%
