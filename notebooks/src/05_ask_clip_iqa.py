@@ -743,6 +743,8 @@ exercise(3, verify_held)
 # * Its gradient is $s\,r(1-r)$ times that of the difference of cosines, through a preprocessing without any rounding.
 # * Followed blindly it ruins the picture while the score rises; in free pixels the pattern shows the reward's own grid.
 # * A bound at 1 makes the gradient small, not harmless: optimizers that normalize do not notice.
+# * Views that move, such as random crops, take the pattern off the grid. Judge them at equal score: here they only slowed
+#   the climb.
 # * $\mathcal L_{reward}=\sum\lambda_k\,\text{mean}(-r_k)$; relu(2 − r) has the same gradient as long as r stays below 2.
 #
 # NAVIGATION
