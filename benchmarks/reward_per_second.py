@@ -3,7 +3,7 @@
 ``python -m benchmarks.reward_per_second train`` fine-tunes the mini model by every schedule of `SCHEDULES` from every
 seed, each measured on the same held-out crops; what is finished is kept in the results' JSON and not done again.
 ``profile`` says what one iteration's time goes into, ``rollouts`` what compiling or half precision makes of a rollout,
-``report`` writes the table and the picture beside the JSON.
+``solvers`` how far from it fewer evaluations end, ``report`` writes the table and the picture beside the JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 from benchmarks import measure, report
 from benchmarks.__main__ import cpu_name
 from rfsr_ext.data import evaluation_crops, photographs
-from rfsr_ext.models import ControlNetISRModel, ISRModel, load_model
+from rfsr_ext.models import Condition, ControlNetISRModel, ISRModel, load_model
 from rfsr_ext.rewards import reward_loss
-from rfsr_ext.sampling import generators, rollout
+from rfsr_ext.sampling import Rollout, generators, rollout
 from rfsr_ext.training import RFSRConfig, RFSRTrainer, build_objective, setup
 from rfsr_ext.training.held_out import HeldOut
 from rfsr_ext.training.rfsr import RFSR
@@ -54,6 +55,9 @@ SETTING = {"batch_size": 2, "learning_rate": 1e-4, "checkpoint_every": 30}
 # How the network may compute in a rollout, which needs no gradient: compiled or not, and in which precision.
 COMPUTING = {"as it is": (False, False), "bfloat16": (False, True), "torch.compile": (True, False),
              "torch.compile, bfloat16": (True, True)}  # fmt: skip
+# Orders of DPM-Solver++, of which the first is DDIM, the plain loop's own; and how many evaluations each may make.
+SOLVERS = {"DDIM": 1, "DPM-Solver++, 2nd order": 2, "DPM-Solver++, 3rd order": 3}
+FEWER = (2, 3, 4, 5, 8, 16)
 _PROFILED = {PLAIN: (10, 45), PRESET: (2, 9)}  # a step in the middle of either window
 
 
@@ -218,6 +222,43 @@ def rollouts(name: str, repeats: int = 5) -> dict[str, dict[str, float]]:
     return {way: row | {"processor_seconds": float(np.median(seconds[way]))} for way, row in rows.items()}
 
 
+def solve(model: ISRModel, condition: Condition, latents: torch.Tensor, timesteps: np.ndarray, order: int):
+    """From the first timestep to the last by so many evaluations less one; the latents there."""
+    solver = DPMSolverMultistepScheduler.from_config(model.scheduler.config, solver_order=order)
+    solver.set_timesteps(timesteps=[int(t) for t in timesteps])
+    for timestep in solver.timesteps[:-1]:
+        latents = solver.step(model.predict(latents, timestep, condition), timestep, latents).prev_sample
+    return latents
+
+
+@torch.no_grad()
+def solvers(crops: int = 8, steps: tuple[int, ...] = (10, 41, 50)) -> list[dict[str, Any]]:
+    """How far from the plain loop's state before a sampling step other solvers end, by few evaluations.
+
+    ``error`` is the RMS difference of the latents, relative to that between two seeds' states. So is ``own_error``, of
+    the plain loop itself: from the state to which many evaluations of second order lead.
+    """
+    model = load_model("mini")
+    samples = evaluation_crops(photographs("validation"), 64, crops)
+    condition = model.condition(torch.stack([s["lr"] for s in samples]), [s["prompt"] for s in samples])
+    rows = []
+    for step in steps:
+        plain, other = (rollout(model, condition, step, generators(seed, range(crops)), 50) for seed in (0, 1))
+        spread = (plain.latents - other.latents).square().mean().sqrt()
+        start = Rollout(model, condition, generators(0, range(crops)), 50).state
+        first, last = int(start.timestep), int(plain.timestep)
+
+        def error(count: int, order: int, start=start, goal=plain.latents, spread=spread, ends=(first, last)) -> float:
+            found = solve(model, condition, start.latents, np.linspace(*ends, count + 1).round(), order)
+            return ((found - goal).square().mean().sqrt() / spread).item()
+
+        own = error((first - last) // 2, 2)
+        for count in (count for count in FEWER if count < step - 1):
+            rows.append({"step": step, "plain": step - 1, "own_error": own, "evaluations": count}
+                        | {name: error(count, order) for name, order in SOLVERS.items()})  # fmt: skip
+    return rows
+
+
 def reached(rows: list[dict], reward: float, clock: str) -> float:
     """When a run's held-out reward, taken as straight between measurements, first has this value; infinity if never."""
     for before, after in zip(rows, rows[1:], strict=False):
@@ -327,6 +368,19 @@ def lines(found: dict[str, Any]) -> list[str]:
             "latents, relative to their largest entry. No preset uses another way than the first.",
             "", *report.table(header, body),
         ]  # fmt: skip
+    if "solvers" in found:
+        body = [
+            [str(row["step"]), f"{row['plain']} ({row['own_error']:.3f})", str(row["evaluations"]),
+             *(f"{row[name]:.3f}" for name in SOLVERS)]
+            for row in found["solvers"]
+        ]  # fmt: skip
+        header = ["state before step", "evaluations of plain (its own error)", "evaluations", *SOLVERS]
+        text += [
+            "", "How far from the plain loop's state other solvers end that make fewer evaluations over the same "
+            "noise levels: RMS difference of the latents, relative to that between two seeds. In brackets how far the "
+            "plain loop itself is from where many steps of second order lead. Nothing was trained so.",
+            "", *report.table(header, body),
+        ]  # fmt: skip
     return [*text, "", f"{found['device']}, {found['written']}."]
 
 
@@ -355,7 +409,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("train", "profile", "rollouts", "report"))
+    parser.add_argument("what", choices=("train", "profile", "rollouts", "solvers", "report"))
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--crops", type=int, default=8)
@@ -376,6 +430,9 @@ def main() -> None:
         keep()
     if options.what == "rollouts":
         found["rollouts"] = {name: rollouts(name) for name in (PLAIN, PRESET)}
+        keep()
+    if options.what == "solvers":
+        found["solvers"] = solvers()
         keep()
     if options.what == "train":
         measured = {"crops": options.crops, "steps": options.steps}

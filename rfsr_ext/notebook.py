@@ -10,7 +10,8 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["COLORS", "blind", "caught", "check", "exercise", "explore", "panels", "pictures", "show"]
+__all__ = [
+    "COLORS", "blind", "caught", "check", "exercise", "explore", "panels", "pictures", "show", "spoken", "together",
+]  # fmt: skip
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, darkest contrasts first: told apart with every common color blindness."""
@@ -26,6 +29,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 _DPI = 100
 _MOST_BYTES = 200_000
 _VOTE = ["time", "who", "pair", "left", "right", "chosen"]
+_gathered: list[list[float]] = []  # tolerances of the checks that passed, for each open `together`
 _FOCUS = "<style>.rfsr-blind .jupyter-button:focus:enabled {outline: 3px solid #0072B2; outline-offset: -3px}</style>"
 
 
@@ -127,6 +131,11 @@ def show(figure: Figure, alt: str, width: int | None = None) -> None:
     display({"text/html": _html(figure, alt, width), "text/plain": alt}, raw=True)
 
 
+def spoken(titles: Iterable[str]) -> str:
+    """Titles of pictures as the end of a description: their lines joined by commas, the titles by semicolons."""
+    return "; ".join(title.strip().replace("\n", ", ") for title in titles) + "."
+
+
 def _array(values) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double()
@@ -150,7 +159,39 @@ def check(name: str, ours, theirs, tolerance: float) -> None:
     difference = np.abs(ours - theirs).max(initial=0.0)
     if not difference <= tolerance:  # also catches NaN
         raise AssertionError(f"{name}: max difference {difference:.3g}, allowed {tolerance:g}")
-    print(f"✓ {name} · " + ("exact" if tolerance == 0 else f"within {tolerance:g}"))
+    if _gathered:
+        _gathered[-1].append(tolerance)
+    else:
+        print(f"✓ {name} · {_nearness(tolerance)}")
+
+
+def _nearness(tolerance: float) -> str:
+    return "exact" if tolerance == 0 else f"within {tolerance:g}"
+
+
+@contextmanager
+def together(name: str) -> Iterator[None]:
+    """One quiet line for all the checks of a loop, with their number and the largest of their tolerances.
+
+    A check that fails stops the notebook with its own name, as it does alone.
+
+    Args:
+        name: what all of them compare, for the printed line.
+
+    Raises:
+        AssertionError: if nothing was checked: the loop was empty.
+    """
+    _gathered.append([])
+    try:
+        yield
+    finally:
+        tolerances = _gathered.pop()
+    if not tolerances:
+        raise AssertionError(f"{name}: nothing was checked")
+    if _gathered:
+        _gathered[-1].extend(tolerances)
+    else:
+        print(f"✓ {name} · {len(tolerances)} comparisons, {_nearness(max(tolerances))}")
 
 
 def caught(bug: Callable[[], object]) -> None:

@@ -51,12 +51,12 @@ import torch.nn.functional as F
 import transformers
 from skimage.filters import gaussian
 
-from rfsr_ext import build_info, gram_loss, haar_ll_l1_loss
+from rfsr_ext import gram_loss, haar_ll_l1_loss
 from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.metrics import Judge, psnr, ssim
 from rfsr_ext.models import load_model
-from rfsr_ext.notebook import caught, check, exercise, explore, pictures, show
+from rfsr_ext.notebook import caught, check, exercise, explore, pictures, show, spoken
 from rfsr_ext.rewards import create_reward
 from rfsr_ext.sampling import TimestepWindows, generators, sample
 from rfsr_ext.training import RFSRConfig, RFSRTrainer
@@ -132,8 +132,7 @@ columns = ["bicubic", "base", "structure only", "all of RFSR", "truth"]
 show(
     pictures([lr[0], *(images[name][0] for name in columns)],
              ["low resolution\n", *(caption(name, 0) for name in columns)], columns=3, tile=2.56),
-    "A cup of coffee, 32 by 32 coarse pixels, enlarged to 128: "
-    + "; ".join(caption(name, 0).replace("\n", ", ") for name in columns) + ".",
+    "A cup of coffee, 32 by 32 coarse pixels, enlarged to 128: " + spoken(caption(name, 0) for name in columns),
 )  # fmt: skip
 
 # %% [markdown]
@@ -177,8 +176,8 @@ for k, top, left in place:
 show(
     pictures(tiles, titles, columns=6, tile=1.92),
     "Details of 64 pixels, above a cat's and below a flower's, with the scores of the whole pictures: "
-    + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
-)  # fmt: skip
+    + spoken(titles),
+)
 
 # %% [markdown]
 # **What to see.** What does *no style loss* do to contrast, edges and color? Is there a trace of the same in *rewards only*
@@ -264,8 +263,8 @@ assert max(rows, key=lambda name: rows[name][0]) == "brighter", "brightness is l
 # the shift; the style loss forgets where things are. No term alone would do.
 #
 # Two of the four are compiled for CPU and CUDA, the structure loss and the Gram loss of the style loss. Where a compiler was
-# missing, PyTorch serves instead, slower but to the same result. Their formulas, for pictures $x$ and $y$ whose features
-# are the rows of $F$ and $G$ ($LL$ is twice the average of every 2×2 block):
+# missing, PyTorch serves instead, slower but to the same result (`rfsr doctor` says which it is). Their formulas, for
+# pictures $x$ and $y$ whose features are the rows of $F$ and $G$ ($LL$ is twice the average of every 2×2 block):
 #
 # $$L_{structure}=\operatorname{mean}\,|LL(x)-LL(y)|\qquad L_{gram}=\Big\|\tfrac{FF^\mathsf T-GG^\mathsf T}{CHW}\Big\|_F^2$$
 #
@@ -279,10 +278,6 @@ check("brightening by 0.1 costs 0.2 where nothing clips", haar_ll_l1_loss(0.5 * 
 f, g = before.flatten(2), gt.flatten(2)  # [3, 3, H·W]: the three colors serve as features
 by_hand = ((f @ f.mT - g @ g.mT) / f[0].numel()).square().sum((1, 2)).mean()
 check("Gram loss", gram_loss(before, gt), by_hand, 1e-6)
-
-# %% tags=["nbval-ignore-output"]
-for device, served in build_info()["devices"].items():
-    print(f"{device:8s} {served['backend']}")  # native: a compiled kernel; reference: PyTorch
 
 # %% [markdown]
 # ## 4 · Where do I find what?

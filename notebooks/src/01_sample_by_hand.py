@@ -410,7 +410,8 @@ print(f"bicubic {psnr(bicubic, gt)[0]:.2f} dB; estimate at step 1 {quality[0]:.2
 # **What to see.** The outlines are there at step 1: they were given. Follow one petal's edge and one dark gap through the
 # six estimates and say at which step it becomes sharp. Then read the line below. Sharper is not closer: invented texture is
 # rarely in the right place, so wherever PSNR falls from its best step to step 50, the later steps pay fidelity for
-# detail. RFSR works in the gap between the two.
+# detail. RFSR works in the gap between the two, and CCSR asks whether most steps could go (notebook
+# [12](12_leave_less_to_chance.ipynb), section 2).
 #
 # ## 7 · A bug, and the check that catches it
 #

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from rfsr_ext import haar_ll
 from rfsr_ext.data import evaluation_crops
 from rfsr_ext.metrics import band_ssim, psnr, ssim
-from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show, spoken, together
 
 photo = evaluation_crops(["chelsea"], size=96, count=5)[4]["gt"][None]  # a cat, [1, 3, 96, 96] in [0, 1]
 
@@ -282,8 +282,9 @@ blurred = F.avg_pool2d(F.pad(photo, (2, 2, 2, 2), mode="replicate"), 5, stride=1
 error = (blurred - photo).square().mean().sqrt()
 brighter = photo + error  # the same mean squared error, by construction
 beyond = photo + 0.5  # most of it whiter than white
-for name, x in (("itself", photo), ("blurred", blurred), ("brighter", brighter), ("beyond white", beyond)):
-    check(f"SSIM with {name}", ssim(x, photo)[0], ssim_by_hand(x.clamp(0, 1), photo), 1e-6)
+with together("SSIM with itself, blurred, brighter and beyond white"):
+    for name, x in (("itself", photo), ("blurred", blurred), ("brighter", brighter), ("beyond white", beyond)):
+        check(f"SSIM with {name}", ssim(x, photo)[0], ssim_by_hand(x.clamp(0, 1), photo), 1e-6)
 for name, x in (("blurred", blurred), ("beyond white", beyond)):
     mse = (x.double().clamp(0, 1) - photo.double()).square().mean()
     check(f"PSNR of {name}", psnr(x, photo)[0], -10 * mse.log10(), 1e-5)
@@ -298,7 +299,7 @@ versions = {"blurred": blurred, "brighter": brighter, "noisy": noisy}
 titles = [f"{n}\nPSNR {psnr(x, photo)[0]:.1f} dB · SSIM {ssim(x, photo)[0]:.2f}" for n, x in versions.items()]
 show(
     pictures([photo[0], *(x[0] for x in versions.values())], ["photograph\n", *titles], tile=1.92),
-    "Four versions of the cat: " + "; ".join(t.replace("\n", ", ") for t in ["original", *titles]) + ".",
+    "Four versions of the cat: " + spoken(["original", *titles]),
 )
 
 # %% [markdown]

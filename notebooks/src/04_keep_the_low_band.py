@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from rfsr_ext import haar_ll, haar_ll_l1_loss
 from rfsr_ext.data import load_photograph
 from rfsr_ext.losses import HaarLLLoss
-from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show, spoken
 
 cat = torch.from_numpy(load_photograph("chelsea").copy()).movedim(-1, 0)  # [3, 300, 451] in [0, 1]
 
@@ -160,9 +160,7 @@ show(
     pictures(
         [x[0] for x in (enlarged, *results.values(), truths)], ["bicubic\n", *titles, "truth 1\n"], columns=3, tile=1.92
     ),
-    "The fur after 60 steps, with what is left of two octaves: "
-    + "; ".join(t.replace("\n", ", ") for t in titles)
-    + ".",
+    "The fur after 60 steps, with what is left of two octaves: " + spoken(titles),
 )
 assert left["pixel L1"][0] < 0.5 and left["pixel L1"][1] < 0.5, "the pixel loss must smooth both octaves"
 check("Haar LL leaves the finest octave", left["Haar LL"][1], 1.0, 1e-4)

@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 from rfsr_ext import gram_loss, gram_matrix, haar_ll, haar_ll_l1_loss
 from rfsr_ext.data import load_photograph
-from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show, together
 
 cat = torch.from_numpy(load_photograph("chelsea").copy()).movedim(-1, 0)[None]  # [1, 3, 300, 451]: an odd width
 coarse = F.interpolate(F.interpolate(cat, scale_factor=0.25, mode="area"), size=cat.shape[2:], mode="bilinear")
@@ -459,10 +459,11 @@ def pairs(size, edge):
 
 
 photo = cat[0, 0, :7, :9].double()
-for mode, edge in EDGES.items():
-    ll = pairs(7, edge) @ photo.numpy() @ pairs(9, edge).T / 2
-    assert np.allclose(ll, pywt.dwt2(photo.numpy(), "haar", mode)[0], atol=1e-12), mode
-    check(f"{mode:13s} 7×9", haar_ll(photo[None, None], mode=mode)[0, 0], ll, 1e-12)
+with together("7×9 pixels, every rule"):
+    for mode, edge in EDGES.items():
+        ll = pairs(7, edge) @ photo.numpy() @ pairs(9, edge).T / 2
+        assert np.allclose(ll, pywt.dwt2(photo.numpy(), "haar", mode)[0], atol=1e-12), mode
+        check(mode, haar_ll(photo[None, None], mode=mode)[0, 0], ll, 1e-12)
 
 
 # %%
@@ -613,13 +614,14 @@ by_hand = {
     "l1": (D.abs().sum((1, 2)).mean(), 2 * D.sign()),
     "fro": (norm.mean(), 2 * D / norm),
 }
-for criterion, (value, S) in by_hand.items():
-    p, q = (f.clone().requires_grad_() for f in (f1, f2))
-    loss = gram_loss(p, q, criterion=criterion)
-    wanted, opposite = torch.autograd.grad(loss, (p, q))
-    gradient = (S @ f1.flatten(2)).view_as(f1) / (f1[0].numel() * len(f1))
-    check(f"{criterion:3s} value, relative", value / loss, 1, 1e-4)
-    check(f"{criterion:3s} gradient, relative", *(g / wanted.abs().max() for g in (gradient, wanted)), 1e-3)
+with together("values and gradients of l2, l1 and fro, relative"):
+    for criterion, (value, S) in by_hand.items():
+        p, q = (f.clone().requires_grad_() for f in (f1, f2))
+        loss = gram_loss(p, q, criterion=criterion)
+        wanted, opposite = torch.autograd.grad(loss, (p, q))
+        gradient = (S @ f1.flatten(2)).view_as(f1) / (f1[0].numel() * len(f1))
+        check(f"{criterion} value, relative", value / loss, 1, 1e-4)
+        check(f"{criterion} gradient, relative", *(g / wanted.abs().max() for g in (gradient, wanted)), 1e-3)
 gradient = (-S @ f2.flatten(2)).view_as(f2) / (f2[0].numel() * len(f2))  # the target enters with a minus
 check("fro gradient in the target", *(g / wanted.abs().max() for g in (gradient, opposite)), 1e-3)
 check("equal features", gram_loss(f1, f1), 0, 0)
@@ -750,6 +752,8 @@ whole = {
 for name, t in (timed | {"least possible": 1e9 * 8 / here["bytes"]}).items():
     both = f", forward and backward {whole[name]:6.2f}" if name in whole else ""
     print(f"{name:16s}{t:6.2f} ns per pixel{both}")
+
+# %% tags=["nbval-ignore-output"]
 at = {name: work.get(name, 9 / 4) / moved.get(name, [8])[0] for name in timed}
 rates = {name: work.get(name, 9 / 4) / t for name, t in timed.items()}
 rated = ", ".join(f"{name} {rate:.1f} GFLOP/s" for name, rate in rates.items())

@@ -50,7 +50,7 @@ from rfsr_ext.losses import PatchDiscriminator, VGGFeatureLoss
 from rfsr_ext.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
 from rfsr_ext.metrics import Judge, psnr
 from rfsr_ext.models import NonUniformProcess, load_model
-from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show, spoken, together
 from rfsr_ext.sampling import generators, sample, trajectory
 from rfsr_ext.training.ccsr import CCSRStage1Config, CCSRStage2Config, Consistency, DecoderTuning
 
@@ -193,7 +193,7 @@ titles = [f"temperature {t:g}\nL-STD {v:.3f}" for t, v in zip(temperatures, curv
 show(
     pictures([lr[0], enlarged[0], *shown.values(), gt[0]], ["low resolution\n", "bicubic\n", *titles, "truth\n"], columns=4, tile=1.92),
     "The cat's eye with five temperatures of the noise between low resolution, bicubic and the truth: "
-    + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
+    + spoken(titles),
 )  # fmt: skip
 
 # %% [markdown]
@@ -445,17 +445,19 @@ def slope_of(loss, parameters):
 
 
 slopes = {}
-for variant in ("v2", "v1"):
-    method = Consistency(CCSRStage1Config(trained=None, lambda_consistency=0.5, variant=variant), student)
-    parameters = list(student.trained_parameters().values())
-    loss, terms = consistency_by_hand(batch(0), [0, 1], 0.5, variant)
-    slopes[variant] = slope_of(loss, parameters)
-    package, logs = method.loss("model", batch(0), 0, [0, 1])
-    names = ["denoising", "at_T", "at_t_max", "noise_at_t_max"][: len(terms)]
-    check(f"{variant}: each term", torch.stack(terms) / torch.stack([logs[n] for n in names]), [1.0] * len(terms), 2e-3)
-    check(f"{variant}: loss", loss / package, 1.0, 2e-3)
-    theirs = slope_of(package, parameters)
-    check(f"{variant}: gradient, distance over length", (slopes[variant] - theirs).norm() / theirs.norm(), 0.0, 2e-3)
+with together("each term, loss, and distance of gradients over length, in both versions"):
+    for variant in ("v2", "v1"):
+        method = Consistency(CCSRStage1Config(trained=None, lambda_consistency=0.5, variant=variant), student)
+        parameters = list(student.trained_parameters().values())
+        loss, terms = consistency_by_hand(batch(0), [0, 1], 0.5, variant)
+        slopes[variant] = slope_of(loss, parameters)
+        package, logs = method.loss("model", batch(0), 0, [0, 1])
+        names = ["denoising", "at_T", "at_t_max", "noise_at_t_max"][: len(terms)]
+        wanted = torch.stack([logs[n] for n in names])
+        check(f"{variant}: each term", torch.stack(terms) / wanted, [1.0] * len(terms), 2e-3)
+        check(f"{variant}: loss", loss / package, 1.0, 2e-3)
+        theirs = slope_of(package, parameters)
+        check(f"{variant}: gradient", (slopes[variant] - theirs).norm() / theirs.norm(), 0.0, 2e-3)
 print("v2:", ", ".join(f"{name} {value.item():.2f}" for name, value in logs.items() if name in names[:3]))
 without = slope_of(consistency_by_hand(batch(0), [0, 1], 0.5, "v2", cut=True)[0], parameters)
 through = (slopes["v2"] - without).norm() / slopes["v2"].norm()

@@ -926,9 +926,9 @@ else:
 # First: winner and loser are noised with noise of their own. Every number looks plausible. Only the toy, where the
 # margin is known, tells.
 #
-# Second: the trained model itself is passed as its reference. Nothing fails. The loss stands still at $\log2$ times the
-# mean weight, the drift is logged as 0, as if the model were perfectly held. But at a margin of 0 the force is never
-# let go: it stays at half of its most, whatever β.
+# Second: the trained model itself is passed as its reference (the bug of notebook 07; here it leaves another trace).
+# Nothing fails. The loss stands still at $\log2$ times the mean weight, the drift is logged as 0, as if the model were
+# perfectly held. But at a margin of 0 the force is never let go: it stays at half of its most, whatever β.
 
 # %%
 d = (toy_x[0] - toy_x[1])[:, 0]

@@ -54,7 +54,7 @@ from rfsr_ext.networks.controlnet import LatentControlNetModel
 from rfsr_ext.networks.ram import RAM
 from rfsr_ext.networks.seesr import SeeSRControlNet, SeeSRUNet
 from rfsr_ext.networks.swinir import SwinIR
-from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show, together
 from rfsr_ext.recordings import recorded, say_missing
 from rfsr_ext.rewards import MiniIQA, WeightedReward
 from rfsr_ext.sampling import Tiled, Tiles, TimestepWindows, denoise, generators, inference_condition, sample, upscale
@@ -225,18 +225,49 @@ print(f"{'':11s} {'tiles cut':18s} all tiles share")
 for name, model in models.items():
     condition, _ = inference_condition(model, small, prompts, 1)
     print(f"{name:11s} {shapes(condition.spatial):18s} {shapes(condition.shared)}")
-for name, model in models.items():
+with together("our loop and the package, on all but PASD"):  # which starts in a way of its own, see section 4
+    for name in models.keys() - {"PASD"}:
+        condition, _ = inference_condition(models[name], small, prompts, 1)
+        theirs = sample(models[name], small, prompts, generators(0, range(2)), 3, 1)
+        check(f"{name}: our loop", sample_by_hand(models[name], condition, 3), theirs, 1e-4)
+
+# %%
+WAYS = {
+    "control picture": lambda m, c: c.spatial["controlnet_cond"].shape[1] == 3,
+    "control latents": lambda m, c: c.spatial["controlnet_cond"].shape[1] > 3,
+    "text tokens": lambda m, c: "encoder_hidden_states" in c.shared,
+    "text vector": lambda m, c: "pooled_projections" in c.shared,
+    "image tokens": lambda m, c: "image_encoder_hidden_states" in c.shared,
+    "cleaned first": lambda m, c: type(m).first_stage is not ISRModel.first_stage,
+    "start": lambda m, c: m.recipe.start != "noise",
+}
+figure, axis = panels(width=7.6, height=2.9)
+seen = {}
+for place, (name, model) in enumerate(models.items()):
     condition, _ = inference_condition(model, small, prompts, 1)
-    theirs = sample(model, small, prompts, generators(0, range(2)), 3, 1)
-    if name != "PASD":  # it starts in a way of its own, see section 4
-        check(f"{name}: our loop", sample_by_hand(model, condition, 3), theirs, 1e-4)
+    seen[name] = [way for way, holds in WAYS.items() if holds(model, condition)]
+    columns = [list(WAYS).index(way) for way in seen[name]]
+    axis.plot(columns, [place] * len(columns), "s", color=COLORS[0], markersize=11)
+axis.set_xticks(range(len(WAYS)), [way.replace(" ", "\n") for way in WAYS])
+axis.set(yticks=range(len(models)), yticklabels=models, xlim=(-0.6, len(WAYS) - 0.4), ylim=(len(models) - 0.5, -0.6))
+axis.xaxis.tick_top()
+axis.grid(color="0.9")
+axis.set_axisbelow(True)
+axis.spines[:].set_visible(False)
+ways = "; ".join(f"{name}: {', '.join(ways)}" for name, ways in seen.items())
+show(figure, f"By which of {len(WAYS)} ways photograph and prompt reach each model. {ways}.")
 
 # %% [markdown]
-# **What to see.** All seven keep the contract. *The same*: our loop from section 1, word for word. *Different*: what
-# stands in `condition`. A control picture (`3×32×32`) or control latents (`4×16×16`), text of one or two encoders,
-# SeeSR's image tokens, FLUX's own guidance. The model sorts them in two drawers, because of tiles: what has a place in
-# the picture is cut (`spatial`), what belongs to the whole picture is shared (`shared`). That is all that tiling must
-# know.
+# **What to see.** All seven keep the contract. *The same*: our loop from section 1, word for word. *Different*: the ways
+# by which photograph and prompt come in. All have a ControlNet. It reads the enlarged photograph, as a picture
+# (`3×32×32`) or as latents (`4×16×16`), and its answers are added inside the denoiser (the drawing of notebook 01,
+# section 3; in PASD an attention for each position joins them). Text enters by attention. Beyond that a model may get the
+# photograph as *image tokens*, by attention too; from a first network that *cleans* it; or as its *start*, in $x_T$,
+# under noise. Which model takes the most ways, and do any two take the same? (*Guidance* in the table above is a number
+# that FLUX's network reads. Who writes the text is another matter: SeeSR's tags are read off the photograph.)
+#
+# The model sorts all this in two drawers, because of tiles: what has a place in the picture is cut (`spatial`), what
+# belongs to the whole picture is shared (`shared`). That is all that tiling must know.
 #
 # How near are these classes to the authors' networks? The folder `tests/models/released` answers. SeeSR, PASD, DiffBIR
 # and CCSR were each built at reduced width with random weights under the authors' own names of weights, and run once by
@@ -293,10 +324,11 @@ def levels(process):
 processes = {name: model.process() for name, model in {"mini": mini, **models}.items()}
 processes["DiffBIR v2.1"] = Process(diffbir.diffbir_scheduler("v2.1"), 10)
 processes["Euler"] = Process(diffusers.EulerDiscreteScheduler(**SD, timestep_spacing="leading", steps_offset=1), 50)
-for name in ("SeeSR", "PASD", "DiffBIR v1", "CCSR v1", "CCSR v2", "C-SD2"):
-    times = processes[name].timesteps.numpy().astype(int)
-    title = f"{name:10s} {len(times):2d} levels from t = {times[0]} to {times[-1]}"
-    check(title, levels(processes[name]), vp(times), 1e-5)
+with together("all levels of the variance-preserving models"):
+    for name in ("SeeSR", "PASD", "DiffBIR v1", "CCSR v1", "CCSR v2", "C-SD2"):
+        times = processes[name].timesteps.numpy().astype(int)
+        print(f"{name:10s} {len(times):2d} levels from t = {times[0]} to {times[-1]}")
+        check(name, levels(processes[name]), vp(times), 1e-5)
 times = processes["Euler"].timesteps.numpy().astype(int)
 check("Euler: relative", levels(processes["Euler"]) / np.stack(sigma_space(times)), np.ones((2, 50)), 1e-5)
 tokens = (128 // models["C-FLUX"].multiple) ** 2  # our tiles; as many as 512×512 pixels have at full size
@@ -311,19 +343,20 @@ check("DiffBIR v2.1: α", levels(processes["DiffBIR v2.1"])[0], stretched[times]
 
 g = torch.Generator().manual_seed(0)
 z0, noise, answer = (torch.randn(1, 4, 16, 16, generator=g, dtype=torch.float64) for _ in range(3))
-for t in (201, 601, 981):
-    preserving = processes["SeeSR"].add_noise(z0, noise, t)
-    in_sigma_space = processes["Euler"].add_noise(z0, noise, t)
-    seen = processes["Euler"].scale_model_input(in_sigma_space, t)
-    check(f"t = {t}: what Euler's network sees", seen, preserving, 1e-5)
-    ratio = np.sqrt((1 - alpha_bar[t]) / alpha_bar[t])
-    sigma = ratio / (1 + ratio)  # flow: σ / (1 − σ) is that ratio
-    flowing = processes["C-FLUX"].add_noise(z0, noise, 1000 * sigma)
-    check(f"flow at σ = {sigma:.2f}, over r", flowing / np.hypot(1 - sigma, sigma), preserving, 1e-5)
-    shares = [
-        float(processes[name].noise_share(x)) for name, x in (("SeeSR", t), ("Euler", t), ("C-FLUX", 1000 * sigma))
-    ]
-    check(f"share of noise {shares[0]:.2f} in all", shares, [1 - alpha_bar[t]] * 3, 1e-5)
+with together("the three costumes: what networks see, and the share of noise"):
+    for t in (201, 601, 981):
+        preserving = processes["SeeSR"].add_noise(z0, noise, t)
+        in_sigma_space = processes["Euler"].add_noise(z0, noise, t)
+        seen = processes["Euler"].scale_model_input(in_sigma_space, t)
+        check(f"t = {t}: what Euler's network sees", seen, preserving, 1e-5)
+        ratio = np.sqrt((1 - alpha_bar[t]) / alpha_bar[t])
+        sigma = ratio / (1 + ratio)  # flow: σ / (1 − σ) is that ratio
+        flowing = processes["C-FLUX"].add_noise(z0, noise, 1000 * sigma)
+        check(f"t = {t}: flow, over r", flowing / np.hypot(1 - sigma, sigma), preserving, 1e-5)
+        at = {"SeeSR": t, "Euler": t, "C-FLUX": 1000 * sigma}
+        shares = [float(processes[name].noise_share(x)) for name, x in at.items()]
+        check(f"t = {t}: share of noise", shares, [1 - alpha_bar[t]] * 3, 1e-5)
+        print(f"t = {t}: flow has that share of noise, {shares[0]:.2f}, at σ = {sigma:.2f}")
 
 # %% [markdown]
 # ### From an answer to a picture
@@ -352,18 +385,20 @@ def estimate_by_hand(kind, alpha, sigma, z, answer):
 
 
 ddim = diffusers.DDIMScheduler(**SD, **LEADING)
-for scheduler in (ddim, diffusers.EulerDiscreteScheduler(**SD), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)):
-    family = type(scheduler).__name__.removesuffix("Scheduler")
-    for kind in ("flow",) if "Flow" in family else ("epsilon", "v_prediction", "sample"):
-        declared = scheduler if kind == "flow" else type(scheduler).from_config(scheduler.config, prediction_type=kind)
-        process = Process(declared, 10)
-        t = process.timesteps[3]
-        alpha, sigma = map(float, process.level(t))
-        z = alpha * z0 + sigma * noise
-        a, b = coefficients(kind, alpha, sigma)
-        estimate = estimate_by_hand(kind, alpha, sigma, z, answer)
-        check(f"{family}, {kind}: estimate", process.pred_original_sample(answer, t, z), estimate, 1e-9)
-        check(f"{family}, {kind}: target of training", process.target(z0, noise, t), a * z0 + b * noise, 1e-9)
+schedulers = (ddim, diffusers.EulerDiscreteScheduler(**SD), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+with together("estimate, and target of training: every kind of answer in every family"):
+    for scheduler in schedulers:
+        family = type(scheduler).__name__.removesuffix("Scheduler")
+        for kind in ("flow",) if "Flow" in family else ("epsilon", "v_prediction", "sample"):
+            like = scheduler if kind == "flow" else type(scheduler).from_config(scheduler.config, prediction_type=kind)
+            process = Process(like, 10)
+            t = process.timesteps[3]
+            alpha, sigma = map(float, process.level(t))
+            z = alpha * z0 + sigma * noise
+            a, b = coefficients(kind, alpha, sigma)
+            estimate = estimate_by_hand(kind, alpha, sigma, z, answer)
+            check(f"{family}, {kind}: estimate", process.pred_original_sample(answer, t, z), estimate, 1e-9)
+            check(f"{family}, {kind}: target of training", process.target(z0, noise, t), a * z0 + b * noise, 1e-9)
 
 # %%
 recipes = {"mini": mini.recipe, **authors, "Euler": authors["SeeSR"]}
@@ -432,13 +467,10 @@ for place, (name, process) in enumerate(processes.items()):
     share = process.noise_share(process.timesteps).numpy()
     for (part, inside), color, marker in parts_of(name):
         axis.plot(share[inside], np.full(inside.sum(), place), marker, color=color, markersize=4, label=part)
-    said.append(
-        f"{name} {share[windows_of(name).structure[1] - 1]:.2f} and {share[windows_of(name).reward[0] - 1]:.2f}"
-    )
-axis.set(
-    yticks=range(len(said)), yticklabels=processes, xlabel="share of noise before the step (sampling runs to the left)"
-)
-axis.invert_yaxis()
+    last, first = windows_of(name).structure[1] - 1, windows_of(name).reward[0] - 1
+    said.append(f"{name} {share[last]:.2f} and {share[first]:.2f}")
+axis.set(yticks=range(len(said)), yticklabels=processes, ylim=(len(said) - 0.5, -0.5))
+axis.set_xlabel("share of noise before the step (sampling runs to the left)")
 axis.legend(*(x[:3] for x in axis.get_legend_handles_labels()), frameon=False, fontsize=8, loc="lower right",
             bbox_to_anchor=(1, 1), ncols=3)  # fmt: skip
 show(
@@ -484,12 +516,13 @@ def trace(model):
     return (starts[1] - starts[0]).mean().item()
 
 
-mini_alpha_bar = 1 - 0.12**2  # at the last timestep
-by_hand = {"mini": mini_alpha_bar, "PASD": alpha_bar[999] * alpha_bar[900]}
+by_hand = {"mini": 1 - 0.12**2, "PASD": alpha_bar[999] * alpha_bar[900]}
 by_hand |= dict.fromkeys(("SeeSR", "CCSR v2"), alpha_bar[999])  # noised to 999, whatever comes first
-for name, model in {"mini": mini, **models}.items():
-    found, wanted = trace(model), by_hand.get(name, 0.0) ** 0.5
-    check(f"{name:10s} {100 * found:5.1f} % of the picture in x_T", found, wanted, 1e-4)
+with together("the picture in x_T, measured and by formula"):
+    for name, model in {"mini": mini, **models}.items():
+        found = trace(model)
+        print(f"{name:10s} {100 * found:5.1f} % of the picture in x_T")
+        check(name, found, by_hand.get(name, 0.0) ** 0.5, 1e-4)
 
 
 # %%
@@ -519,12 +552,13 @@ def on_paper(recipe):
 
 
 cost = {}
-for name, recipe in authors.items():
-    process = processes[name]
-    calls = sum(1 + (recipe.guidance_scale != 1 and process.is_guided(t)) for t in process.timesteps)
-    count = len(Tiles(*UHD, recipe.tile, recipe.overlap, 64, 1).corners())
-    check(f"{name}: tiles on paper", count, on_paper(recipe), 0)
-    cost[name] = count, calls, count * calls * np.prod([min(recipe.tile, side) for side in UHD]) / 1e6
+with together("tiles, on paper and in the package"):
+    for name, recipe in authors.items():
+        process = processes[name]
+        calls = sum(1 + (recipe.guidance_scale != 1 and process.is_guided(t)) for t in process.timesteps)
+        count = len(Tiles(*UHD, recipe.tile, recipe.overlap, 64, 1).corners())
+        check(f"{name}: tiles on paper", count, on_paper(recipe), 0)
+        cost[name] = count, calls, count * calls * np.prod([min(recipe.tile, side) for side in UHD]) / 1e6
 
 # %%
 figure, axis = panels(width=7.4, height=2.9)
@@ -559,8 +593,9 @@ process, t = processes["C-SD2"], processes["C-SD2"].timesteps[10]
 z = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
 with torch.no_grad():
     p, n = model.predict(z, t, condition), model.predict(z, t, condition.negative)
-    for scale in (0.0, 1.0, 3.5):
-        check(f"g = {scale}: answer", denoise(model, process, z, t, condition, scale), n + scale * (p - n), 1e-5)
+    with together("the answer at g = 0, 1 and 3.5"):
+        for scale in (0.0, 1.0, 3.5):
+            check(f"g = {scale}: answer", denoise(model, process, z, t, condition, scale), n + scale * (p - n), 1e-5)
 alpha, sigma = map(float, process.level(t))
 of_p, of_n = (estimate_by_hand("epsilon", alpha, sigma, z, x) for x in (p, n))
 guided = process.pred_original_sample(n + 3.5 * (p - n), t, z)
@@ -688,17 +723,17 @@ def slope(loss, model):
     return torch.cat([x.flatten() for x in found if x is not None])
 
 
-for name in ("C-SD2", "C-FLUX"):
-    model = models[name].unfreeze()
-    objective = objective_of(model)
-    print(f"{name}: structure at steps {objective.windows.structure}, reward at {objective.windows.reward}")
-    for st in (objective.windows.structure[1], objective.windows.reward[0]):
-        ours = loss_by_hand(name, model, st)
-        theirs, _ = objective(small, small_gt, prompts, st, generators(0, range(2)))
-        check(f"  step {st:2d}: loss", ours, theirs, 1e-5)
-        ours, theirs = slope(ours, model), slope(theirs, model)
-        check("           gradient, distance over length", (ours - theirs).norm() / theirs.norm(), 0, 1e-3)
-        assert theirs.norm() > 0
+with together("loss, and distance of gradients over their length"):
+    for name in ("C-SD2", "C-FLUX"):
+        objective = objective_of(model := models[name].unfreeze())
+        print(f"{name}: structure at steps {objective.windows.structure}, reward at {objective.windows.reward}")
+        for st in (objective.windows.structure[1], objective.windows.reward[0]):
+            by_hand = loss_by_hand(name, model, st)
+            theirs, _ = objective(small, small_gt, prompts, st, generators(0, range(2)))
+            ours, wanted = slope(by_hand, model), slope(theirs, model)
+            check(f"{name}, step {st}: loss", by_hand, theirs, 1e-5)
+            check(f"{name}, step {st}: gradient", (ours - wanted).norm() / wanted.norm(), 0, 1e-3)
+            assert wanted.norm() > 0
 
 # %% [markdown]
 # ## 8 · Memory on paper
@@ -746,8 +781,10 @@ on_paper = {
     "diffbir": stock_size - embedding + 4 * 9 * 320 + size["SwinIR"],
     "seesr": stock_size + image_unet + image_control + size["RAM"],
 }
-for name, number in on_paper.items():
-    check(f"{name:8s} {number / 1e9:.3f} billion", number, PUBLISHED[name].parameters, 0)
+print("billions of numbers:", ", ".join(f"{name} {number / 1e9:.3f}" for name, number in on_paper.items()))
+with together("on paper and in the catalog"):
+    for name, number in on_paper.items():
+        check(name, number, PUBLISHED[name].parameters, 0)
 
 text = full["text"]
 inside = sum(m.weight.numel() for m in text.modules() if isinstance(m, nn.Linear))
@@ -955,11 +992,7 @@ def one_step(kind, z, answer, now, following):
 
 
 def verify_step():
-    for scheduler in (
-        ddim,
-        diffusers.EulerDiscreteScheduler(**SD, **{"steps_offset": 1}),
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    ):
+    for scheduler in schedulers:
         process = Process(scheduler, 10)
         t, s = process.timesteps[4:6]
         now, following = (tuple(map(float, process.level(x))) for x in (t, s))

@@ -45,7 +45,7 @@ from rfsr_ext.mini import architecture
 from rfsr_ext.mini.linear_start import LinearAutoencoder, LinearEstimator, load_linear_estimate, load_linear_map
 from rfsr_ext.mini.stage import Stage
 from rfsr_ext.models import Process, load_model
-from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show, together
 from rfsr_ext.sampling import denoise
 
 torch.set_grad_enabled(False)  # switched on where something learns
@@ -454,18 +454,19 @@ show(*draw(399))
 
 # %%
 answer = latents + 0.05 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))  # some network's z_0
-for t in (100, 500, 900):
-    a, s = sd_bar[t].sqrt(), (1 - sd_bar[t]).sqrt()
-    z_t = (a * latents + s * noise).float()
-    e_hat = (z_t - a * answer) / s
-    answers = {"sample": answer, "epsilon": e_hat, "v_prediction": a * e_hat - s * answer}
-    factors = {"sample": 1.0, "epsilon": a / s, "v_prediction": 1 / s}
-    for kind, output in answers.items():
-        same = Process(DDIMScheduler.from_config(sd.config, prediction_type=kind), 50)
-        estimate = same.pred_original_sample(output.float(), t, z_t)
-        assert (estimate - answer).abs().max() < 1e-3, "every answer means this picture"
-        loss = mean_square(output - same.target(latents, noise, t))
-        check(f"t = {t}, {kind}", loss / (factors[kind] ** 2 * mean_square(answer - latents)), 1, 1e-3)
+with together("the factor of the loss: three kinds of answer at t = 100, 500 and 900"):
+    for t in (100, 500, 900):
+        a, s = sd_bar[t].sqrt(), (1 - sd_bar[t]).sqrt()
+        z_t = (a * latents + s * noise).float()
+        e_hat = (z_t - a * answer) / s
+        answers = {"sample": answer, "epsilon": e_hat, "v_prediction": a * e_hat - s * answer}
+        factors = {"sample": 1.0, "epsilon": a / s, "v_prediction": 1 / s}
+        for kind, output in answers.items():
+            same = Process(DDIMScheduler.from_config(sd.config, prediction_type=kind), 50)
+            estimate = same.pred_original_sample(output.float(), t, z_t)
+            assert (estimate - answer).abs().max() < 1e-3, "every answer means this picture"
+            loss = mean_square(output - same.target(latents, noise, t))
+            check(f"t = {t}, {kind}", loss / (factors[kind] ** 2 * mean_square(answer - latents)), 1, 1e-3)
 
 # %% [markdown]
 # The mini model answers with the picture, and its noise is not plain noise. Sampling starts from the enlarged picture,
@@ -501,12 +502,14 @@ def wiener(z_t, t, z_lr, V, d_mean=0.0):
 
 
 V = (latents - latents_lr).square().mean((0, 2, 3)).reshape(1, -1, 1, 1)
-for t in (19, 399, 999):
-    a, s, k = level(t)
-    z_t = process.add_noise(latents, of_training, t)
-    check(f"t = {t}: z_t", z_t, a * (latents_lr + k * (latents - latents_lr)) + s * noise, 1e-5)
-    promised = (V * s**2 / (a**2 * k**2 * V + s**2)).mean().item()
-    check(f"t = {t}: error of the formula", mean_square(wiener(z_t, t, latents_lr, V) - latents) / promised, 1, 0.05)
+with together("z_t, and the error that the formula promises, at t = 19, 399 and 999"):
+    for t in (19, 399, 999):
+        a, s, k = level(t)
+        z_t = process.add_noise(latents, of_training, t)
+        check(f"t = {t}: z_t", z_t, a * (latents_lr + k * (latents - latents_lr)) + s * noise, 1e-5)
+        promised = (V * s**2 / (a**2 * k**2 * V + s**2)).mean().item()
+        error = mean_square(wiener(z_t, t, latents_lr, V) - latents)
+        check(f"t = {t}: error of the formula", error / promised, 1, 0.05)
 
 # %%
 condition = model.condition(lr, prompts)

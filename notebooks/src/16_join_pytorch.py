@@ -526,6 +526,9 @@ check("turns without and with padding", [turns(128), turns(136), turns(64), turn
 # **What to see.** Without padding the rows lie exactly above each other, and four lanes queue at each of eight banks
 # while 24 are idle. Eight words more per row shift each row by a quarter of the banks.
 #
+# Not in this notebook, because only a GPU can show them: how many warps a processor can keep in flight (*occupancy*), what
+# the L2 cache saves, and a profiler's page of either. Whoever has one: `make bench` first, then NVIDIA's `ncu`.
+#
 # ## 6 · Tensor cores, as arithmetic
 #
 # A tensor core multiplies small matrices: one instruction of a warp does 16×16 times 16×8. Each lane holds a few entries

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rfsr_ext.notebook import blind, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import blind, caught, check, exercise, explore, panels, pictures, show, spoken, together
 
 ALT = "A line through 2 points, long enough to be worth hearing."
 
@@ -76,6 +76,35 @@ def test_check_prints_one_quiet_line(capsys):
 def test_check_refuses(ours, theirs, says):
     with pytest.raises(AssertionError, match=says):
         check("x", ours, theirs, 0.1)
+
+
+def test_a_loop_of_checks_prints_one_line(capsys):
+    with together("all three"):
+        for tolerance in (0, 0.25, 0.5):
+            check("one", 1, 1, tolerance)
+    check("after it", 1, 1, 0)
+    with together("outer"), together("inner"):
+        check("one", 1, 1, 0)
+    assert capsys.readouterr().out.splitlines() == [
+        "✓ all three · 3 comparisons, within 0.5",
+        "✓ after it · exact",
+        "✓ outer · 1 comparisons, exact",
+    ]
+
+
+def test_one_wrong_check_of_many_stops_with_its_name(capsys):
+    with pytest.raises(AssertionError, match="^the second: max difference 1"), together("both"):
+        check("the first", 1, 1, 0)
+        check("the second", 1, 2, 0)
+    check("later", 1, 1, 0)
+    assert capsys.readouterr().out == "✓ later · exact\n", "what failed leaves nothing behind"
+    with pytest.raises(AssertionError, match="^no rows: nothing was checked"), together("no rows"):
+        for row in ():
+            check("row", row, row, 0)
+
+
+def test_titles_become_the_end_of_a_description():
+    assert spoken(["truth\n", "step 3\n24 dB"]) == "truth; step 3, 24 dB."
 
 
 def test_caught_wants_a_failing_check(capsys):

@@ -10,8 +10,10 @@ import functools
 import hashlib
 import importlib
 import json
+import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,17 @@ def sanitized(kind: str, first: int, last: int) -> None:
     importlib.import_module("tests.soak.sanitizers").run(kind, first, last)
 
 
+def held(first: int, last: int) -> None:
+    """In a process of its own, as the switch is read once."""
+    narrow = "import torch; assert torch.backends.cpu.get_cpu_capability() == 'AVX2'"
+    for arguments in (["-c", narrow], ["-m", "tests.soak.operators", str(first), str(last)]):
+        ended = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr[-1500:]
+
+
 def long_run(first: int, last: int) -> None:
     """One run of so many iterations, in a folder of its own from which it goes on."""
     folder = STATE.parent / f"run-{last}-{fingerprint()[:8]}"
@@ -58,6 +71,7 @@ PARTS = {
                   "upscaling, sampling, degrading by turns: nothing finished is lost, the end is the same to the bit"),
     "operators": Part(functools.partial(trials, "operators"), 100_000, 1, "calls of the losses against fp64, values "
                       "and gradients"),
+    "avx2": Part(held, 100_000, 5000, "the same calls under ATEN_CPU_CAPABILITY=avx2"),
     "files": Part(functools.partial(trials, "inputs"), 1000, 1, "damaged pictures, checkpoints, configurations, model "
                   "folders and weight files: read right or refused in one sentence"),
     "iterations": Part(long_run, 36_000, 36_000, "iterations of a tiny model in one process, as many as a day holds "
@@ -154,8 +168,7 @@ def write(state: dict) -> None:
     failures = [f"* {name} {i}: {said}" for name, entry in state.items() for i, said in entry["failures"].items()]
     lines += [
         "",
-        f"{cpu_name()}; Python {platform.python_version()}, torch {torch.__version__}. Branches of the kernels for",
-        "other processors were not reached.",
+        f"{cpu_name()}; Python {platform.python_version()}, torch {torch.__version__}.",
     ]
     if failures:
         lines += ["", "Failures:", "", *failures]

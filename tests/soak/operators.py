@@ -138,12 +138,14 @@ def gram(rng: np.random.Generator) -> None:
     f, t = (layout(numbers(rng, shape, dtype), rng.integers(4)).requires_grad_(rng.random() < 0.8) for _ in range(2))
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in (f, t)]
 
+    def centred(x: Tensor) -> Tensor:
+        return x - x.mean((1, 2, 3), keepdim=True)
+
     def deviation(x: Tensor) -> Tensor:
-        centred = x - x.mean((1, 2, 3), keepdim=True)
-        return (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return (centred(x).square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
 
     def normalized(x: Tensor) -> Tensor:
-        return (x - x.mean((1, 2, 3), keepdim=True)) / deviation(x) if normed else x
+        return centred(x) / deviation(x) if normed else x
 
     def matrix(x: Tensor) -> Tensor:
         x = x.flatten(2)
