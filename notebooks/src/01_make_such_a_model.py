@@ -360,9 +360,10 @@ print(f"what the low resolution lacks, z_0 - z_LR: rms {missing:.2f}")
 # %% [markdown]
 # ## 3 · The noise schedule, measured against the latents
 #
-# "Deviation 1" is a mean of two kinds: a few channels with large numbers and many with small ones. How much noise is
-# much? That depends on whom you ask. In $z_t=\alpha_tz_0+\sigma_t\varepsilon$, a channel with deviation $s$ has the
-# signal-to-noise ratio
+# The network will see noised latents, $z_t=\alpha_tz_0+\sigma_t\varepsilon$: ε is Gaussian noise, and the *timestep* $t$
+# runs from 0, nearly clean, to 999. A schedule says how $\alpha_t$ falls and $\sigma_t$ rises. How much noise is much?
+# "Deviation 1" is a mean of two kinds: a few channels with large numbers and many with small ones. A channel with
+# deviation $s$ has the signal-to-noise ratio
 #
 # $$\mathrm{SNR}_t=\frac{\alpha_t^2\,s^2}{\sigma_t^2}=\frac{s^2\,\bar\alpha_t}{1-\bar\alpha_t},\qquad
 # \bar\alpha_t=\prod_{s\le t}(1-\beta_s).$$
