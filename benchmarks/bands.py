@@ -1,7 +1,7 @@
 """How close each band is to the truth along the sampling steps, on more crops than a notebook has time for.
 
 ``python -m benchmarks.bands`` measures the shipped mini model on 48 held-out crops of 64 pixels with 3 seeds, at the
-first and at every fifth of its 50 steps, and writes ``notebooks/results/bands_mini.csv``, which notebook 03 reads.
+first and at every fifth of its 50 steps, and writes ``notebooks/results/bands_mini.csv``, which notebook 04 reads.
 """
 
 from __future__ import annotations

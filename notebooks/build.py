@@ -30,10 +30,10 @@ SOURCES = sorted((HERE / "src").glob("[0-9][0-9]_*.py"))
 README = HERE / "README.md"
 COVER = HERE / "before_after.webp"
 ORDER = (
-    "00_start_here", "01_sample_by_hand", "02_split_bands", "03_see_when_bands_form", "04_keep_the_low_band",
-    "05_ask_clip_iqa", "06_ask_image_reward", "07_hold_the_style", "08_train_by_window", "09_ablate_and_doubt",
-    "10_fuse_the_kernels", "11_reuse_and_scale", "12_leave_less_to_chance", "13_learn_from_pairs",
-    "14_open_other_models", "15_make_such_a_model", "16_join_pytorch",
+    "00_start_here", "01_make_such_a_model", "02_sample_by_hand", "03_split_bands", "04_see_when_bands_form",
+    "05_keep_the_low_band", "06_ask_clip_iqa", "07_ask_image_reward", "08_hold_the_style", "09_hold_the_model",
+    "10_train_by_window", "11_ablate_and_doubt", "12_measure_the_doubt", "13_fuse_the_kernels", "14_join_pytorch",
+    "15_reuse_and_scale", "16_leave_less_to_chance", "17_learn_from_pairs", "18_open_other_models",
 )  # fmt: skip
 _TEACHER = "Your teacher has the solutions"
 _WIDGET = "application/vnd.jupyter.widget-view+json"  # refers to a widget of a kernel that is gone

@@ -30,13 +30,15 @@
 # * read a table of such results without being misled by its best row,
 # * predict which of the four losses notices which damage.
 #
-# **The map.** [01](01_sample_by_hand.ipynb) the sampler → [02](02_split_bands.ipynb),
-# [03](03_see_when_bands_form.ipynb) coarse and fine bands → [04](04_keep_the_low_band.ipynb) the structure loss →
-# [05](05_ask_clip_iqa.ipynb), [06](06_ask_image_reward.ipynb) two rewards → [07](07_hold_the_style.ipynb) holding the style
-# → [08](08_train_by_window.ipynb) training → [09](09_ablate_and_doubt.ipynb) doubts →
-# [10](10_fuse_the_kernels.ipynb) kernels → [11](11_reuse_and_scale.ipynb) your own model; beyond RFSR
-# [12](12_leave_less_to_chance.ipynb) CCSR, [13](13_learn_from_pairs.ipynb) DP2O-SR, [14](14_open_other_models.ipynb) the
-# published models, [15](15_make_such_a_model.ipynb) how such a model is made. Section 4 says what each promises.
+# **The map.** [01](01_make_such_a_model.ipynb) how such a model is made → [02](02_sample_by_hand.ipynb) the sampler →
+# [03](03_split_bands.ipynb), [04](04_see_when_bands_form.ipynb) coarse and fine bands →
+# [05](05_keep_the_low_band.ipynb) the structure loss → [06](06_ask_clip_iqa.ipynb), [07](07_ask_image_reward.ipynb) two
+# rewards → [08](08_hold_the_style.ipynb) the style loss → [09](09_hold_the_model.ipynb) other ways to hold a model →
+# [10](10_train_by_window.ipynb) training → [11](11_ablate_and_doubt.ipynb) its tables →
+# [12](12_measure_the_doubt.ipynb) how sure a number is → [13](13_fuse_the_kernels.ipynb), [14](14_join_pytorch.ipynb)
+# kernels → [15](15_reuse_and_scale.ipynb) your own model; beyond RFSR [16](16_leave_less_to_chance.ipynb) CCSR,
+# [17](17_learn_from_pairs.ipynb) DP2O-SR and [18](18_open_other_models.ipynb) the published models. Section 4 says what
+# each promises.
 
 # %%
 import io
@@ -80,7 +82,7 @@ prompts = [crop["prompt"] for crop in crops.values()]
 # * **structure only**: the coarse half of the picture is held to the true photograph,
 # * **rewards only**: two networks score the picture, and training raises their scores. `MiniIQA` stands in for CLIP-IQA
 #   (is the picture sharp and clean?), `MiniPreference` for ImageReward (does it fit the prompt? ours hardly asks,
-#   notebook 06). The style loss is on,
+#   notebook 07). The style loss is on,
 # * **all of RFSR**: structure in steps 1 and 2, rewards and style loss in step 5 (of 50: 1 to 20 and 41 to 50),
 # * **no style loss**: the same without what holds the style. This one may cheat.
 #
@@ -140,7 +142,7 @@ show(
 # is there with the structure loss alone is not the rewards' doing, whatever the picture is called; only what differs
 # between the last two can be. If you see little between them, so did we: with the full preset, of 40 blind pairs of
 # *base* and fine-tuned picture the fine-tuned one was chosen in 23, which 40 pairs cannot tell from chance (notebook
-# [09](09_ablate_and_doubt.ipynb)).
+# [12](12_measure_the_doubt.ipynb)).
 #
 # Now all columns, as numbers. The *judge* is a score of about 0 (ruined) to 100 (untouched) that
 # nothing was trained on, so it comes first; the two rewards come last, because they were told to rise.
@@ -185,7 +187,7 @@ show(
 # *How much is luck?* Much: this is a short run, with one seed, on three photographs. Change `seed` in the second code cell
 # and see what stays. So this is a demonstration, not evidence. Evidence is the full preset, measured on many held-out crops
 # and over training seeds: [the card](../rfsr_ext/weights/README.md) has the table, the row of the judge included, and
-# notebook [09](09_ablate_and_doubt.ipynb) doubts it. `make demo` runs the preset once.
+# notebook [12](12_measure_the_doubt.ipynb) doubts it. `make demo` runs the preset once.
 #
 # ## 2 · What did training change?
 #
@@ -219,7 +221,7 @@ show(*draw(3))
 
 # %% [markdown]
 # **What to see.** At 3 the direction of the training is plain: look for edges, shadows and shifted colors. Which of the two
-# scores goes on rising, and which does not? Notebook 07 lets a training run far in the direction of the reward.
+# scores goes on rising, and which does not? Notebook 09 lets a training run far in the direction of the reward.
 #
 # ## 3 · Which loss notices what?
 #
@@ -281,10 +283,10 @@ check("Gram loss", gram_loss(before, gt), by_hand, 1e-6)
 # %% [markdown]
 # ## 4 · Where do I find what?
 #
-# Each notebook stands alone. In order they lead from a sampler to the trained model (01 to 08), then to doubts (09), speed
-# (10) and your own model (11). 12 and 13 teach two other methods that train such models, 14 opens the models that people
-# publish, and 15 makes one: read it first if you have never trained a diffusion model. The paper and the code published
-# with it are not the same method: [all differences](paper_and_released_code.md).
+# Each notebook stands alone. In order they lead from how a diffusion model is made (01) and sampled (02) to the trained
+# model (10), then to doubts (11, 12), speed (13, 14) and your own model (15). 16 and 17 teach two other methods that train
+# such models, and 18 opens the models that people publish. The paper and the code published with it are not the same
+# method: [all differences](paper_and_released_code.md).
 #
 # CONTENTS
 #

@@ -72,7 +72,7 @@ def quality_versions() -> list[tuple[str, str, float, Tensor]]:
     """Photograph, version, strength and picture ``[1, 3, 256, 256]`` in [0, 1] of all that ``clip-iqa`` scores.
 
     The strength is the severity of a distortion, the amplitude of the pattern of 4×4 pixels, or the number of steps by
-    which the bicubic version was changed along the gradient of MiniIQA, each of 0.003 per pixel (notebook 05).
+    which the bicubic version was changed along the gradient of MiniIQA, each of 0.003 per pixel (notebook 06).
     """
     found = []
     blocks = np.arange(256) // 2
@@ -122,7 +122,7 @@ def _preference(reward: Reward, device: str) -> list[Row]:
 
 @torch.no_grad()
 def _style(loss: VGGGramLoss, device: str) -> list[Row]:
-    """The patches of 64 pixels of notebook 07."""
+    """The patches of 64 pixels of notebook 08."""
     places = {1: (100, 100), 2: (300, 250)}
     patches = {
         (name, k): to_tensor(load_photograph(name)[top : top + 64, left : left + 64])[None].to(device)

@@ -195,7 +195,7 @@ def main() -> None:
 
     chosen = [m for m in mutants if m.paths() and (options.only in m.name or options.only in m.file)]
     left = [m for m in chosen if not _fresh(m, results)]
-    left.sort(key=lambda m: (m.name in results, m.notebooks[0] == "08", m.notebooks))  # new ones first, slow ones last
+    left.sort(key=lambda m: (m.name in results, m.notebooks[0] == "10", m.notebooks))  # new ones first, slow ones last
     for m in mutants:
         if not m.paths():
             print(f"waits for notebook {' or '.join(m.notebooks)}: {m.name}")

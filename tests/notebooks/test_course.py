@@ -24,7 +24,7 @@ def load(name):
 build, strict = load("build"), load("conftest")
 
 TAGS = {"nbval-ignore-output"}
-LARGE = ("08",)  # trains beside a frozen copy, by hand and with the package
+LARGE = ("10",)  # trains beside a frozen copy, by hand and with the package
 FORBIDDEN = {
     r"^\s*[%!]": "a magic or shell command",
     r"^\S.*;$": "a semicolon that hides the output, which nbval shows",
@@ -232,9 +232,9 @@ def test_what_a_class_gets_is_complete(handout):
 
 def test_what_a_class_gets_replaces_nothing_of_others(handout, tmp_path):
     shutil.copytree(handout, tmp_path / "own")
-    notebook = tmp_path / "own" / "02_split_bands.ipynb"
+    notebook = tmp_path / "own" / "03_split_bands.ipynb"
     notebook.write_text(notebook.read_text().replace("raise NotImplementedError", "return 0.6", 1))
-    with pytest.raises(FileExistsError, match="'02_split_bands.ipynb' that was not written here or has changed since"):
+    with pytest.raises(FileExistsError, match="'03_split_bands.ipynb' that was not written here or has changed since"):
         build.write_for_students(tmp_path / "own")
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.txt").write_text("all of it")
