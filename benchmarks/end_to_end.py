@@ -31,12 +31,15 @@ def vgg_gram_step(side: int, device: str) -> Step:
     return step
 
 
-def rfsr_step(sampling_step: int, device: str) -> Step:
-    """Loss and gradients of one iteration of the preset ``mini``, without the optimizer."""
+def rfsr_step(sampling_step: int, term: str, device: str) -> Step:
+    """Loss and gradients of one iteration of the preset ``mini``, without the optimizer; the step returns one term."""
     config = RFSRConfig.load("mini")
     model = load_model(config.model).to(device)
     objective = build_objective(config, model)
     parameters = list(model.unfreeze().trained_parameters().values())
+    with torch.no_grad():
+        for parameter in parameters:  # as after some training: at its start the style loss is 0 whatever computes it
+            parameter.mul_(1.01)
     crops = setup.build_dataset(config)
     batch = [crops[i] for i in range(config.batch_size)]
     lr, gt = (torch.stack([sample[key] for sample in batch]).to(device) for key in ("lr", "gt"))
@@ -45,7 +48,7 @@ def rfsr_step(sampling_step: int, device: str) -> Step:
     def step():
         loss, logs = objective(lr, gt, prompts, sampling_step, generators(0, range(len(batch))))
         torch.autograd.grad(loss, parameters, allow_unused=True)
-        return logs.get("structure", logs.get("regularization"))
+        return logs[term]
 
     return step
 
@@ -53,8 +56,8 @@ def rfsr_step(sampling_step: int, device: str) -> Step:
 STEPS: dict[str, tuple[str, Callable[[str], Step]]] = {
     "VGGGramLoss, fwd+bwd, 256² image": ("gram", lambda device: vgg_gram_step(256, device)),
     "VGGGramLoss, fwd+bwd, 512² image": ("gram", lambda device: vgg_gram_step(512, device)),
-    "RFSR iteration, structure window": ("haar", lambda device: rfsr_step(10, device)),
-    "RFSR iteration, reward window": ("gram", lambda device: rfsr_step(45, device)),
+    "RFSR iteration, structure window": ("haar", lambda device: rfsr_step(2, "structure", device)),
+    "RFSR iteration, reward window": ("gram", lambda device: rfsr_step(9, "style", device)),
 }
 
 

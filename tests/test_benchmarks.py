@@ -134,6 +134,21 @@ def test_a_step_runs_with_a_peer_in_place_of_our_operator():
     torch.testing.assert_close(alone(), step(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("window", ["structure", "reward"])
+def test_an_iteration_of_the_preset_reaches_the_loss_that_is_swapped(window):
+    operator, make = end_to_end.STEPS[f"RFSR iteration, {window} window"]
+    step, seen = make("cpu"), []
+    ours = {"haar": bench.rfsr_ext.haar_ll_l1_loss, "gram": bench.rfsr_ext.gram_loss}[operator]
+
+    def spy(*args, **options):
+        seen.append(ours(*args, **options))
+        return seen[-1]
+
+    loss = end_to_end.with_loss(operator, step, spy)()
+    assert len(seen) == 1 and loss > 0
+    torch.testing.assert_close(loss, seen[-1].detach().to(loss.dtype))
+
+
 def test_the_command_writes_its_tables(tmp_path):
     title = next(c.title for c in cases() if c.label == "1x3x64x64" and c.dtype == torch.float32)
     options = [
