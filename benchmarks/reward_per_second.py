@@ -222,8 +222,10 @@ def rollouts(name: str, repeats: int = 5) -> dict[str, dict[str, float]]:
     return {way: row | {"processor_seconds": float(np.median(seconds[way]))} for way, row in rows.items()}
 
 
-def solve(model: ISRModel, condition: Condition, latents: torch.Tensor, timesteps: np.ndarray, order: int):
-    """From the first timestep to the last by so many evaluations less one; the latents there."""
+def solve(
+    model: ISRModel, condition: Condition, latents: torch.Tensor, timesteps: np.ndarray, order: int
+) -> torch.Tensor:
+    """The latents at the last timestep, from those at the first by an evaluation at each but the last."""
     solver = DPMSolverMultistepScheduler.from_config(model.scheduler.config, solver_order=order)
     solver.set_timesteps(timesteps=[int(t) for t in timesteps])
     for timestep in solver.timesteps[:-1]:
@@ -235,8 +237,8 @@ def solve(model: ISRModel, condition: Condition, latents: torch.Tensor, timestep
 def solvers(crops: int = 8, steps: tuple[int, ...] = (10, 41, 50)) -> list[dict[str, Any]]:
     """How far from the plain loop's state before a sampling step other solvers end, by few evaluations.
 
-    ``error`` is the RMS difference of the latents, relative to that between two seeds' states. So is ``own_error``, of
-    the plain loop itself: from the state to which many evaluations of second order lead.
+    A solver's error stands under its name: the RMS difference of the latents, relative to that between two seeds'
+    states. ``own_error`` is the plain loop's own, from the state to which many evaluations of second order lead.
     """
     model = load_model("mini")
     samples = evaluation_crops(photographs("validation"), 64, crops)
