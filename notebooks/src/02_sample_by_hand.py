@@ -33,7 +33,7 @@ from diffusers import DDIMScheduler
 from rfsr_ext.data import Degradation, evaluation_crops
 from rfsr_ext.metrics import psnr
 from rfsr_ext.models import Process, load_model
-from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show, spoken
 from rfsr_ext.sampling import TimestepWindows, generators, sample, trajectory
 
 model = load_model("mini")  # a small stand-in for SeeSR or PASD; see rfsr_ext/weights/README.md
@@ -119,7 +119,7 @@ with torch.no_grad():
             titles.append(f"{name}, t = {t}\nnoise {(1 - bar[t]).sqrt():.2f}")
 show(
     pictures(noised, titles, columns=3, tile=1.92),
-    "The noised latents of the flower, decoded: " + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
+    "The noised latents of the flower, decoded: " + spoken(titles),
 )
 
 # %% [markdown]
@@ -255,7 +255,7 @@ with torch.no_grad():
 titles = [f"{name}\n{psnr(x, gt)[0]:.1f} dB" for name, x in decoded.items()]
 show(
     pictures([x[0] for x in decoded.values()], titles, tile=1.92),
-    "The flower as step 1 would estimate it: " + "; ".join(title.replace("\n", " ") for title in titles) + ".",
+    "The flower as step 1 would estimate it: " + spoken(titles),
 )
 
 # %% [markdown]

@@ -35,7 +35,7 @@ from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.evaluation import measure_trajectory
 from rfsr_ext.metrics import band_ssim
 from rfsr_ext.models import load_model
-from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show, spoken
 from rfsr_ext.sampling import TimestepWindows, generators, trajectory
 
 model = load_model("mini")  # ×4, 50 steps
@@ -118,7 +118,7 @@ tiles = [lr[0], enlarged[0], *(images[step - 1][0] for step in shown), gt[0]]
 show(
     pictures(tiles, titles, columns=4, tile=1.92),
     "A cat's face: low resolution, bicubic enlargement, the estimate at five steps, the truth, with the SSIM of low and high band: "
-    + "; ".join(title.strip().replace("\n", ", ") for title in titles) + ".",
+    + spoken(titles),
 )  # fmt: skip
 
 # %%
@@ -157,7 +157,7 @@ for name, (z, seen) in starts.items():
 show(
     pictures([x[0] for x in tiles], titles, columns=2, tile=1.92),
     "Estimates at steps 1 and 50 with a part of the input taken away, and the SSIM of low and high band: "
-    + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
+    + spoken(titles),
 )  # fmt: skip
 
 # %% [markdown]

@@ -36,7 +36,7 @@ from PIL import Image
 from rfsr_ext.data import PHOTOGRAPHS, evaluation_crops, load_photograph, photographs
 from rfsr_ext.data.distortions import INPUT_FAULTS, distort
 from rfsr_ext.metrics import psnr
-from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import caught, check, exercise, explore, panels, pictures, show, spoken
 from rfsr_ext.recordings import recorded, say_missing
 from rfsr_ext.rewards import (
     CallableReward,
@@ -426,7 +426,7 @@ tiles += [0.5 + change / largest / 2 for change in changes.values()]
 show(
     pictures(tiles, titles + ["", *(f"change by {name}" for name in changes)], tile=1.92, columns=4),
     "A face before and after 40 steps of ascent in three ways, below the changes. Scores with the own and with the "
-    "motorcycle's prompt: " + "; ".join(title.replace("\n", ": ") for title in titles) + ".",
+    "motorcycle's prompt: " + spoken(titles),
 )  # fmt: skip
 gaps = {name: b - a for name, (a, b) in both_scores.items()}
 for name, gap in gaps.items():

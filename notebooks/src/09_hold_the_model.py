@@ -43,7 +43,7 @@ from rfsr_ext.data import Degradation, load_photograph
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.metrics import Judge, ssim
 from rfsr_ext.models import load_model
-from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show, spoken
 from rfsr_ext.rewards import MiniIQA
 from rfsr_ext.sampling import TimestepWindows, generators, rollout, sample
 from rfsr_ext.training import RFSRObjective
@@ -100,7 +100,7 @@ judged = {n: judge.score(x).item() for n, x in trio.items()}
 titles = [f"{n}\nreward {scores[n]:.2f} · SSIM {likeness[n]:.2f}\njudge {judged[n]:.0f}" for n in trio]
 show(
     pictures([lr[0], *(x[0] for x in trio.values())], ["low resolution\n\n", *titles], tile=1.92),
-    "A cup of coffee, 64 pixels wide: " + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
+    "A cup of coffee, 64 pixels wide: " + spoken(titles),
 )
 assert scores["reward climbed"] > scores["truth"] and likeness["reward climbed"] < likeness["pre-trained model"]
 fell = judged["reward climbed"] < judged["pre-trained model"]

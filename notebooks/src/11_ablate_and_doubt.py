@@ -44,7 +44,7 @@ from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.data.images import read_image, to_tensor
 from rfsr_ext.evaluation import compare
 from rfsr_ext.metrics import Judge, psnr
-from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show
+from rfsr_ext.notebook import COLORS, caught, check, exercise, explore, panels, pictures, show, spoken
 from rfsr_ext.rewards import create_reward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
@@ -81,7 +81,7 @@ for row, crop in enumerate(crops):
     show(
         pictures([crop["lr"], *tiles.values()], ["low resolution\n", *titles], columns=4, tile=1.92),
         f"{('A cat', 'A coffee cup')[row]}, enlarged from 24 pixels to 96: "
-        + "; ".join(title.replace("\n", ", ") for title in titles) + ".",
+        + spoken(titles),
     )  # fmt: skip
 
 error = (strip[:, :96, :96] - crops[0]["gt"]).double().square().mean().item()  # of the base, the cat
