@@ -1,4 +1,4 @@
-"""Imports run one way: the README's table says which folder may use which, and this holds the package to it."""
+"""Imports run one way: a table of CONTRIBUTING.md says which folder may use which, and the package is held to it."""
 
 import ast
 import re
@@ -11,8 +11,8 @@ PACKAGE = ROOT / "rfsr_ext"
 
 
 def table() -> list[list[str]]:
-    """Rooms of the package by row of the README's table."""
-    text = (ROOT / "README.md").read_text()
+    """Rooms of the package by row of its table."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     cells = re.findall(
         r"^\| (`.+?`) \|", text.partition("\n| folder | holds |\n")[2].partition("\n\n")[0], re.MULTILINE
     )
