@@ -24,7 +24,6 @@ import torchvision.transforms.functional
 from torch import Tensor
 
 from benchmarks import measure, report
-from benchmarks.__main__ import cpu_name
 from rfsr_ext.data import Degradation, load_photograph
 from rfsr_ext.data.degradation.choices import Choices, RoundChoices
 from rfsr_ext.data.degradation.kernels import Kernel
@@ -182,7 +181,7 @@ def main() -> None:
     public, photograph = public_code(args.basicsr), to_tensor(load_photograph("astronaut"))
     gt = photograph[:, : args.side, : args.side].repeat(args.batch, 1, 1, 1)
     packages = ("torch", "numpy", "scipy", "pillow")
-    device = f"Degradation, {cpu_name()}"
+    device = f"Degradation, {measure.processor()}"
     path = args.output / f"{report.slug(device)}.json"
     args.output.mkdir(parents=True, exist_ok=True)
     cases = json.loads(path.read_text()) if path.exists() else {}  # of other presets, measured before

@@ -27,7 +27,6 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from benchmarks import measure, report
-from benchmarks.__main__ import cpu_name
 from rfsr_ext.cli.evaluate import held_out_scorers
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.evaluation import (
@@ -89,8 +88,8 @@ def table(samples: list[Sample], models: Mapping[str, str], seeds: range, output
     ]
     parts = [
         "# What the mini model makes of photographs that nothing was trained on",
-        f"Written by `python -m benchmarks.laboratory table`; {measure.now()}, {cpu_name()}. The judge and, of another "
-        "kind, PIQE train nobody; the rewards, mini-iqa and mini-preference, are what fine-tuning raises.",
+        f"Written by `python -m benchmarks.laboratory table`; {measure.now()}, {measure.processor()}. The judge and, "
+        "of another kind, PIQE train nobody; the rewards, mini-iqa and mini-preference, are what fine-tuning raises.",
         f"{len(samples)} held-out crops of {SIZE} pixels, noise of seeds {seeds.start} to {seeds.stop - 1}; mean ± "
         "standard error over crops; of GMSD and PIQE less is better.",
         "\n".join(report.table(["", *metrics], cells)),

@@ -23,7 +23,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks import measure, report
-from benchmarks.__main__ import cpu_name
 from rfsr_ext.data import PHOTOGRAPHS, Degradation, ImageFolder, load_photograph
 from rfsr_ext.data.images import from_uint8, read_image, to_uint8
 
@@ -198,7 +197,7 @@ def main() -> None:
     packages = ["torch", "numpy", "pillow", *(["torchvision"] if find_spec("torchvision") else [])]
     codecs = [f"{name} {PIL.features.version(name)}" for name in ("libjpeg_turbo", "zlib_ng")]
     result = {
-        "device": f"Reading, {cpu_name().rpartition(',')[0]}, {os.cpu_count()} cores",
+        "device": f"Reading, {measure.processor().rpartition(',')[0]}, {os.cpu_count()} cores",
         "files": files,
         "loader": loader,
         "step": args.step,

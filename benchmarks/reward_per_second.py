@@ -23,7 +23,6 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from benchmarks import measure, report
-from benchmarks.__main__ import cpu_name
 from rfsr_ext.data import evaluation_crops, photographs
 from rfsr_ext.models import Condition, ControlNetISRModel, ISRModel, load_model
 from rfsr_ext.rewards import reward_loss
@@ -422,7 +421,7 @@ def main() -> None:
     found = json.loads(options.results.read_text()) if options.results.is_file() else {"runs": {}}
 
     def keep() -> None:
-        found.update(written=measure.now(), device=cpu_name())
+        found.update(written=measure.now(), device=measure.processor())
         options.results.write_text(json.dumps(found, indent=1) + "\n")
 
     if options.what == "profile":

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.__main__ import cpu_name
+from benchmarks import measure
 from rfsr_ext.files import replace_file
 from tests.soak import sanitizers
 
@@ -159,7 +159,7 @@ def write(state: dict) -> None:
     failures = [f"* {name} {i}: {said}" for name, entry in state.items() for i, said in entry["failures"].items()]
     lines += [
         "",
-        f"{cpu_name()}; Python {platform.python_version()}, torch {torch.__version__}.",
+        f"{measure.processor()}; Python {platform.python_version()}, torch {torch.__version__}.",
     ]
     if failures:
         lines += ["", "Failures:", "", *failures]
