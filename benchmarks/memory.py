@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from benchmarks.report import table
+from rfsr_ext.evaluation.ways import markdown_rows
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.memory import hold_weights
 from rfsr_ext.models import ISRModel
@@ -464,18 +464,18 @@ def main() -> None:
         "",
         f"## One RFSR iteration in the reward window at {SIDE}², GiB",
         "",
-        *table(training, [row for pair in pairs for row in training_rows(*pair, args.batches, SIDE)]),
+        *markdown_rows(training, [row for pair in pairs for row in training_rows(*pair, args.batches, SIDE)]),
         "",
         "## The same with settings that save memory, each with those above it, GiB",
         "",
-        *table(
+        *markdown_rows(
             ["", "type", "batch", "setting", "held", "denoiser", "decoder", "peak"],
             [row for dtype in dtypes for row in settings_rows(args.systems[0], dtype, args.batches, SIDE)],
         ),
         "",
         f"## Upscaling to {UHD[1]}×{UHD[0]} by the recipe's tiles, with its guidance, GiB",
         "",
-        *table(
+        *markdown_rows(
             ["", "type", "tile", "tiles", "at once", "weights", "peak"],
             [row for name, dtype in pairs if "," not in name for row in upscaling_rows(name, dtype, (1, 4))],
         ),

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from benchmarks import measure, report
+from benchmarks import measure
 from rfsr_ext.data import evaluation_crops, photographs
+from rfsr_ext.evaluation.ways import markdown_rows
 from rfsr_ext.models import Condition, ControlNetISRModel, ISRModel, load_model
 from rfsr_ext.rewards import reward_loss
 from rfsr_ext.sampling import Rollout, generators, rollout
@@ -328,7 +329,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         for row in table
     ]  # fmt: skip
     about = ABOUT.format(**found["held_out"], **SETTING)
-    text = ["# Reward gained per second", "", about, "", *report.table(header, body)]
+    text = ["# Reward gained per second", "", about, "", *markdown_rows(header, body)]
     header = ["schedule", "by evaluations", "by processor time", "PSNR there, dB", "SSIM there"]
     body = []
     for row in table[1:]:
@@ -339,7 +340,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         body.append(cells)
     text += [
         "", "How much sooner the plain loop's last reward is reached, by two clocks, and the fidelity there against "
-        "the plain loop's.", "", *report.table(header, body),
+        "the plain loop's.", "", *markdown_rows(header, body),
     ]  # fmt: skip
     if "profile" in found:
         steps = list(found["profile"])
@@ -352,7 +353,7 @@ def lines(found: dict[str, Any]) -> list[str]:
                 value = total if part == "sum" else found["profile"][step].get(part)
                 cells.append("" if value is None else f"{value:.3f} ({value / total:.0%})")
             body.append([part, *cells])
-        text += ["", "One iteration, processor seconds (share):", "", *report.table(["", *steps], body)]
+        text += ["", "One iteration, processor seconds (share):", "", *markdown_rows(["", *steps], body)]
     if "rollouts" in found:
         body = []
         for name, ways in found["rollouts"].items():
@@ -367,7 +368,7 @@ def lines(found: dict[str, Any]) -> list[str]:
             "", "A whole rollout of one batch, the condition included, with the network computing in other ways, which "
             "took turns. A first call compiles, once for all schedules. Error is the largest difference of the last "
             "latents, relative to their largest entry. No preset uses another way than the first.",
-            "", *report.table(header, body),
+            "", *markdown_rows(header, body),
         ]  # fmt: skip
     if "solvers" in found:
         body = [
@@ -380,7 +381,7 @@ def lines(found: dict[str, Any]) -> list[str]:
             "", "How far from the plain loop's state other solvers end that make fewer evaluations over the same "
             "noise levels: RMS difference of the latents, relative to that between two seeds. In brackets how far the "
             "plain loop itself is from where many steps of second order lead. Nothing was trained so.",
-            "", *report.table(header, body),
+            "", *markdown_rows(header, body),
         ]  # fmt: skip
     return [*text, "", f"{found['device']}, {found['written']}."]
 
