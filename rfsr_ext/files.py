@@ -13,9 +13,12 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "check_unheld",
@@ -26,7 +29,9 @@ __all__ = [
     "make_folder",
     "replace_file",
     "replace_folder",
+    "save_table",
     "save_tensors",
+    "save_text",
     "sha256",
 ]
 
@@ -297,6 +302,18 @@ def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, aside first and then by one rename."""
+    with replace_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def save_table(path: str | Path, table: "pd.DataFrame") -> None:
+    """Write the rows of a table, aside first and then by one rename: as Parquet if the path ends so, else as CSV."""
+    with replace_file(path) as aside:
+        (table.to_parquet if Path(path).suffix == ".parquet" else table.to_csv)(aside, index=False)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:

@@ -20,7 +20,7 @@ from rfsr_ext.evaluation import (
     save_figure,
     summarize,
 )
-from rfsr_ext.files import check_unheld, replace_file
+from rfsr_ext.files import check_unheld, save_text
 from rfsr_ext.metrics import Judge, psnr
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import REWARDS, create_reward
@@ -91,10 +91,8 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
         "minus_base": {n: compare(frame, "base", n).to_dict("index") for n in models if n != "base"},
         "seconds": round(time.monotonic() - started, 1),
     }
-    with replace_file(output / "report.json") as path:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    with replace_file(output / "table.txt") as path:
-        path.write_text(table + "\n")
+    save_text(output / "report.json", json.dumps(report, indent=2) + "\n")
+    save_text(output / "table.txt", table + "\n")
     typer.echo(f"\n{crops} held-out crops of 128 pixels, mean ± standard error over crops:\n\n{table}\n")
     typer.echo(f"two runs of {config.iterations} iterations, {report['seconds']:.0f} s in all")
     for name, what in {**_WRITTEN, "model": "fine-tuned model"}.items():

@@ -36,7 +36,7 @@ from rfsr_ext.evaluation import (
 )
 from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.folders import read_picture
-from rfsr_ext.files import make_folder, replace_file
+from rfsr_ext.files import make_folder, save_table
 from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
 from rfsr_ext.models import load_model
 from rfsr_ext.processes import is_main, join
@@ -56,7 +56,6 @@ __all__ = [
     "held_out_scorers",
     "holds_pictures",
     "mean_table",
-    "write_table",
 ]
 
 STABILITY = (".stability.csv", ".stability.png")  # endings of what is written beside a table, in the place of its own
@@ -150,12 +149,6 @@ def step_figures(names: Sequence[str]) -> list[str]:
     ]
 
 
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Every row, as CSV or Parquet by the ending."""
-    with replace_file(path) as aside:
-        frame.to_parquet(aside, index=False) if path.suffix == ".parquet" else frame.to_csv(aside, index=False)
-
-
 def write_stability(
     frame: pd.DataFrame, spreads: dict[str, Spread], references: dict[Hashable, Tensor], output: Path | None
 ) -> None:
@@ -165,7 +158,7 @@ def write_stability(
     typer.echo("\nstandard deviation over seeds: G-STD of each metric, L-STD of pixels (l_std)\n")
     typer.echo(table.reset_index().to_string(index=False, formatters=columns, na_rep=""))
     if output is not None:
-        write_table(table.reset_index(), output.with_suffix(STABILITY[0]))
+        save_table(output.with_suffix(STABILITY[0]), table.reset_index())
         save_figure(disagreement_figure(spreads, references), output.with_suffix(STABILITY[1]))
 
 
@@ -229,7 +222,7 @@ def evaluate_folders(
     elif others:
         typer.echo("\nno picture is in all folders, so that nothing can be compared")
     if output is not None:
-        write_table(frame, output)
+        save_table(output, frame)
     if cases is not None and common:
         _cases(results, by or suite.metrics[0], shared, cases)
     broken = {path: reason for result in results.values() for path, reason in result.broken.items()}
@@ -295,7 +288,7 @@ def evaluate_on_pairs(
         write_best_of(rows, suite.metrics, (), output.with_suffix(BEST_OF[0]) if output else None)
     typer.echo(f"\npictures: {', '.join(str(folder) for result in results.values() for folder in result.folders)}")
     if output is not None:
-        write_table(frame, output)
+        save_table(output, frame)
     left_out = {path: reason for result in results.values() for path, reason in result.left_out.items()}
     for path, reason in left_out.items():
         typer.echo(f"left out {path}: {reason}", err=True)
@@ -344,7 +337,7 @@ def evaluate_models(
     if others:
         typer.echo(f"\nAgainst {base}:\n\n{difference_table(frame, base, others)}")
     if output is not None:
-        write_table(frame, output)
+        save_table(output, frame)
     if stability:
         write_stability(frame, spreads, {i: sample["gt"] for i, sample in enumerate(samples)}, output)
     if steps:
@@ -358,7 +351,7 @@ def evaluate_models(
             if output is not None:
                 save_figure(trajectory_figure(path), output.with_suffix(figures[name]), dpi=150)
         if output is not None:
-            write_table(pd.concat(paths, ignore_index=True), output.with_suffix(".steps.csv"))
+            save_table(output.with_suffix(".steps.csv"), pd.concat(paths, ignore_index=True))
 
 
 def evaluate_best_of(
@@ -409,7 +402,7 @@ def write_best_of(frame: pd.DataFrame, chosen: Sequence[str], others: Sequence[s
         part = curves[curves["quantity"] == name].pivot(index=["model", "of"], columns="count", values="cell")
         typer.echo(f"\n{name}{', lower is better' if name in lower_better else ''}, by number of results\n\n{part}")
     if output is not None:
-        write_table(curves.drop(columns="cell"), output)
+        save_table(output, curves.drop(columns="cell"))
         save_figure(best_of_figure(curves), output.with_suffix(".png"))
 
 

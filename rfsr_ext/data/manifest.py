@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import PIL.features
 
-from rfsr_ext.files import lock_folder, replace_file, sha256
+from rfsr_ext.files import lock_folder, replace_file, save_text, sha256
 
 __all__ = ["MANIFEST", "Manifest", "versions", "write_hashed"]
 
@@ -105,9 +105,8 @@ class Manifest:
         return files
 
     def _write(self) -> None:
-        with replace_file(self.folder / MANIFEST) as aside:
-            written = {"settings": self.settings, "files": self.files}
-            aside.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        written = {"settings": self.settings, "files": self.files}
+        save_text(self.folder / MANIFEST, json.dumps(written, indent=1, sort_keys=True) + "\n")
         self._written = time.monotonic()
 
     def has(self, name: str, facts: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 import rfsr_ext
-from rfsr_ext.files import replace_file, sha256
+from rfsr_ext.files import save_text, sha256
 from rfsr_ext.recordings.protocols import PROTOCOLS, SEED, Protocol
 
 __all__ = ["FOLDERS", "Recording", "cpu_name", "read_recording", "record", "recorded", "say_missing", "write_recording"]
@@ -144,8 +144,7 @@ def write_recording(recording: Recording, path: str | Path) -> None:
             f"recording {str(path)!r} must take at most {_MOST_BYTES} bytes, got {len(content)}; leave files of "
             "weights that are not needed out of the folders"
         )
-    with replace_file(path) as aside:
-        aside.write_text(content, encoding="utf-8")
+    save_text(path, content)
 
 
 def read_recording(path: str | Path) -> Recording:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import measure
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import save_text
 from tests.soak import sanitizers
 
 HERE = Path(__file__).resolve().parent
@@ -131,8 +131,7 @@ def soak(name: str, count: int, state: dict) -> None:
         if time.monotonic() - saved > SAVE_EVERY or last == count:
             saved = time.monotonic()
             entry |= {"commit": commit(), "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
-            with replace_file(STATE) as aside:
-                aside.write_text(json.dumps(state, indent=1))
+            save_text(STATE, json.dumps(state, indent=1))
             print(f"{name}: {last} of {count}, {len(entry['failures'])} failures", flush=True)
 
 
@@ -163,8 +162,7 @@ def write(state: dict) -> None:
     ]
     if failures:
         lines += ["", "Failures:", "", *failures]
-    with replace_file(HERE / "results.md") as aside:
-        aside.write_text("\n".join(lines) + "\n")
+    save_text(HERE / "results.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
