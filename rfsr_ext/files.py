@@ -27,6 +27,7 @@ __all__ = [
     "load_tensors",
     "lock_folder",
     "make_folder",
+    "not_ours",
     "replace_file",
     "replace_folder",
     "save_table",
@@ -208,7 +209,8 @@ def _ours(path: Path) -> set[str]:
     }  # fmt: skip
 
 
-def _not_ours(path: Path, name: str) -> FileExistsError:
+def not_ours(path: Path, name: str) -> FileExistsError:
+    """What is wrong where a file of the user's own would be replaced."""
     return FileExistsError(
         f"folder {str(path)!r} holds a {name!r} that rfsr did not write; move it away or give another folder"
     )
@@ -226,7 +228,7 @@ def _swap(stage: Path, path: Path, names: list[str]) -> None:
         for place in (name, *map(str, Path(name).parents)):
             is_folder = place != name and (path / place).is_dir()
             if os.path.lexists(path / place) and not is_folder and place not in ours:
-                raise _not_ours(path, place)
+                raise not_ours(path, place)
     for name in sorted(ours, key=lambda name: name != MANIFEST):
         _move(path / name, stage / "old" / name)
     for folder in sorted({path / parent for name in ours for parent in list(Path(name).parents)[:-1]}, reverse=True):
@@ -266,7 +268,7 @@ def check_unheld(path: str | Path, names: Sequence[str]) -> None:
     """
     path = Path(path)
     if foreign := [name for name in names if os.path.lexists(path / name) and not (path / LOCK).exists()]:
-        raise _not_ours(path, foreign[0])
+        raise not_ours(path, foreign[0])
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import PIL.features
 
-from rfsr_ext.files import lock_folder, replace_file, save_text, sha256
+from rfsr_ext.files import lock_folder, not_ours, replace_file, save_text, sha256
 
 __all__ = ["MANIFEST", "Manifest", "versions", "write_hashed"]
 
@@ -67,10 +67,7 @@ class Manifest:
             self.files = self._read()
             for name in self.names:
                 if name not in self.files and os.path.lexists(self.folder / name):
-                    raise FileExistsError(
-                        f"folder {str(self.folder)!r} holds a {name!r} that rfsr did not write; move it away or give "
-                        "another folder"
-                    )
+                    raise not_ours(self.folder, name)
             self.files = dict.fromkeys(self.names) | self.files  # before the first file: from here on all are ours
             self._write()
         except BaseException:
@@ -92,10 +89,7 @@ class Manifest:
             written = json.loads(path.read_text(encoding="utf-8"))
             settings, files = dict(written["settings"]), dict(written["files"])
         except (OSError, ValueError, TypeError, KeyError):
-            raise FileExistsError(
-                f"folder {str(self.folder)!r} holds a {MANIFEST!r} that rfsr did not write; move it away or give "
-                "another folder"
-            ) from None
+            raise not_ours(self.folder, MANIFEST) from None
         keys = settings.keys() | self.settings.keys()
         if other := sorted(key for key in keys if settings.get(key) != self.settings.get(key)):
             raise ValueError(
