@@ -18,11 +18,10 @@ from rfsr_ext.data.candidates import CandidateFolder
 from rfsr_ext.evaluation.figures import comparison_figure
 from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.files import load_tensors, lock_folder, save_tensors
-from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.metrics.suite import METRICS, Preset, Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.processes import from_main, is_main, split_map
-from rfsr_ext.rewards import Reward, create_reward
+from rfsr_ext.rewards import create_reward
 from rfsr_ext.sampling import decode_candidates
 from rfsr_ext.weights.pyiqa import create_metric, import_pyiqa
 
@@ -104,7 +103,7 @@ def _from_pyiqa(name: str, device: str | torch.device) -> tuple[Measure, bool]:
 
 
 def _from_reward(name: str, device: str | torch.device) -> Measure:
-    reward = create_object(name, "reward", Reward) if is_import_name(name) else create_reward(name)
+    reward = create_reward(name)
     reward.to(device)
 
     @torch.no_grad()
