@@ -202,8 +202,7 @@ def as_reference(model: ISRModel, frozen: ISRModel | None) -> Iterator[ISRModel]
 
 def merge_adapters(module: nn.Module) -> nn.Module:
     """A copy of a module with its adapters merged into the weights; any other module as it is."""
-    merge = getattr(module, "merge_and_unload", None)
-    return copy.deepcopy(module).merge_and_unload() if merge else module
+    return copy.deepcopy(module).merge_and_unload() if hasattr(module, "merge_and_unload") else module
 
 
 def export_model(model: ISRModel, folder: Path, frozen: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
