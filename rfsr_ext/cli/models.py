@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from rfsr_ext.cli.config import print_table
 from rfsr_ext.models import load_model
 from rfsr_ext.models.catalog import PUBLISHED, WantedFile, weights_folder
 
@@ -48,9 +49,7 @@ def list_published(name: str | None, weights: Path | None, base: Path | None, as
             wanted = sum(not file.optional for file in files)
             here = "yes" if held == wanted else f"{held} of {wanted}"
             table.append((n, here, f"{model.parameters / 1e9:.2f} B", model.license, f"{model.title}, {model.paper}"))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print_table(table)
         typer.echo("\n`rfsr models NAME` lists the files of one; put them into a folder of its name in RFSR_WEIGHTS.")
 
 
