@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from rfsr_ext.models.process import NonUniformProcess, Process, check_scheduler
 
-__all__ = ["Condition", "ISRModel", "Recipe"]
+__all__ = ["Condition", "ISRModel", "Recipe", "Tagger"]
+
+Tagger = Callable[[Tensor], list[str]]
+"""Images ``[N, 3, h, w]`` in [0, 1] to a prompt for each, such as "cat, fur"."""
 
 _STARTS = ("lr", "noise")
 _NOISINGS = ("plain", "to-start")
@@ -201,8 +204,7 @@ class ISRModel(ABC):
         multiple: output height and width must be multiples of this many pixels.
         latent_channels: channels of the latents.
         vae_scale_factor: pixels per latent, in each direction.
-        tagger: takes images ``[N, 3, h, w]`` in [0, 1] to N prompts such as "cat, fur"; it is not among the networks
-            and not saved.
+        tagger: says what an image shows; it is not among the networks and not saved.
 
     Raises:
         ValueError: if the scheduler cannot serve, ``scale`` is no whole number from 1 to 64, or ``trained`` names an
@@ -217,7 +219,7 @@ class ISRModel(ABC):
     multiple: int
     latent_channels: int
     vae_scale_factor: int
-    tagger: Callable[[Tensor], list[str]] | None = None
+    tagger: Tagger | None = None
 
     def __init__(self):
         check_scheduler(self.scheduler)
