@@ -225,33 +225,19 @@ def evaluate(
     options = parse_pairs("--model-option", model_option)
     if stability and (all(folders) or best_of is not None or (seeds or (1 if pairs else 3)) < 2):
         raise ValueError("--stability is for models and two --seeds or more, of which CCSR's authors take 10")
-    if best_of is not None:
-        if any(folders) or gt is not None or cases is not None or steps or seeds is not None:
-            raise ValueError(
-                "--best-of is for models on held-out crops or --pairs, and its number is that of the seeds"
-            )
-        if pairs is not None:
-            evaluate_on_pairs(
-                targets,
-                pairs,
-                pictures,
-                chosen,
-                range(best_of),
-                output,
-                options,
-                best_of_seeds=True,
-                overwrite=overwrite,
-            )
-        else:
-            evaluate_best_of(targets, crops, size, best_of, output, chosen, options, overwrite)
-    elif pairs is not None:
+    if best_of is not None and (any(folders) or gt is not None or cases is not None or steps or seeds is not None):
+        raise ValueError("--best-of is for models on held-out crops or --pairs, and its number is that of the seeds")
+    if pairs is not None:
         if any(folders) or gt is not None or cases is not None or steps:
             raise ValueError(
                 "--pairs is for models alone, without --gt, --cases and --steps; its second folder is --gt"
             )
+        numbers = range(best_of or seeds or 1)
         evaluate_on_pairs(
-            targets, pairs, pictures, chosen, range(seeds or 1), output, options, stability, False, overwrite
+            targets, pairs, pictures, chosen, numbers, output, options, stability, best_of is not None, overwrite
         )
+    elif best_of is not None:
+        evaluate_best_of(targets, crops, size, best_of, output, chosen, options, overwrite)
     elif all(folders):
         evaluate_folders([Path(target) for target in targets], gt, chosen, output, cases, by, overwrite)
     elif any(folders):

@@ -192,7 +192,7 @@ def evaluate_folders(
     output: Path | None,
     cases: Path | None,
     by: str | None,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> None:
     """Print the table of folders of pictures and of their differences from the first one; several processes share them.
 
@@ -240,10 +240,10 @@ def evaluate_on_pairs(
     preset: Preset | None,
     seeds: Sequence[int],
     output: Path | None,
-    options: dict[str, Any] | None = None,
-    stability: bool = False,
-    best_of_seeds: bool = False,
-    overwrite: bool = False,
+    options: dict[str, Any],
+    stability: bool,
+    best_of_seeds: bool,
+    overwrite: bool,
 ) -> None:
     """Upscale the LR images of pairs, keep the pictures and print the table of models and of their differences.
 
@@ -259,7 +259,7 @@ def evaluate_on_pairs(
     suite = Suite(preset or get_preset("basic"), device=choose_device())
     results, frames = {}, []
     for name in dict.fromkeys(names):
-        model = load_model(name, **(options or {}))
+        model = load_model(name, **options)
         model.to(choose_device())
         results[name] = evaluate_pairs(model, root, suite, pictures, seeds, name)
         frames = frames or [evaluate_pairs_bicubic(root, model.scale, suite)]
@@ -303,10 +303,10 @@ def evaluate_models(
     seeds: Sequence[int],
     output: Path | None,
     steps: bool,
-    preset: Preset | None = None,
-    options: dict[str, Any] | None = None,
-    stability: bool = False,
-    overwrite: bool = False,
+    preset: Preset | None,
+    options: dict[str, Any],
+    stability: bool,
+    overwrite: bool,
 ) -> None:
     """Print the table of models and of their differences from the first one; the main process does it alone."""
     names = list(dict.fromkeys(names))
@@ -319,7 +319,7 @@ def evaluate_models(
     suite = Suite(preset, device=choose_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops, called="--crops")
     scorers = held_out_scorers()
-    models = {name: load_model(name, **(options or {})) for name in names}
+    models = {name: load_model(name, **options) for name in names}
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
     spreads = {name: Spread() for name in models}
     frames += [
@@ -360,9 +360,9 @@ def evaluate_best_of(
     size: int,
     count: int,
     output: Path | None,
-    preset: Preset | None = None,
-    options: dict[str, Any] | None = None,
-    overwrite: bool = False,
+    preset: Preset | None,
+    options: dict[str, Any],
+    overwrite: bool,
 ) -> None:
     """Print Best, Mean and Worst@M of models, M up to ``count``; with ``output`` also the figure and every number.
 
@@ -377,7 +377,7 @@ def evaluate_best_of(
     samples, scorers = evaluation_crops(photographs("test"), size, crops, called="--crops"), held_out_scorers()
     frames = []
     for name in dict.fromkeys(names):
-        model = load_model(name, **(options or {})).to(choose_device())
+        model = load_model(name, **options).to(choose_device())
         frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
     typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")
