@@ -9,14 +9,9 @@ import typer
 
 from rfsr_ext.cli.config import print_table
 from rfsr_ext.models import load_model
-from rfsr_ext.models.catalog import PUBLISHED, WantedFile, weights_folder
+from rfsr_ext.models.catalog import PUBLISHED, WantedFile, find_files, weights_folder
 
 __all__ = ["convert_model", "list_published"]
-
-
-def _files(name: str, weights: Path | None, base: Path | None) -> dict[WantedFile, Path | None]:
-    folder = weights or weights_folder(name)
-    return dict.fromkeys(PUBLISHED[name].files) if folder is None else PUBLISHED[name].found(folder, base)
 
 
 def _complete(files: dict[WantedFile, Path | None]) -> bool:
@@ -31,7 +26,7 @@ def list_published(name: str | None, weights: Path | None, base: Path | None, as
     """
     if name is not None and name not in PUBLISHED:
         raise ValueError(f"name must be one of {', '.join(PUBLISHED)}, got {name!r}")
-    found = {n: _files(n, weights, base) for n in ([name] if name else PUBLISHED)}
+    found = {n: find_files(n, weights, base) for n in ([name] if name else PUBLISHED)}
     if as_json:
         rows = [
             {"name": n, **{k: v for k, v in asdict(PUBLISHED[n]).items() if k != "files"}, "found": _complete(files),
