@@ -4,6 +4,7 @@ A run that was interrupted goes on where it stopped, the same run again has noth
 their files without exchanging them.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -61,25 +62,20 @@ class Manifest:
         self._written = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._lock = lock_folder(self.folder)
-        self._lock.__enter__()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_folder(self.folder))
             self.files = self._read()
             for name in self.names:
                 if name not in self.files and os.path.lexists(self.folder / name):
                     raise not_ours(self.folder, name)
             self.files = dict.fromkeys(self.names) | self.files  # before the first file: from here on all are ours
             self._write()
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
-        try:
+        with self._lock:
             self._write()
-        finally:
-            self._lock.__exit__(*exception)
 
     def _read(self) -> dict[str, dict[str, Any] | None]:
         path = self.folder / MANIFEST
