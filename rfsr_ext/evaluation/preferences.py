@@ -23,7 +23,7 @@ from rfsr_ext.models import ISRModel
 from rfsr_ext.processes import from_main, is_main, split_map
 from rfsr_ext.rewards import create_reward
 from rfsr_ext.sampling import decode_candidates
-from rfsr_ext.weights.pyiqa import create_metric, import_pyiqa
+from rfsr_ext.weights.pyiqa import create_metric, import_pyiqa, metric_settings
 
 __all__ = ["Measure", "Scores", "create_measures", "evaluate_measures", "extremes_figure", "score_candidates"]
 
@@ -87,10 +87,7 @@ def _from_suite(name: str, device: str | torch.device) -> Measure:
 
 def _from_pyiqa(name: str, device: str | torch.device) -> tuple[Measure, bool]:
     metric_name = name.removeprefix("pyiqa:")
-    configs = import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS
-    if metric_name not in configs:
-        raise ValueError(f"metric must be one that pyiqa.list_models() lists, got {name!r}")
-    compares = configs[metric_name].get("metric_mode", "NR") == "FR"
+    compares = metric_settings(metric_name).get("metric_mode", "NR") == "FR"
     metric = create_metric(metric_name, device=torch.device(device))
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rfsr_ext.rewards.base import Reward
 from rfsr_ext.weights import registry
-from rfsr_ext.weights.pyiqa import import_pyiqa
+from rfsr_ext.weights.pyiqa import import_pyiqa, metric_settings
 from rfsr_ext.weights.reading import load_strictly, read_tensors
 
 __all__ = ["CLIPIQA", "prompt_pair_score"]
@@ -55,7 +55,7 @@ class CLIPIQA(Reward):
         if variant not in self.VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(self.VARIANTS)}, got {variant!r}")
         self.name = variant
-        options = import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS[variant]["metric_opts"]
+        options = metric_settings(variant)["metric_opts"]
         self.pos_embedding = options.get("pos_embedding", False)
         network = _load_clip(options.get("backbone", "RN50"), clip)
         with torch.no_grad():

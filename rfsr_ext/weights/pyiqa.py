@@ -11,6 +11,7 @@ import sys
 import types
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from rfsr_ext.weights import registry
 from rfsr_ext.weights.reading import read_tensors
 
-__all__ = ["create_metric", "import_pyiqa", "offline", "with_pkg_resources"]
+__all__ = ["create_metric", "import_pyiqa", "metric_settings", "offline", "with_pkg_resources"]
 
 # pyiqa loads these files with strict=False: a wrong one would leave random numbers in the parameters named here
 _HEADS = {
@@ -64,6 +65,19 @@ def import_pyiqa(module: str = "pyiqa") -> types.ModuleType:
         raise ModuleNotFoundError(
             f"the package pyiqa cannot be imported ({reason}); pip install 'rfsr_ext[rewards]'", name="pyiqa"
         ) from error
+
+
+def metric_settings(name: str) -> dict[str, Any]:
+    """What pyiqa notes of a metric: ``metric_opts``, ``metric_mode`` and more.
+
+    Raises:
+        ModuleNotFoundError: without pyiqa.
+        ValueError: if it has no such metric.
+    """
+    known = import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS
+    if name not in known:
+        raise ValueError(f"metric must be one that pyiqa.list_models() lists, got {name!r}")
+    return known[name]
 
 
 class _WouldDownload(Exception):
