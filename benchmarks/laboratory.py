@@ -27,7 +27,6 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from benchmarks import measure
-from rfsr_ext.cli.evaluate import held_out_scorers
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.evaluation import (
     bradley_terry,
@@ -36,6 +35,7 @@ from rfsr_ext.evaluation import (
     enlarge_bicubic,
     evaluate,
     evaluate_bicubic,
+    held_out_scorers,
     save_figure,
     summarize,
 )

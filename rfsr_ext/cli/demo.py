@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 import typer
 
-from rfsr_ext.cli.evaluate import difference_table, held_out_scorers, mean_table
+from rfsr_ext.cli.evaluate import difference_table, mean_table
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.evaluation import (
     compare,
@@ -17,6 +17,7 @@ from rfsr_ext.evaluation import (
     enlarge_bicubic,
     evaluate,
     evaluate_bicubic,
+    held_out_scorers,
     save_figure,
     summarize,
 )

@@ -16,7 +16,6 @@ from rfsr_ext.data import Root, evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
     FolderResult,
-    Scorer,
     Spread,
     best_and_worst,
     best_of_figure,
@@ -28,6 +27,7 @@ from rfsr_ext.evaluation import (
     evaluate_folder,
     evaluate_pairs,
     evaluate_pairs_bicubic,
+    held_out_scorers,
     measure_trajectory,
     save_figure,
     stability_table,
@@ -37,10 +37,10 @@ from rfsr_ext.evaluation import (
 from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.folders import read_picture
 from rfsr_ext.files import make_folder, save_table
-from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
+from rfsr_ext.metrics import METRICS, Preset, Suite, get_preset
 from rfsr_ext.models import load_model
 from rfsr_ext.processes import is_main, join
-from rfsr_ext.rewards import REWARDS, create_reward
+from rfsr_ext.rewards import REWARDS
 from rfsr_ext.rewards.ranking import HybridReward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
@@ -53,7 +53,6 @@ __all__ = [
     "evaluate_folders",
     "evaluate_models",
     "evaluate_on_pairs",
-    "held_out_scorers",
     "holds_pictures",
     "mean_table",
 ]
@@ -88,12 +87,6 @@ def holds_pictures(target: str) -> bool:
     if target == "mini" or not folder.is_dir() or (folder / "model_index.json").is_file():
         return False
     return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
-
-
-def held_out_scorers() -> dict[str, Scorer]:
-    """Both stand-in rewards and the judge."""
-    rewards = [create_reward(name) for name in REWARDS]
-    return {reward.name: reward.score for reward in rewards} | {Judge.name: Judge.from_pretrained().score}
 
 
 def mean_table(frame: pd.DataFrame) -> str:
