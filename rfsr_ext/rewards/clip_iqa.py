@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rfsr_ext.rewards.base import Reward
 from rfsr_ext.weights import registry
 from rfsr_ext.weights.pyiqa import import_pyiqa, metric_settings
-from rfsr_ext.weights.reading import load_strictly, read_tensors
+from rfsr_ext.weights.reading import load_strictly, read_tensors, reason
 
 __all__ = ["CLIPIQA", "prompt_pair_score"]
 
@@ -109,8 +109,7 @@ def _load_clip(backbone: str, path: str | Path | None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             network = clip_model.build_model(dict(tensors)).float().eval()
     except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{str(path)!r} is not a CLIP model: {reason[:200]}") from error
+        raise ValueError(f"{str(path)!r} is not a CLIP model: {reason(error, 200)}") from error
     load_strictly(network, tensors, path, "a CLIP model")  # in full precision: building rounds to half
     return network
 
