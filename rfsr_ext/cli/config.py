@@ -3,12 +3,14 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import yaml
 
-__all__ = ["check_target", "choose_device", "model_options", "parse_pairs", "print_table", "show_config"]
+__all__ = ["Set", "check_target", "choose_device", "model_options", "parse_pairs", "print_table", "show_config"]
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")]
 
 
 def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
