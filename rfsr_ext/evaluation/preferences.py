@@ -248,7 +248,7 @@ def evaluate_measures(
 def extremes_figure(
     model: ISRModel, candidates: CandidateFolder, scores: Scores, rewards: Tensor, groups: Sequence[int]
 ) -> Figure:
-    """LR image, worst and best candidate with their rewards and scores, and ground truth, one row per group."""
+    """One row per group: LR image, worst and best candidate by ``rewards`` ``[groups, M]``, and ground truth."""
     rows = []
     for group in groups:
         lr, gt = candidates.images(group)

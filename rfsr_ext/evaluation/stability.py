@@ -132,7 +132,7 @@ def disagreement_figure(
 
     Args:
         spreads: by model.
-        references: by image what it should look like, the last column.
+        references: by image what it should look like, ``[3, H, W]`` in [0, 1], the last column.
         rows: number of images.
         crop: of larger pictures the middle is shown, a square of this side.
     """

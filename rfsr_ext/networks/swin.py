@@ -69,6 +69,8 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, under the names of Swin's first implementation."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
