@@ -160,14 +160,6 @@ def finish(rows: dict, steps: dict, device: str, rounds: int) -> dict:
     return {"rows": list(rows.values())}
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
-    capability = torch.backends.cpu.get_cpu_capability()  # also what ATEN_CPU_CAPABILITY makes of it
-    return f"{name or platform.machine()}, {capability}, {torch.get_num_threads()} threads"
-
-
 def describe(device: str) -> dict:
     packages = ("torch", "triton", "ptwt", "pytorch_wavelets", "diffusers")
     found = {}
@@ -179,7 +171,7 @@ def describe(device: str) -> dict:
     served = rfsr_ext.build_info()["devices"][device]
     held = ", ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ)
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else measure.processor(),
         **({"held by": held} if held and device == "cpu" else {}),
         "rfsr_ext": f"{rfsr_ext.__version__}, {served['backend']}: {served['why']}",
         "versions": ", ".join(f"{name} {text}" for name, text in found.items()),

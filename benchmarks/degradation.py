@@ -24,11 +24,11 @@ import torchvision.transforms.functional
 from torch import Tensor
 
 from benchmarks import measure, report
-from benchmarks.__main__ import cpu_name
 from rfsr_ext.data import Degradation, load_photograph
 from rfsr_ext.data.degradation.choices import Choices, RoundChoices
 from rfsr_ext.data.degradation.kernels import Kernel
 from rfsr_ext.data.images import to_tensor
+from rfsr_ext.evaluation.ways import markdown_rows
 
 PRESETS = ("realesrgan-a", "realesrgan-b")
 ABOUT = """\
@@ -152,20 +152,15 @@ def run_case(public: SimpleNamespace, name: str, gt: Tensor, rounds: int) -> dic
 
 def lines(case: dict) -> list[str]:
     ours = case["rows"][0]
-    body = [f"### {case['title']}", "", "| | median | 20 % – 80 % | processor time | time / ours | processor / ours |"]
-    body.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in case["rows"]:
-        cells = [
-            row["name"],
-            f"{row['median']:.2f} s",
-            f"{row['q20']:.2f} – {row['q80']:.2f} s",
-            f"{row['processor_seconds']:.2f} s",
-            f"{row['median'] / ours['median']:.1f}",
-            f"{row['processor_seconds'] / ours['processor_seconds']:.1f}",
-        ]
-        body.append(f"| {' | '.join(cells)} |")
+    header = ["", "median", "20 % – 80 %", "processor time", "time / ours", "processor / ours"]
+    body = [
+        [row["name"], f"{row['median']:.2f} s", f"{row['q20']:.2f} – {row['q80']:.2f} s",
+         f"{row['processor_seconds']:.2f} s", f"{row['median'] / ours['median']:.1f}",
+         f"{row['processor_seconds'] / ours['processor_seconds']:.1f}"]
+        for row in case["rows"]
+    ]  # fmt: skip
     said = f"From {case['started']}, to {case['ended']}; {case['versions']}."
-    return [*body, "", said, ""]
+    return [f"### {case['title']}", "", *markdown_rows(header, body), "", said, ""]
 
 
 def main() -> None:
@@ -182,7 +177,7 @@ def main() -> None:
     public, photograph = public_code(args.basicsr), to_tensor(load_photograph("astronaut"))
     gt = photograph[:, : args.side, : args.side].repeat(args.batch, 1, 1, 1)
     packages = ("torch", "numpy", "scipy", "pillow")
-    device = f"Degradation, {cpu_name()}"
+    device = f"Degradation, {measure.processor()}"
     path = args.output / f"{report.slug(device)}.json"
     args.output.mkdir(parents=True, exist_ok=True)
     cases = json.loads(path.read_text()) if path.exists() else {}  # of other presets, measured before

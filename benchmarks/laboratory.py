@@ -26,9 +26,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from benchmarks import measure, report
-from benchmarks.__main__ import cpu_name
-from rfsr_ext.cli.evaluate import held_out_scorers
+from benchmarks import measure
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.evaluation import (
     bradley_terry,
@@ -37,9 +35,11 @@ from rfsr_ext.evaluation import (
     enlarge_bicubic,
     evaluate,
     evaluate_bicubic,
+    held_out_scorers,
     save_figure,
     summarize,
 )
+from rfsr_ext.evaluation.ways import markdown_rows
 from rfsr_ext.metrics import Preset, Suite
 from rfsr_ext.models import load_model
 from rfsr_ext.sampling import generators, sample
@@ -89,16 +89,16 @@ def table(samples: list[Sample], models: Mapping[str, str], seeds: range, output
     ]
     parts = [
         "# What the mini model makes of photographs that nothing was trained on",
-        f"Written by `python -m benchmarks.laboratory table`; {measure.now()}, {cpu_name()}. The judge and, of another "
-        "kind, PIQE train nobody; the rewards, mini-iqa and mini-preference, are what fine-tuning raises.",
+        f"Written by `python -m benchmarks.laboratory table`; {measure.now()}, {measure.processor()}. The judge and, "
+        "of another kind, PIQE train nobody; the rewards, mini-iqa and mini-preference, are what fine-tuning raises.",
         f"{len(samples)} held-out crops of {SIZE} pixels, noise of seeds {seeds.start} to {seeds.stop - 1}; mean ± "
         "standard error over crops; of GMSD and PIQE less is better.",
-        "\n".join(report.table(["", *metrics], cells)),
+        "\n".join(markdown_rows(["", *metrics], cells)),
     ]
     for before, name in zip(names, names[1:], strict=False):
         found = compare(frame, before, name)
         cells = [[f"{found.loc[m, 'difference']:+.3f} ({found.loc[m, 'ratio']:+.1f})" for m in metrics]]
-        parts += [f"{name} − {before} (in standard errors):", "\n".join(report.table(metrics, cells))]
+        parts += [f"{name} − {before} (in standard errors):", "\n".join(markdown_rows(metrics, cells))]
     text = "\n\n".join(parts)
     output.mkdir(parents=True, exist_ok=True)
     frame.drop(columns="prompt").round(5).to_csv(output / "laboratory.csv", index=False)

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils import benchmark
 
+from rfsr_ext.recordings.files import cpu_name
+
 # (B/s, FLOP/s by dtype) of data sheets, dense. fp32 is three TF32 products, the fastest way to its accuracy.
 DATASHEETS = {
     "H200": (4.80e12, {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 495e12 / 3}),
@@ -165,6 +167,11 @@ def peak_memory(step: Callable[[], object], device: str) -> int | None:
         return max(0, _status("VmHWM") - before)
     except (OSError, AttributeError, StopIteration):  # not Linux with glibc
         return None
+
+
+def processor() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()  # also what ATEN_CPU_CAPABILITY makes of it
+    return f"{cpu_name()}, {capability}, {torch.get_num_threads()} threads"
 
 
 def load() -> str:

@@ -41,9 +41,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from benchmarks.report import table
+from rfsr_ext.evaluation.ways import markdown_rows
 from rfsr_ext.losses import VGGGramLoss
-from rfsr_ext.memory import hold_weights
+from rfsr_ext.memory import bytes_of, hold_weights
 from rfsr_ext.models import ISRModel
 from rfsr_ext.models.ccsr import CCSRv1Model, CCSRv2ControlNetModel, CCSRv2Model
 from rfsr_ext.models.csd2 import CSD2ISRModel
@@ -272,14 +272,9 @@ def as_on_gpu() -> Iterator[None]:
         yield
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def weights_of(model: ISRModel, names: Iterable[str] | None = None) -> int:
     """Bytes of networks, of all by default."""
-    modules = [model.networks[name] for name in (names or model.networks)]
-    return bytes_of(t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return bytes_of(model.networks[name] for name in (names or model.networks))
 
 
 def steps_with_a_rollout(model: ISRModel) -> int:
@@ -289,9 +284,8 @@ def steps_with_a_rollout(model: ISRModel) -> int:
 
 def adam_of(parameters: Iterable[Tensor], in_8_bits: bool = False) -> int:
     """Bytes of Adam's two moments; in 8 bits, as bitsandbytes has them, each block of 256 has a number of its own."""
-    parameters = list(parameters)
-    large = [p for p in parameters if in_8_bits and p.numel() >= 4096]
-    return 2 * (bytes_of(parameters) - bytes_of(large)) + sum(2 * (p.numel() + 4 * -(-p.numel() // 256)) for p in large)
+    sizes = (p.numel() + 4 * -(-p.numel() // 256) if in_8_bits and p.numel() >= 4096 else p.nbytes for p in parameters)
+    return 2 * sum(sizes)
 
 
 def iteration(
@@ -331,8 +325,8 @@ def iteration(
     if frozen_dtype and reference is not None:
         for network in reference.trainable_networks().values():
             hold_weights(network, frozen_dtype)
-    found = {"weights": weights_of(model), "gradients": bytes_of(trained)}
-    found |= {"Adam": adam_of(trained, adam_8bit), "EMA": bytes_of(trained)}
+    size = sum(p.nbytes for p in trained)
+    found = {"weights": weights_of(model), "gradients": size, "Adam": adam_of(trained, adam_8bit), "EMA": size}
     found["reference"] = 0 if reference is None else weights_of(reference, reference.trained)
     gt, lr = (torch.rand(batch, 3, n, n, device="meta", dtype=model.dtype) for n in (side, side // model.scale))
     away = found["reference"] if offload_reference else 0
@@ -464,18 +458,18 @@ def main() -> None:
         "",
         f"## One RFSR iteration in the reward window at {SIDE}², GiB",
         "",
-        *table(training, [row for pair in pairs for row in training_rows(*pair, args.batches, SIDE)]),
+        *markdown_rows(training, [row for pair in pairs for row in training_rows(*pair, args.batches, SIDE)]),
         "",
         "## The same with settings that save memory, each with those above it, GiB",
         "",
-        *table(
+        *markdown_rows(
             ["", "type", "batch", "setting", "held", "denoiser", "decoder", "peak"],
             [row for dtype in dtypes for row in settings_rows(args.systems[0], dtype, args.batches, SIDE)],
         ),
         "",
         f"## Upscaling to {UHD[1]}×{UHD[0]} by the recipe's tiles, with its guidance, GiB",
         "",
-        *table(
+        *markdown_rows(
             ["", "type", "tile", "tiles", "at once", "weights", "peak"],
             [row for name, dtype in pairs if "," not in name for row in upscaling_rows(name, dtype, (1, 4))],
         ),

@@ -23,9 +23,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks import measure, report
-from benchmarks.__main__ import cpu_name
 from rfsr_ext.data import PHOTOGRAPHS, Degradation, ImageFolder, load_photograph
 from rfsr_ext.data.images import from_uint8, read_image, to_uint8
+from rfsr_ext.evaluation.ways import markdown_rows
 
 SIDE, BATCH, TILE = 512, 8, 256
 FILES = {"2040x1356.png": {}, "1024x1024.png": {}, "2040x1356.jpg": {"quality": 95}, "4000x3000.jpg": {"quality": 95}}
@@ -167,7 +167,7 @@ def markdown(result: dict) -> str:
             for row in case["rows"]
         ]  # fmt: skip
         header = ["", "pixels", "median", "20 % – 80 %", "processor time", "processor / ours"]
-        lines += [f"### {case['title']}", "", *report.table(header, body), ""]
+        lines += [f"### {case['title']}", "", *markdown_rows(header, body), ""]
     body = [
         [str(row["workers"]), f"{row['rate']:.1f}", f"{row['processor'] * 1e3:.0f} ms", f"{row['median']:.2f} s",
          f"{row['q20']:.2f} – {row['q80']:.2f} s"]
@@ -175,7 +175,7 @@ def markdown(result: dict) -> str:
     ]  # fmt: skip
     header = ["workers", "samples per second", "processor time", "wait for a batch", "20 % – 80 %"]
     about = ABOUT_LOADER.format(step=result["step"]).splitlines()
-    lines += ["### The loader", "", *about, "", *report.table(header, body), ""]
+    lines += ["### The loader", "", *about, "", *markdown_rows(header, body), ""]
     return "\n".join([*lines, f"From {result['started']}, to {result['ended']}; {result['versions']}."]) + "\n"
 
 
@@ -198,7 +198,7 @@ def main() -> None:
     packages = ["torch", "numpy", "pillow", *(["torchvision"] if find_spec("torchvision") else [])]
     codecs = [f"{name} {PIL.features.version(name)}" for name in ("libjpeg_turbo", "zlib_ng")]
     result = {
-        "device": f"Reading, {cpu_name().rpartition(',')[0]}, {os.cpu_count()} cores",
+        "device": f"Reading, {measure.processor().rpartition(',')[0]}, {os.cpu_count()} cores",
         "files": files,
         "loader": loader,
         "step": args.step,

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from rfsr_ext.evaluation.ways import markdown_rows
+
 ABOUT = """\
 Written by `python -m benchmarks`; do not edit. All contestants of a case took turns in one run; times are medians over
 rounds, with 20 % and 80 % quantiles; inputs rotate through a pool larger than the last-level cache. The floor is the
@@ -29,11 +31,6 @@ def _time(seconds: float) -> str:
         if seconds < 1
         else f"{seconds:.3f} s"
     )
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def best_peer(case: dict) -> dict | None:
@@ -61,7 +58,7 @@ def case_lines(case: dict) -> list[str]:
         spread = f"{_time(row['q20'])} – {_time(row['q80'])}"
         body.append([row["name"], _time(row["median"]), spread, ratio, floor, memory, f"{row['error']:.0e}"])
     header = ["", "median", "20 % – 80 %", "time / ours", "of the floor", "peak MiB", "error"]
-    return [f"### {case['title']}", "", *table(header, body), ""]
+    return [f"### {case['title']}", "", *markdown_rows(header, body), ""]
 
 
 def summary_lines(cases: list[dict]) -> list[str]:
@@ -81,7 +78,7 @@ def summary_lines(cases: list[dict]) -> list[str]:
             [case["title"], _time(base["median"]), peer["name"], _time(peer["median"]), f"{ratio:.2f}×", memory, winner]
         )
     header = ["case", "ours", "best peer", "its time", "we are faster by", "peak MiB, ours / its (the gradient)", ""]
-    return table(header, body)
+    return markdown_rows(header, body)
 
 
 # Of a result what the README repeats: the losses as they are trained with, what a step gains, and where a peer wins.
@@ -104,7 +101,7 @@ def comparison_lines(results: list[dict]) -> list[str]:
         [title, *(f"{row[title][0]:.2f}× {row[title][1]}" if title in row else "not run" for row in found)]
         for title in dict.fromkeys(title for row in found for title in row)
     ]
-    return table(["", *(result["machine"]["device"] for result in results)], rows)
+    return markdown_rows(["", *(result["machine"]["device"] for result in results)], rows)
 
 
 def read(folder: Path) -> list[dict]:
@@ -119,7 +116,7 @@ def markdown(result: dict) -> str:
         "",
         *ABOUT.splitlines(),
         "",
-        *table(["", ""], [[key.replace("_", " "), str(value)] for key, value in result["machine"].items()]),
+        *markdown_rows(["", ""], [[key.replace("_", " "), str(value)] for key, value in result["machine"].items()]),
         "",
         "## Summary",
         "",

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from benchmarks import measure, report
-from benchmarks.__main__ import cpu_name
+from benchmarks import measure
 from rfsr_ext.data import evaluation_crops, photographs
+from rfsr_ext.evaluation.ways import markdown_rows
 from rfsr_ext.models import Condition, ControlNetISRModel, ISRModel, load_model
 from rfsr_ext.rewards import reward_loss
 from rfsr_ext.sampling import Rollout, generators, rollout
@@ -310,80 +310,91 @@ def _at(rows: list[dict], evaluations: float, column: str) -> float:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The report, as Markdown."""
+    table, about = compare(found["runs"]), ABOUT.format(**found["held_out"], **SETTING)
+    text = ["# Reward gained per second", "", about, "", *_gain_lines(table), "", *_speedup_lines(table[1:])]
+    for name, part in (("profile", _profile_lines), ("rollouts", _rollout_lines), ("solvers", _solver_lines)):
+        if name in found:
+            text += ["", *part(found[name])]
+    return [*text, "", f"{found['device']}, {found['written']}."]
 
-    def shown(values: list[float], form: str) -> str:
-        middle, low, high = np.median(values), min(values), max(values)
-        return f"{middle:{form}}" if low == high else f"{middle:{form}} ({low:{form}} … {high:{form}})"
 
+def _shown(values: list[float], form: str) -> str:
+    middle, low, high = np.median(values), min(values), max(values)
+    return f"{middle:{form}}" if low == high else f"{middle:{form}} ({low:{form}} … {high:{form}})"
+
+
+def _gain_lines(table: list[dict[str, Any]]) -> list[str]:
     header = ["schedule", "seeds", "evaluations per iteration", "processor s per iteration", "reward gained",
               "PSNR, dB", "judge", "gain per 1000 evaluations", "per 100 processor s"]  # fmt: skip
-    table = compare(found["runs"])
     body = [
         [
-            row["schedule"], str(row["seeds"]), shown(row["evaluations_per_iteration"], ".1f"),
-            shown(row["processor_seconds_per_iteration"], ".2f"), shown(row["reward_change"], "+.4f"),
-            shown(row["psnr_change"], "+.2f"), shown(row["judge_change"], "+.2f"),
-            shown([1000 * gain for gain in row["gain_per_evaluations"]], "+.4f"),
-            shown([100 * gain for gain in row["gain_per_processor_seconds"]], "+.4f"),
+            row["schedule"], str(row["seeds"]), _shown(row["evaluations_per_iteration"], ".1f"),
+            _shown(row["processor_seconds_per_iteration"], ".2f"), _shown(row["reward_change"], "+.4f"),
+            _shown(row["psnr_change"], "+.2f"), _shown(row["judge_change"], "+.2f"),
+            _shown([1000 * gain for gain in row["gain_per_evaluations"]], "+.4f"),
+            _shown([100 * gain for gain in row["gain_per_processor_seconds"]], "+.4f"),
         ]
         for row in table
     ]  # fmt: skip
-    about = ABOUT.format(**found["held_out"], **SETTING)
-    text = ["# Reward gained per second", "", about, "", *report.table(header, body)]
+    return markdown_rows(header, body)
+
+
+def _speedup_lines(table: list[dict[str, Any]]) -> list[str]:
     header = ["schedule", "by evaluations", "by processor time", "PSNR there, dB", "SSIM there"]
     body = []
-    for row in table[1:]:
-        cells = [row["schedule"], *(f"{shown(row[f'{clock}_speedup'], '.2f')}×" for clock in CLOCKS)]
-        cells += [shown(row["psnr_at_goal"], "+.2f"), shown(row["ssim_at_goal"], "+.4f")]
+    for row in table:
+        cells = [row["schedule"], *(f"{_shown(row[f'{clock}_speedup'], '.2f')}×" for clock in CLOCKS)]
+        cells += [_shown(row["psnr_at_goal"], "+.2f"), _shown(row["ssim_at_goal"], "+.4f")]
         if missed := row["evaluations_speedup"].count(0):
             cells[1:] = [f"not reached in {missed} of {row['seeds']} seeds", *["–"] * 3]
         body.append(cells)
-    text += [
-        "", "How much sooner the plain loop's last reward is reached, by two clocks, and the fidelity there against "
-        "the plain loop's.", "", *report.table(header, body),
+    return [
+        "How much sooner the plain loop's last reward is reached, by two clocks, and the fidelity there against "
+        "the plain loop's.", "", *markdown_rows(header, body),
     ]  # fmt: skip
-    if "profile" in found:
-        steps = list(found["profile"])
-        parts = list(dict.fromkeys(part for step in steps for part in found["profile"][step]))
-        body = []
-        for part in [*parts, "sum"]:
-            cells = []
-            for step in steps:
-                total = sum(found["profile"][step].values())
-                value = total if part == "sum" else found["profile"][step].get(part)
-                cells.append("" if value is None else f"{value:.3f} ({value / total:.0%})")
-            body.append([part, *cells])
-        text += ["", "One iteration, processor seconds (share):", "", *report.table(["", *steps], body)]
-    if "rollouts" in found:
-        body = []
-        for name, ways in found["rollouts"].items():
-            plain = ways["as it is"]["processor_seconds"]
-            body += [
-                [name, way, f"{row['processor_seconds']:.3f}", f"{plain / row['processor_seconds']:.2f}×",
-                 f"{row['first']:.1f}", f"{row['error']:.0e}"]
-                for way, row in ways.items()
-            ]  # fmt: skip
-        header = ["rollout of", "network", "processor s", "faster by", "first call, s", "error"]
-        text += [
-            "", "A whole rollout of one batch, the condition included, with the network computing in other ways, which "
-            "took turns. A first call compiles, once for all schedules. Error is the largest difference of the last "
-            "latents, relative to their largest entry. No preset uses another way than the first.",
-            "", *report.table(header, body),
-        ]  # fmt: skip
-    if "solvers" in found:
-        body = [
-            [str(row["step"]), f"{row['plain']} ({row['own_error']:.3f})", str(row["evaluations"]),
-             *(f"{row[name]:.3f}" for name in SOLVERS)]
-            for row in found["solvers"]
-        ]  # fmt: skip
-        header = ["state before step", "evaluations of plain (its own error)", "evaluations", *SOLVERS]
-        text += [
-            "", "How far from the plain loop's state other solvers end that make fewer evaluations over the same "
-            "noise levels: RMS difference of the latents, relative to that between two seeds. In brackets how far the "
-            "plain loop itself is from where many steps of second order lead. Nothing was trained so.",
-            "", *report.table(header, body),
-        ]  # fmt: skip
-    return [*text, "", f"{found['device']}, {found['written']}."]
+
+
+def _profile_lines(found: dict[str, dict[str, float]]) -> list[str]:
+    body = []
+    for part in [*dict.fromkeys(part for step in found.values() for part in step), "sum"]:
+        cells = []
+        for step in found.values():
+            total = sum(step.values())
+            value = total if part == "sum" else step.get(part)
+            cells.append("" if value is None else f"{value:.3f} ({value / total:.0%})")
+        body.append([part, *cells])
+    return ["One iteration, processor seconds (share):", "", *markdown_rows(["", *found], body)]
+
+
+def _rollout_lines(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    header = ["rollout of", "network", "processor s", "faster by", "first call, s", "error"]
+    body = [
+        [name, way, f"{row['processor_seconds']:.3f}",
+         f"{ways['as it is']['processor_seconds'] / row['processor_seconds']:.2f}×", f"{row['first']:.1f}",
+         f"{row['error']:.0e}"]
+        for name, ways in found.items() for way, row in ways.items()
+    ]  # fmt: skip
+    return [
+        "A whole rollout of one batch, the condition included, with the network computing in other ways, which "
+        "took turns. A first call compiles, once for all schedules. Error is the largest difference of the last "
+        "latents, relative to their largest entry. No preset uses another way than the first.",
+        "", *markdown_rows(header, body),
+    ]  # fmt: skip
+
+
+def _solver_lines(found: list[dict[str, Any]]) -> list[str]:
+    header = ["state before step", "evaluations of plain (its own error)", "evaluations", *SOLVERS]
+    body = [
+        [str(row["step"]), f"{row['plain']} ({row['own_error']:.3f})", str(row["evaluations"]),
+         *(f"{row[name]:.3f}" for name in SOLVERS)]
+        for row in found
+    ]  # fmt: skip
+    return [
+        "How far from the plain loop's state other solvers end that make fewer evaluations over the same "
+        "noise levels: RMS difference of the latents, relative to that between two seeds. In brackets how far the "
+        "plain loop itself is from where many steps of second order lead. Nothing was trained so.",
+        "", *markdown_rows(header, body),
+    ]  # fmt: skip
 
 
 def picture(found: dict[str, Any], path: Path) -> None:
@@ -422,7 +433,7 @@ def main() -> None:
     found = json.loads(options.results.read_text()) if options.results.is_file() else {"runs": {}}
 
     def keep() -> None:
-        found.update(written=measure.now(), device=cpu_name())
+        found.update(written=measure.now(), device=measure.processor())
         options.results.write_text(json.dumps(found, indent=1) + "\n")
 
     if options.what == "profile":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import DATASHEETS
-from benchmarks.report import table
+from rfsr_ext.evaluation.ways import markdown_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/cuda-sass.md"
@@ -159,7 +159,7 @@ def roofline() -> list[str]:
             micro = [f"{1e6 * t:.1f}" for t in (*times, max(times[:2]), max(times[2:]))]
             rows.append([f"{layer} {dtype}, {channels} × {side}²", *micro[:2], micro[4], *micro[2:4], micro[5]])
     header = ["layer", "forward bytes", "products", "estimate", "backward bytes", "products", "estimate"]
-    return [ROOFLINE.format(rate=rate / 1e12), *table(header, rows)]
+    return [ROOFLINE.format(rate=rate / 1e12), *markdown_rows(header, rows)]
 
 
 def main() -> None:
@@ -170,7 +170,7 @@ def main() -> None:
         for arch in ARCHS:
             found = [k for k in kernels(arch, Path(folder)).values() if k[0][0] in KERNELS]
             rows = [row_of(arch, *k) for k in sorted(found, key=lambda k: (KERNELS.index(k[0][0]), k[0][1]))]
-            lines += [f"\n## {arch}\n", *table(header, rows)]
+            lines += [f"\n## {arch}\n", *markdown_rows(header, rows)]
     RESULT.write_text("\n".join([*lines, *roofline()]) + "\n")
     print(RESULT.read_text())
 

@@ -13,9 +13,12 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "check_unheld",
@@ -24,9 +27,12 @@ __all__ = [
     "load_tensors",
     "lock_folder",
     "make_folder",
+    "not_ours",
     "replace_file",
     "replace_folder",
+    "save_table",
     "save_tensors",
+    "save_text",
     "sha256",
 ]
 
@@ -203,7 +209,8 @@ def _ours(path: Path) -> set[str]:
     }  # fmt: skip
 
 
-def _not_ours(path: Path, name: str) -> FileExistsError:
+def not_ours(path: Path, name: str) -> FileExistsError:
+    """What is wrong where a file of the user's own would be replaced."""
     return FileExistsError(
         f"folder {str(path)!r} holds a {name!r} that rfsr did not write; move it away or give another folder"
     )
@@ -221,7 +228,7 @@ def _swap(stage: Path, path: Path, names: list[str]) -> None:
         for place in (name, *map(str, Path(name).parents)):
             is_folder = place != name and (path / place).is_dir()
             if os.path.lexists(path / place) and not is_folder and place not in ours:
-                raise _not_ours(path, place)
+                raise not_ours(path, place)
     for name in sorted(ours, key=lambda name: name != MANIFEST):
         _move(path / name, stage / "old" / name)
     for folder in sorted({path / parent for name in ours for parent in list(Path(name).parents)[:-1]}, reverse=True):
@@ -261,7 +268,7 @@ def check_unheld(path: str | Path, names: Sequence[str]) -> None:
     """
     path = Path(path)
     if foreign := [name for name in names if os.path.lexists(path / name) and not (path / LOCK).exists()]:
-        raise _not_ours(path, foreign[0])
+        raise not_ours(path, foreign[0])
 
 
 @contextlib.contextmanager
@@ -297,6 +304,18 @@ def lock_folder(path: str | Path, names: Sequence[str] = ()) -> Iterator[None]:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, aside first and then by one rename."""
+    with replace_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def save_table(path: str | Path, table: "pd.DataFrame") -> None:
+    """Write the rows of a table, aside first and then by one rename: as Parquet if the path ends so, else as CSV."""
+    with replace_file(path) as aside:
+        (table.to_parquet if Path(path).suffix == ".parquet" else table.to_csv)(aside, index=False)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:

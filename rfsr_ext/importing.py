@@ -1,10 +1,12 @@
-"""Objects of the user's own code by name: ``package.module:Name``."""
+"""What users name: objects of their own code, ``package.module:Name``, and words that are nearly right."""
 
+import difflib
 import importlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["create_object", "import_object", "is_import_name"]
+__all__ = ["create_object", "did_you_mean", "import_object", "is_import_name"]
 
 
 def is_import_name(name: str) -> bool:
@@ -55,3 +57,9 @@ def create_object(name: str, what: str, kind: type, *arguments: Any, **options: 
             f"{what} {name!r} must return an instance of {kind.__name__}, got one of {type(made).__name__}"
         )
     return made
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that is not known: the nearest one that is, or nothing if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""

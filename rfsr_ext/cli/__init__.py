@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from rfsr_ext.cli.config import Set, choose_device, model_options, parse_pairs, show_config
 from rfsr_ext.cli.numbers import SEED, real, whole
 from rfsr_ext.cli.preferences import preferences
 
@@ -118,11 +119,10 @@ def demo(
 @_typer.command()
 def train(
     config: Annotated[str, typer.Argument(help="A YAML file, or a preset: mini, paper, paper-seesr …")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
+    set_: Set = None,
     fresh: Annotated[bool, typer.Option(help="Refuse to resume: the output folder must hold no checkpoint.")] = False,
 ) -> None:
     """Fine-tune a model as CONFIG says; the same command resumes an interrupted run."""
-    from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.processes import process_state
     from rfsr_ext.training import RFSRTrainer, create_trainer, load_config
 
@@ -162,7 +162,6 @@ def upscale(
     model_option: ModelOption = None,
 ) -> None:
     """Upscale images with the base model, a published one or a fine-tuned one."""
-    from rfsr_ext.cli.config import model_options
     from rfsr_ext.cli.upscale import upscale_files
 
     upscale_files(
@@ -210,7 +209,6 @@ def evaluate(
     model_option: ModelOption = None,
 ) -> None:
     """Measure folders of pictures, or models on held-out photographs or pairs, by the metrics of a preset."""
-    from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.cli.evaluate import (
         choose_preset,
         evaluate_best_of,
@@ -225,33 +223,19 @@ def evaluate(
     options = parse_pairs("--model-option", model_option)
     if stability and (all(folders) or best_of is not None or (seeds or (1 if pairs else 3)) < 2):
         raise ValueError("--stability is for models and two --seeds or more, of which CCSR's authors take 10")
-    if best_of is not None:
-        if any(folders) or gt is not None or cases is not None or steps or seeds is not None:
-            raise ValueError(
-                "--best-of is for models on held-out crops or --pairs, and its number is that of the seeds"
-            )
-        if pairs is not None:
-            evaluate_on_pairs(
-                targets,
-                pairs,
-                pictures,
-                chosen,
-                range(best_of),
-                output,
-                options,
-                best_of_seeds=True,
-                overwrite=overwrite,
-            )
-        else:
-            evaluate_best_of(targets, crops, size, best_of, output, chosen, options, overwrite)
-    elif pairs is not None:
+    if best_of is not None and (any(folders) or gt is not None or cases is not None or steps or seeds is not None):
+        raise ValueError("--best-of is for models on held-out crops or --pairs, and its number is that of the seeds")
+    if pairs is not None:
         if any(folders) or gt is not None or cases is not None or steps:
             raise ValueError(
                 "--pairs is for models alone, without --gt, --cases and --steps; its second folder is --gt"
             )
+        numbers = range(best_of or seeds or 1)
         evaluate_on_pairs(
-            targets, pairs, pictures, chosen, range(seeds or 1), output, options, stability, False, overwrite
+            targets, pairs, pictures, chosen, numbers, output, options, stability, best_of is not None, overwrite
         )
+    elif best_of is not None:
+        evaluate_best_of(targets, crops, size, best_of, output, chosen, options, overwrite)
     elif all(folders):
         evaluate_folders([Path(target) for target in targets], gt, chosen, output, cases, by, overwrite)
     elif any(folders):
@@ -278,7 +262,6 @@ def models(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the published models: their files, whether they are here, the command that runs them."""
-    from rfsr_ext.cli.config import model_options
     from rfsr_ext.cli.models import convert_model, list_published
 
     if output is None:
@@ -298,7 +281,6 @@ def record(
     device: Annotated[str | None, typer.Option(help="cuda if there is one, else cpu.")] = None,
 ) -> None:
     """Measure a published network by a fixed protocol and keep a small file, which the notebooks show."""
-    from rfsr_ext.cli.config import model_options
     from rfsr_ext.cli.record import list_protocols, record_protocol
 
     if name is None:
@@ -349,11 +331,10 @@ def compare(
     config: Annotated[str, typer.Argument(help="A YAML file of ways of training, or the preset: mini.")] = "mini",
     model: Annotated[str | None, typer.Option(help="The base model, as for a training; CONFIG's by default.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for everything; CONFIG's by default.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
+    set_: Set = None,
 ) -> None:
     """Train a model in several ways at the same cost, over seeds, and compare quality, spread and cost."""
     from rfsr_ext.cli.compare import compare_ways
-    from rfsr_ext.cli.config import parse_pairs
 
     given = {"model": model, "output_dir": output and str(output)}
     compare_ways(config, parse_pairs("--set", set_) | {key: value for key, value in given.items() if value})
@@ -370,10 +351,9 @@ def doctor() -> None:
 @_config.command("show")
 def config_show(
     config: Annotated[str, typer.Argument(help="A YAML file, or a preset: mini, paper, paper-seesr …")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")] = None,
+    set_: Set = None,
 ) -> None:
     """Print every setting with its meaning, as YAML that `rfsr train` reads."""
-    from rfsr_ext.cli.config import parse_pairs, show_config
 
     show_config(config, parse_pairs("--set", set_))
 
@@ -391,22 +371,8 @@ def data_check(
 ) -> None:
     """Say what folders hold, what of it will not be used in training and why; exit code 1 if there is such a file."""
     from rfsr_ext.cli.data import check_data
-    from rfsr_ext.data import Root
 
-    roots = [Root(str(folder)) for folder in folders or ()]
-    if pairs is not None:
-        roots.append(Root(lr=str(pairs[0]), gt=str(pairs[1])))
-    if config is not None:
-        from rfsr_ext.training import load_config
-        from rfsr_ext.training.config import create_degradation
-        from rfsr_ext.training.setup import data_roots
-
-        settings = load_config(config)
-        roots += data_roots(settings)
-        crop_size, scale = settings.crop_size, create_degradation(settings.degradation).scale
-    if not roots:
-        raise ValueError("give at least one folder, --pairs or a --config with folders")
-    check_data(roots, crop_size, scale, headers)
+    check_data(folders or (), pairs, config, crop_size, scale, headers)
 
 
 @_data.command("degrade")
@@ -426,7 +392,6 @@ def data_degrade(
     ] = None,
 ) -> None:
     """Make LR images that anybody with the same versions can make again to the byte; the same command resumes."""
-    from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.cli.data import degrade_data
 
     degrade_data(folder, output, preset, seed, parse_pairs("--set", set_), crops, size, limit, like)
@@ -467,7 +432,6 @@ def mini_build(
 
     for package in *.deb; do dpkg-deb -x "$package" photographs/; done
     """
-    from rfsr_ext.cli.config import choose_device
     from rfsr_ext.mini.build import build
     from rfsr_ext.weights import WEIGHTS
 

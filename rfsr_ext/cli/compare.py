@@ -15,7 +15,7 @@ from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.data.manifest import versions
 from rfsr_ext.evaluation import best_of_figure, comparison_figure, create_measures, enlarge_bicubic, save_figure
 from rfsr_ext.evaluation.ways import best_of_ways, markdown_table, reward_ways, ways_table
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import save_table, save_text
 from rfsr_ext.rewards.ranking import HybridReward
 from rfsr_ext.training.comparison import BASE, ComparisonConfig, run_comparison, shown_images
 
@@ -37,10 +37,8 @@ def compare_ways(source: str, overrides: dict[str, Any]) -> None:
     output, curves = Path(config.output_dir), pd.concat(curves, ignore_index=True)
     text = _text(config, table, lower_better)
     for name, part in (("comparison", frame), ("table", table), ("best_of", curves)):
-        with replace_file(output / f"{name}.csv") as path:
-            part.to_csv(path, index=False)
-    with replace_file(output / "comparison.md") as path:
-        path.write_text(text, encoding="utf-8")
+        save_table(output / f"{name}.csv", part)
+    save_text(output / "comparison.md", text)
     save_figure(_pictures(config, samples), output / "comparison.png")
     save_figure(best_of_figure(curves), output / "best_of.png")
     typer.echo(text)

@@ -1,14 +1,16 @@
-"""``rfsr config show``: every setting with what it means; and what commands share of reading their options."""
+"""``rfsr config show``: every setting with what it means; and what commands share of options and output."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import yaml
 
-__all__ = ["check_target", "choose_device", "model_options", "parse_pairs", "show_config"]
+__all__ = ["Set", "check_target", "choose_device", "model_options", "parse_pairs", "print_table", "show_config"]
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")]
 
 
 def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -72,6 +74,13 @@ def check_target(path: Path, overwrite: bool) -> Path:
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{str(path)!r} exists already; give another --output or --overwrite")
     return path
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows with their columns below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def show_config(path: str, overrides: dict[str, Any]) -> None:

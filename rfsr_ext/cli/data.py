@@ -24,13 +24,28 @@ def shown(path: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
-def check_data(roots: Sequence[Root], size: int, scale: int, headers: bool) -> None:
-    """Print what each root holds.
+def check_data(
+    folders: Sequence[Path], pairs: tuple[Path, Path] | None, config: str | None, size: int, scale: int, headers: bool
+) -> None:
+    """Print what each folder holds, and those of a configuration, which also says the sizes.
 
     Raises:
-        ValueError: at the end, if a file will not be used or a root yields nothing.
+        ValueError: if there is no folder; at the end, if a file will not be used or a folder yields nothing.
         FileNotFoundError: if a folder does not exist.
     """
+    roots = [Root(str(folder)) for folder in folders]
+    if pairs is not None:
+        roots.append(Root(lr=str(pairs[0]), gt=str(pairs[1])))
+    if config is not None:
+        from rfsr_ext.training import load_config  # here, because folders need none of what it imports
+        from rfsr_ext.training.config import create_degradation
+        from rfsr_ext.training.setup import data_roots
+
+        settings = load_config(config)
+        roots += data_roots(settings)
+        size, scale = settings.crop_size, create_degradation(settings.degradation).scale
+    if not roots:
+        raise ValueError("give at least one folder, --pairs or a --config with folders")
     faults, empty = 0, []
     for root in roots:
         report = check_root(root, size, scale, decode=not headers)

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 import typer
 
-from rfsr_ext.cli.evaluate import difference_table, held_out_scorers, mean_table
+from rfsr_ext.cli.evaluate import difference_table, mean_table
 from rfsr_ext.data import Sample, evaluation_crops, photographs
 from rfsr_ext.evaluation import (
     compare,
@@ -17,10 +17,11 @@ from rfsr_ext.evaluation import (
     enlarge_bicubic,
     evaluate,
     evaluate_bicubic,
+    held_out_scorers,
     save_figure,
     summarize,
 )
-from rfsr_ext.files import check_unheld, replace_file
+from rfsr_ext.files import check_unheld, save_text
 from rfsr_ext.metrics import Judge, psnr
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.rewards import REWARDS, create_reward
@@ -91,10 +92,8 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
         "minus_base": {n: compare(frame, "base", n).to_dict("index") for n in models if n != "base"},
         "seconds": round(time.monotonic() - started, 1),
     }
-    with replace_file(output / "report.json") as path:
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    with replace_file(output / "table.txt") as path:
-        path.write_text(table + "\n")
+    save_text(output / "report.json", json.dumps(report, indent=2) + "\n")
+    save_text(output / "table.txt", table + "\n")
     typer.echo(f"\n{crops} held-out crops of 128 pixels, mean ± standard error over crops:\n\n{table}\n")
     typer.echo(f"two runs of {config.iterations} iterations, {report['seconds']:.0f} s in all")
     for name, what in {**_WRITTEN, "model": "fine-tuned model"}.items():

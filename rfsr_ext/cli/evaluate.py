@@ -16,7 +16,6 @@ from rfsr_ext.data import Root, evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
     FolderResult,
-    Scorer,
     Spread,
     best_and_worst,
     best_of_figure,
@@ -28,6 +27,7 @@ from rfsr_ext.evaluation import (
     evaluate_folder,
     evaluate_pairs,
     evaluate_pairs_bicubic,
+    held_out_scorers,
     measure_trajectory,
     save_figure,
     stability_table,
@@ -36,11 +36,11 @@ from rfsr_ext.evaluation import (
 )
 from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.folders import read_picture
-from rfsr_ext.files import make_folder, replace_file
-from rfsr_ext.metrics import METRICS, Judge, Preset, Suite, get_preset
+from rfsr_ext.files import make_folder, save_table
+from rfsr_ext.metrics import METRICS, Preset, Suite, get_preset
 from rfsr_ext.models import load_model
 from rfsr_ext.processes import is_main, join
-from rfsr_ext.rewards import REWARDS, create_reward
+from rfsr_ext.rewards import REWARDS
 from rfsr_ext.rewards.ranking import HybridReward
 from rfsr_ext.training import RFSRConfig
 from rfsr_ext.training.ablation import VARIANTS, ablate
@@ -53,10 +53,8 @@ __all__ = [
     "evaluate_folders",
     "evaluate_models",
     "evaluate_on_pairs",
-    "held_out_scorers",
     "holds_pictures",
     "mean_table",
-    "write_table",
 ]
 
 STABILITY = (".stability.csv", ".stability.png")  # endings of what is written beside a table, in the place of its own
@@ -89,12 +87,6 @@ def holds_pictures(target: str) -> bool:
     if target == "mini" or not folder.is_dir() or (folder / "model_index.json").is_file():
         return False
     return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
-
-
-def held_out_scorers() -> dict[str, Scorer]:
-    """Both stand-in rewards and the judge."""
-    rewards = [create_reward(name) for name in REWARDS]
-    return {reward.name: reward.score for reward in rewards} | {Judge.name: Judge.from_pretrained().score}
 
 
 def mean_table(frame: pd.DataFrame) -> str:
@@ -150,12 +142,6 @@ def step_figures(names: Sequence[str]) -> list[str]:
     ]
 
 
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Every row, as CSV or Parquet by the ending."""
-    with replace_file(path) as aside:
-        frame.to_parquet(aside, index=False) if path.suffix == ".parquet" else frame.to_csv(aside, index=False)
-
-
 def write_stability(
     frame: pd.DataFrame, spreads: dict[str, Spread], references: dict[Hashable, Tensor], output: Path | None
 ) -> None:
@@ -165,7 +151,7 @@ def write_stability(
     typer.echo("\nstandard deviation over seeds: G-STD of each metric, L-STD of pixels (l_std)\n")
     typer.echo(table.reset_index().to_string(index=False, formatters=columns, na_rep=""))
     if output is not None:
-        write_table(table.reset_index(), output.with_suffix(STABILITY[0]))
+        save_table(output.with_suffix(STABILITY[0]), table.reset_index())
         save_figure(disagreement_figure(spreads, references), output.with_suffix(STABILITY[1]))
 
 
@@ -199,7 +185,7 @@ def evaluate_folders(
     output: Path | None,
     cases: Path | None,
     by: str | None,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> None:
     """Print the table of folders of pictures and of their differences from the first one; several processes share them.
 
@@ -229,7 +215,7 @@ def evaluate_folders(
     elif others:
         typer.echo("\nno picture is in all folders, so that nothing can be compared")
     if output is not None:
-        write_table(frame, output)
+        save_table(output, frame)
     if cases is not None and common:
         _cases(results, by or suite.metrics[0], shared, cases)
     broken = {path: reason for result in results.values() for path, reason in result.broken.items()}
@@ -247,10 +233,10 @@ def evaluate_on_pairs(
     preset: Preset | None,
     seeds: Sequence[int],
     output: Path | None,
-    options: dict[str, Any] | None = None,
-    stability: bool = False,
-    best_of_seeds: bool = False,
-    overwrite: bool = False,
+    options: dict[str, Any],
+    stability: bool,
+    best_of_seeds: bool,
+    overwrite: bool,
 ) -> None:
     """Upscale the LR images of pairs, keep the pictures and print the table of models and of their differences.
 
@@ -266,7 +252,7 @@ def evaluate_on_pairs(
     suite = Suite(preset or get_preset("basic"), device=choose_device())
     results, frames = {}, []
     for name in dict.fromkeys(names):
-        model = load_model(name, **(options or {}))
+        model = load_model(name, **options)
         model.to(choose_device())
         results[name] = evaluate_pairs(model, root, suite, pictures, seeds, name)
         frames = frames or [evaluate_pairs_bicubic(root, model.scale, suite)]
@@ -295,7 +281,7 @@ def evaluate_on_pairs(
         write_best_of(rows, suite.metrics, (), output.with_suffix(BEST_OF[0]) if output else None)
     typer.echo(f"\npictures: {', '.join(str(folder) for result in results.values() for folder in result.folders)}")
     if output is not None:
-        write_table(frame, output)
+        save_table(output, frame)
     left_out = {path: reason for result in results.values() for path, reason in result.left_out.items()}
     for path, reason in left_out.items():
         typer.echo(f"left out {path}: {reason}", err=True)
@@ -310,10 +296,10 @@ def evaluate_models(
     seeds: Sequence[int],
     output: Path | None,
     steps: bool,
-    preset: Preset | None = None,
-    options: dict[str, Any] | None = None,
-    stability: bool = False,
-    overwrite: bool = False,
+    preset: Preset | None,
+    options: dict[str, Any],
+    stability: bool,
+    overwrite: bool,
 ) -> None:
     """Print the table of models and of their differences from the first one; the main process does it alone."""
     names = list(dict.fromkeys(names))
@@ -326,7 +312,7 @@ def evaluate_models(
     suite = Suite(preset, device=choose_device()) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops, called="--crops")
     scorers = held_out_scorers()
-    models = {name: load_model(name, **(options or {})) for name in names}
+    models = {name: load_model(name, **options) for name in names}
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
     spreads = {name: Spread() for name in models}
     frames += [
@@ -344,7 +330,7 @@ def evaluate_models(
     if others:
         typer.echo(f"\nAgainst {base}:\n\n{difference_table(frame, base, others)}")
     if output is not None:
-        write_table(frame, output)
+        save_table(output, frame)
     if stability:
         write_stability(frame, spreads, {i: sample["gt"] for i, sample in enumerate(samples)}, output)
     if steps:
@@ -358,7 +344,7 @@ def evaluate_models(
             if output is not None:
                 save_figure(trajectory_figure(path), output.with_suffix(figures[name]), dpi=150)
         if output is not None:
-            write_table(pd.concat(paths, ignore_index=True), output.with_suffix(".steps.csv"))
+            save_table(output.with_suffix(".steps.csv"), pd.concat(paths, ignore_index=True))
 
 
 def evaluate_best_of(
@@ -367,9 +353,9 @@ def evaluate_best_of(
     size: int,
     count: int,
     output: Path | None,
-    preset: Preset | None = None,
-    options: dict[str, Any] | None = None,
-    overwrite: bool = False,
+    preset: Preset | None,
+    options: dict[str, Any],
+    overwrite: bool,
 ) -> None:
     """Print Best, Mean and Worst@M of models, M up to ``count``; with ``output`` also the figure and every number.
 
@@ -384,7 +370,7 @@ def evaluate_best_of(
     samples, scorers = evaluation_crops(photographs("test"), size, crops, called="--crops"), held_out_scorers()
     frames = []
     for name in dict.fromkeys(names):
-        model = load_model(name, **(options or {})).to(choose_device())
+        model = load_model(name, **options).to(choose_device())
         frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
     typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")
@@ -409,7 +395,7 @@ def write_best_of(frame: pd.DataFrame, chosen: Sequence[str], others: Sequence[s
         part = curves[curves["quantity"] == name].pivot(index=["model", "of"], columns="count", values="cell")
         typer.echo(f"\n{name}{', lower is better' if name in lower_better else ''}, by number of results\n\n{part}")
     if output is not None:
-        write_table(curves.drop(columns="cell"), output)
+        save_table(output, curves.drop(columns="cell"))
         save_figure(best_of_figure(curves), output.with_suffix(".png"))
 
 

@@ -7,15 +7,11 @@ from typing import Any
 
 import typer
 
+from rfsr_ext.cli.config import print_table
 from rfsr_ext.models import load_model
-from rfsr_ext.models.catalog import PUBLISHED, WantedFile, weights_folder
+from rfsr_ext.models.catalog import PUBLISHED, WantedFile, find_files, weights_folder
 
 __all__ = ["convert_model", "list_published"]
-
-
-def _files(name: str, weights: Path | None, base: Path | None) -> dict[WantedFile, Path | None]:
-    folder = weights or weights_folder(name)
-    return dict.fromkeys(PUBLISHED[name].files) if folder is None else PUBLISHED[name].found(folder, base)
 
 
 def _complete(files: dict[WantedFile, Path | None]) -> bool:
@@ -30,7 +26,7 @@ def list_published(name: str | None, weights: Path | None, base: Path | None, as
     """
     if name is not None and name not in PUBLISHED:
         raise ValueError(f"name must be one of {', '.join(PUBLISHED)}, got {name!r}")
-    found = {n: _files(n, weights, base) for n in ([name] if name else PUBLISHED)}
+    found = {n: find_files(n, weights, base) for n in ([name] if name else PUBLISHED)}
     if as_json:
         rows = [
             {"name": n, **{k: v for k, v in asdict(PUBLISHED[n]).items() if k != "files"}, "found": _complete(files),
@@ -48,9 +44,7 @@ def list_published(name: str | None, weights: Path | None, base: Path | None, as
             wanted = sum(not file.optional for file in files)
             here = "yes" if held == wanted else f"{held} of {wanted}"
             table.append((n, here, f"{model.parameters / 1e9:.2f} B", model.license, f"{model.title}, {model.paper}"))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print_table(table)
         typer.echo("\n`rfsr models NAME` lists the files of one; put them into a folder of its name in RFSR_WEIGHTS.")
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rfsr_ext.cli.config import Set, check_target, choose_device, parse_pairs
 from rfsr_ext.cli.numbers import whole
 
 if TYPE_CHECKING:
@@ -16,12 +17,10 @@ __all__ = ["preferences"]
 preferences = typer.Typer(help="A model's own results for the same image, ranked (DP2O).", no_args_is_help=True)
 
 Config = Annotated[str, typer.Argument(help="A YAML file of method dp2o, or a preset: dp2o-mini, dp2o-sd2, dp2o-flux.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")]
 Round = Annotated[int, whole("Which round's candidates.", 1, name="--round")]
 
 
 def _load(source: str, pairs: list[str] | None) -> "DP2OConfig":
-    from rfsr_ext.cli.config import parse_pairs
     from rfsr_ext.training import load_config
     from rfsr_ext.training.dp2o import DP2OConfig
 
@@ -33,7 +32,6 @@ def _load(source: str, pairs: list[str] | None) -> "DP2OConfig":
 
 def _model(config: "DP2OConfig") -> tuple["ISRModel", Any]:
     """The base model on its device, that of this process where there are several."""
-    from rfsr_ext.cli.config import choose_device
     from rfsr_ext.models import load_model
     from rfsr_ext.processes import join
 
@@ -86,7 +84,6 @@ def show(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that exist.")] = False,
 ) -> None:
     """Picture the best and the worst candidates with their scores, and the gaps of all pairs as a histogram."""
-    from rfsr_ext.cli.config import check_target
     from rfsr_ext.evaluation import create_measures, gaps_figure, save_figure
     from rfsr_ext.evaluation.preferences import extremes_figure
     from rfsr_ext.rewards.ranking import pair_candidates

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import typer
 
-from rfsr_ext.cli.config import check_target, choose_device
+from rfsr_ext.cli.config import check_target, choose_device, print_table
 from rfsr_ext.models.catalog import PUBLISHED
 from rfsr_ext.recordings import FOLDERS, PROTOCOLS, record, recorded, write_recording
 
@@ -21,9 +21,7 @@ def list_protocols() -> None:
         lacks = [file for file, place in files.items() if place is None]
         weights = f"missing: {', '.join(lacks[:2])}{' …' if lacks[2:] else ''}" if lacks else "here"
         table.append((name, _state(name), weights, protocol.measures))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(table)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, recordings are of this processor"
     typer.echo(f"\nGPU: {gpu}")
     typer.echo(f"recordings are looked for in {', '.join(map(str, FOLDERS))}")

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import typer
 
+from rfsr_ext.cli.config import print_table
 from rfsr_ext.weights.registry import FILES, fetch, find
 
 __all__ = ["fetch_weights", "list_weights"]
@@ -27,9 +28,7 @@ def list_weights(as_json: bool) -> None:
         size = f"{file.mib:.0f}" if file.mib else "?"
         here = "yes" if found[name] else "no"
         table.append((name, here, size, file.sha256[:8] or "?", file.purpose, file.file, file.source, file.license))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(table)
     typer.echo("\nlooked for, in this order:")
     places: dict[str, list[str]] = {}
     for name, file in FILES.items():

@@ -32,7 +32,10 @@ def candidate_files(group: int) -> tuple[str, ...]:
 def write_candidates(
     group: int, lr: Tensor, gt: Tensor, latents: Tensor, prompt: str
 ) -> dict[str, Callable[[Path], None]]:
-    """By path within the folder what writes a group's file to the path it is given, see `Manifest.add`."""
+    """By path within the folder what writes a group's file to the path it is given, see `Manifest.add`.
+
+    Images are ``[3, h, w]`` and ``[3, H, W]`` in [0, 1], latents ``[M, C, h, w]``.
+    """
     images = {LR: to_image(lr), GT: to_image(gt)}
 
     def write(name: str) -> Callable[[Path], None]:

@@ -15,7 +15,7 @@ from rfsr_ext.data.images import SUFFIXES, Header, read_header, read_image
 from rfsr_ext.data.prompts import read_prompt
 from rfsr_ext.files import sha256
 
-__all__ = ["Report", "check_root", "size_fault"]
+__all__ = ["Report", "check_root", "modes", "size_fault"]
 
 logger = logging.getLogger(__name__)
 

@@ -93,10 +93,10 @@ class CheckedSamples(Dataset):
             raise ValueError(f"prompt must be text, got {type(sample['prompt']).__name__}; without one it is ''")
 
 
-def _dihedral(image: np.ndarray, rng: np.random.Generator, rotate: bool) -> np.ndarray:
+def _dihedral(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         image = image[:, ::-1]
-    return np.rot90(image, int(rng.integers(4))) if rotate else image
+    return np.rot90(image, int(rng.integers(4)))
 
 
 def _recolor(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -114,9 +114,9 @@ def _recolor(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (np.clip(image @ turn.T * tint, 0, 1) ** rng.uniform(0.8, 1.25)).astype(np.float32)
 
 
-def _random_crop(image: np.ndarray, size: int, rng: np.random.Generator, tries: int = 1) -> np.ndarray:
-    """A random crop; of several tries, the first that shows more than a flat background."""
-    for _ in range(tries):
+def _random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random crop; of four tries, the first that shows more than a flat background."""
+    for _ in range(4):
         top = rng.integers(image.shape[0] - size + 1)
         left = rng.integers(image.shape[1] - size + 1)
         crop = image[top : top + size, left : left + size]
@@ -195,7 +195,7 @@ class PhotographCrops(Dataset):
             gt, prompt = dead_leaves(self.size, rng), ""
         else:
             name, levels = self.levels[rng.integers(len(self.levels))]
-            gt = _dihedral(_random_crop(levels[rng.integers(len(levels))], self.size, rng, tries=4), rng, rotate=True)
+            gt = _dihedral(_random_crop(levels[rng.integers(len(levels))], self.size, rng), rng)
             gt = _recolor(gt, rng) if self.recolor else gt
             tags = _tags(name)
             kept = sorted(rng.choice(len(tags), rng.integers(1, len(tags) + 1), replace=False))

@@ -4,6 +4,7 @@ A run that was interrupted goes on where it stopped, the same run again has noth
 their files without exchanging them.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ from typing import Any, Self
 
 import PIL.features
 
-from rfsr_ext.files import lock_folder, replace_file, sha256
+from rfsr_ext.files import lock_folder, not_ours, replace_file, save_text, sha256
 
 __all__ = ["MANIFEST", "Manifest", "versions", "write_hashed"]
 
@@ -61,28 +62,20 @@ class Manifest:
         self._written = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._lock = lock_folder(self.folder)
-        self._lock.__enter__()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_folder(self.folder))
             self.files = self._read()
             for name in self.names:
                 if name not in self.files and os.path.lexists(self.folder / name):
-                    raise FileExistsError(
-                        f"folder {str(self.folder)!r} holds a {name!r} that rfsr did not write; move it away or give "
-                        "another folder"
-                    )
+                    raise not_ours(self.folder, name)
             self.files = dict.fromkeys(self.names) | self.files  # before the first file: from here on all are ours
             self._write()
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
-        try:
+        with self._lock:
             self._write()
-        finally:
-            self._lock.__exit__(*exception)
 
     def _read(self) -> dict[str, dict[str, Any] | None]:
         path = self.folder / MANIFEST
@@ -92,10 +85,7 @@ class Manifest:
             written = json.loads(path.read_text(encoding="utf-8"))
             settings, files = dict(written["settings"]), dict(written["files"])
         except (OSError, ValueError, TypeError, KeyError):
-            raise FileExistsError(
-                f"folder {str(self.folder)!r} holds a {MANIFEST!r} that rfsr did not write; move it away or give "
-                "another folder"
-            ) from None
+            raise not_ours(self.folder, MANIFEST) from None
         keys = settings.keys() | self.settings.keys()
         if other := sorted(key for key in keys if settings.get(key) != self.settings.get(key)):
             raise ValueError(
@@ -105,9 +95,8 @@ class Manifest:
         return files
 
     def _write(self) -> None:
-        with replace_file(self.folder / MANIFEST) as aside:
-            written = {"settings": self.settings, "files": self.files}
-            aside.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        written = {"settings": self.settings, "files": self.files}
+        save_text(self.folder / MANIFEST, json.dumps(written, indent=1, sort_keys=True) + "\n")
         self._written = time.monotonic()
 
     def has(self, name: str, facts: Mapping[str, Any]) -> bool:

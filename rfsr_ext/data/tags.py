@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rfsr_ext.data.folders import list_files
 from rfsr_ext.data.images import read_image, to_tensor
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import save_text
 from rfsr_ext.processes import split_map
 
 __all__ = ["Tagged", "tag_folder"]
@@ -77,8 +77,7 @@ def tag_folder(
             text = tagger(image)
             if not isinstance(text, list) or len(text) != 1 or not isinstance(text[0], str):
                 raise ValueError(f"tagger must give a list of one text for one image, got {text!r}")
-            with replace_file(target) as aside:
-                aside.write_text(f"{' '.join(text[0].split())}\n", encoding="utf-8")
+            save_text(target, f"{' '.join(text[0].split())}\n")
             return picture, skipped
         return None, skipped
 

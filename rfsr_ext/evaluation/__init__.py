@@ -17,6 +17,7 @@ from rfsr_ext.evaluation.measure import (
     enlarge_bicubic,
     evaluate,
     evaluate_bicubic,
+    held_out_scorers,
     measure_trajectory,
     summarize,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate_pairs",
     "evaluate_pairs_bicubic",
     "gaps_figure",
+    "held_out_scorers",
     "measure_trajectory",
     "save_figure",
     "score_candidates",

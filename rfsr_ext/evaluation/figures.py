@@ -24,6 +24,7 @@ __all__ = [
     "comparison_figure",
     "curves_figure",
     "gaps_figure",
+    "middle",
     "save_figure",
     "trajectory_figure",
 ]
@@ -91,12 +92,14 @@ def cases_figure(
     The square is the same for all pictures, so that one picture pixel has the same size everywhere.
     """
     size = min(size, *(min(image.shape[-2:]) for row in rows for image, _ in row))
+    return comparison_figure([[(middle(image, size), text) for image, text in row] for row in rows], titles, tile)
 
-    def middle(image: Tensor) -> Tensor:
-        top, left = ((length - size) // 2 for length in image.shape[-2:])
-        return image[:, top : top + size, left : left + size]
 
-    return comparison_figure([[(middle(image), text) for image, text in row] for row in rows], titles, tile)
+def middle(image: Tensor, side: int) -> Tensor:
+    """The middle of ``[…, H, W]``, a square of this side or all there is."""
+    height, width = (min(n, side) for n in image.shape[-2:])
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return image[..., top : top + height, left : left + width]
 
 
 def _tidy(axes: Axes) -> None:

@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from rfsr_ext.data import Sample
 from rfsr_ext.metrics.fidelity import band_ssim, psnr, ssim
+from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
+from rfsr_ext.rewards import REWARDS, create_reward
 from rfsr_ext.sampling import generators, inference_condition, sample, trajectory
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "enlarge_bicubic",
     "evaluate",
     "evaluate_bicubic",
+    "held_out_scorers",
     "measure_trajectory",
     "seconds_per_image",
     "summarize",
@@ -34,6 +37,12 @@ __all__ = [
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 """Images ``[N, 3, H, W]`` in [0, 1] and their prompts to ``[N]`` scores: a reward's or a judge's ``score`` is one."""
+
+
+def held_out_scorers() -> dict[str, Scorer]:
+    """What ships with the package: both stand-in rewards and the judge."""
+    rewards = [create_reward(name) for name in REWARDS]
+    return {reward.name: reward.score for reward in rewards} | {Judge.name: Judge.from_pretrained().score}
 
 
 def _batches(samples: Sequence[Sample], batch_size: int, desc: str, seeds: Sequence[int | None]) -> Iterator[tuple]:

@@ -18,13 +18,12 @@ from rfsr_ext.data.candidates import CandidateFolder
 from rfsr_ext.evaluation.figures import comparison_figure
 from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.files import load_tensors, lock_folder, save_tensors
-from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.metrics.suite import METRICS, Preset, Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.processes import from_main, is_main, split_map
-from rfsr_ext.rewards import Reward, create_reward
+from rfsr_ext.rewards import create_reward
 from rfsr_ext.sampling import decode_candidates
-from rfsr_ext.weights.pyiqa import create_metric, import_pyiqa
+from rfsr_ext.weights.pyiqa import create_metric, import_pyiqa, metric_settings
 
 __all__ = ["Measure", "Scores", "create_measures", "evaluate_measures", "extremes_figure", "score_candidates"]
 
@@ -88,10 +87,7 @@ def _from_suite(name: str, device: str | torch.device) -> Measure:
 
 def _from_pyiqa(name: str, device: str | torch.device) -> tuple[Measure, bool]:
     metric_name = name.removeprefix("pyiqa:")
-    configs = import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS
-    if metric_name not in configs:
-        raise ValueError(f"metric must be one that pyiqa.list_models() lists, got {name!r}")
-    compares = configs[metric_name].get("metric_mode", "NR") == "FR"
+    compares = metric_settings(metric_name).get("metric_mode", "NR") == "FR"
     metric = create_metric(metric_name, device=torch.device(device))
 
     @torch.no_grad()
@@ -104,7 +100,7 @@ def _from_pyiqa(name: str, device: str | torch.device) -> tuple[Measure, bool]:
 
 
 def _from_reward(name: str, device: str | torch.device) -> Measure:
-    reward = create_object(name, "reward", Reward) if is_import_name(name) else create_reward(name)
+    reward = create_reward(name)
     reward.to(device)
 
     @torch.no_grad()
@@ -252,7 +248,7 @@ def evaluate_measures(
 def extremes_figure(
     model: ISRModel, candidates: CandidateFolder, scores: Scores, rewards: Tensor, groups: Sequence[int]
 ) -> Figure:
-    """LR image, worst and best candidate with their rewards and scores, and ground truth, one row per group."""
+    """One row per group: LR image, worst and best candidate by ``rewards`` ``[groups, M]``, and ground truth."""
     rows = []
     for group in groups:
         lr, gt = candidates.images(group)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from rfsr_ext.evaluation.figures import comparison_figure
+from rfsr_ext.evaluation.figures import comparison_figure, middle
 
 __all__ = ["Spread", "disagreement_figure", "stability_table"]
 
@@ -132,13 +132,13 @@ def disagreement_figure(
 
     Args:
         spreads: by model.
-        references: by image what it should look like, the last column.
+        references: by image what it should look like, ``[3, H, W]`` in [0, 1], the last column.
         rows: number of images.
         crop: of larger pictures the middle is shown, a square of this side.
     """
     first = next(iter(spreads.values()))
     shown = first.l_std().sort_values(ascending=False, kind="stable").index[:rows]
-    maps = {model: {image: _middle(spread.maps()[image].mean(0)[None], crop)[0] for image in shown}
+    maps = {model: {image: middle(spread.maps()[image].mean(0)[None], crop)[0] for image in shown}
             for model, spread in spreads.items()}  # fmt: skip
     values = torch.cat([map.flatten() for of_model in maps.values() for map in of_model.values()])
     top = max(float(np.quantile(values.numpy(), 0.995)), 1e-6)
@@ -147,14 +147,8 @@ def disagreement_figure(
         row = []
         for model, spread in spreads.items():
             color = matplotlib.colormaps["inferno"]((maps[model][image] / top).clamp(0, 1).numpy())[..., :3]
-            row.append((_middle(spread.first[image], crop), ""))
+            row.append((middle(spread.first[image], crop), ""))
             row.append((torch.from_numpy(np.moveaxis(color, -1, 0)), f"L-STD {spread.l_std()[image]:.4f}"))
-        table.append(row + ([(_middle(references[image], crop), "")] if references else []))
+        table.append(row + ([(middle(references[image], crop), "")] if references else []))
     titles = [title for model in spreads for title in (model, f"disagreement, up to {top:.3f}")]
     return comparison_figure(table, titles + (["ground truth"] if references else []), tile=200)
-
-
-def _middle(image: Tensor, side: int) -> Tensor:
-    height, width = (min(n, side) for n in image.shape[-2:])
-    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-    return image[..., top : top + height, left : left + width]

@@ -8,6 +8,8 @@ import pandas as pd
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
+__all__ = ["bradley_terry"]
+
 
 def bradley_terry(votes: pd.DataFrame, prior: float = 0.0, zero: str | None = None) -> pd.DataFrame:
     """Strengths s by maximum likelihood of P(a is chosen before b) = σ(s_a − s_b), with 95 % intervals.

@@ -13,7 +13,7 @@ import pandas as pd
 from rfsr_ext.evaluation.best_of import add_reward, best_of
 from rfsr_ext.rewards.ranking import HybridReward
 
-__all__ = ["best_of_ways", "markdown_table", "reward_ways", "total_error", "ways_table"]
+__all__ = ["best_of_ways", "markdown_rows", "markdown_table", "reward_ways", "total_error", "ways_table"]
 
 _KEYS = ["model", "training_seed", "image"]
 _FIXED = ("l_std", "seconds_per_image", "training_seconds", "iterations")  # columns whose mean is all there is to say
@@ -100,7 +100,7 @@ def markdown_table(table: pd.DataFrame, difference: bool = False) -> str:
     Differences beyond twice their error are bold.
     """
     prefix = "difference_" if difference else ""
-    lines = [["", *table["model"].unique()], ["---", *["---:"] * table["model"].nunique()]]
+    rows = []
     for quantity, part in table.groupby("quantity", sort=False):
         cells = []
         for _, row in part.iterrows():
@@ -108,8 +108,14 @@ def markdown_table(table: pd.DataFrame, difference: bool = False) -> str:
             error = total_error(row[f"{prefix}error_images"], row[f"{prefix}error_seeds"])
             cell = _number(value, error, difference)
             cells.append(f"**{cell}**" if difference and abs(value) > 2 * error > 0 else cell)
-        lines.append([str(quantity), *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows.append([str(quantity), *cells])
+    return "\n".join(markdown_rows(["", *table["model"].unique()], rows))
+
+
+def markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, whose columns but the first are numbers and stand on the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _number(value: float, error: float, signed: bool) -> str:

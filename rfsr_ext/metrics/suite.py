@@ -21,6 +21,7 @@ from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.rewards.clip_iqa import CLIPIQA
 from rfsr_ext.weights import registry
 from rfsr_ext.weights.pyiqa import create_metric
+from rfsr_ext.weights.reading import reason
 from rfsr_ext.weights.registry import METRIC_FILES
 
 __all__ = ["METRICS", "PRESETS", "Metric", "Preset", "Suite", "get_preset"]
@@ -232,5 +233,5 @@ class Suite:
                         with _seeded(self.preset.seed):
                             values[name].append(float(self._measure[name](*images).reshape(())))
                     except (RuntimeError, AssertionError, IndexError, ValueError) as error:
-                        raise ValueError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
+                        raise ValueError(f"{name}: {reason(error)}") from error
         return {name: torch.tensor(column) for name, column in values.items()}

@@ -1,11 +1,10 @@
 """Base models: what RFSR asks of one, and the implementation over diffusers parts."""
 
-import difflib
 from pathlib import Path
 
 import torch
 
-from rfsr_ext.importing import create_object, import_object, is_import_name
+from rfsr_ext.importing import create_object, did_you_mean, import_object, is_import_name
 from rfsr_ext.models.base import Condition, ISRModel, Recipe
 from rfsr_ext.models.catalog import PUBLISHED, open_published
 from rfsr_ext.models.check import check_model
@@ -76,10 +75,8 @@ def load_model(name: str | Path = "mini", **options) -> ISRModel:
             raise ValueError(f"{option} is for published models, which {str(name)!r} is not; leave it out")
     path = _SHIPPED.get(str(name), Path(name))
     if not path.exists():
-        close = difflib.get_close_matches(str(name), list_models(), n=1)
-        advice = (
-            f"did you mean {close[0]!r}?" if close else f"give a folder on disk or one of {', '.join(list_models())}"
-        )
+        known = list_models()
+        advice = did_you_mean(str(name), known) or f"give a folder on disk or one of {', '.join(known)}"
         raise FileNotFoundError(f"model folder {str(name)!r} does not exist, and nothing is downloaded; {advice}")
     config = path / ISR_CONFIG
     kind = read_json(config).get("model", "controlnet") if config.is_file() else "controlnet"

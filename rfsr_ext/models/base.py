@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from rfsr_ext.models.process import NonUniformProcess, Process, check_scheduler
 
-__all__ = ["Condition", "ISRModel", "Recipe"]
+__all__ = ["Condition", "ISRModel", "Recipe", "Tagger", "fingerprint"]
+
+Tagger = Callable[[Tensor], list[str]]
+"""Images ``[N, 3, h, w]`` in [0, 1] to a prompt for each, such as "cat, fur"."""
 
 _STARTS = ("lr", "noise")
 _NOISINGS = ("plain", "to-start")
@@ -201,8 +204,7 @@ class ISRModel(ABC):
         multiple: output height and width must be multiples of this many pixels.
         latent_channels: channels of the latents.
         vae_scale_factor: pixels per latent, in each direction.
-        tagger: takes images ``[N, 3, h, w]`` in [0, 1] to N prompts such as "cat, fur"; it is not among the networks
-            and not saved.
+        tagger: says what an image shows; it is not among the networks and not saved.
 
     Raises:
         ValueError: if the scheduler cannot serve, ``scale`` is no whole number from 1 to 64, or ``trained`` names an
@@ -217,7 +219,7 @@ class ISRModel(ABC):
     multiple: int
     latent_channels: int
     vae_scale_factor: int
-    tagger: Callable[[Tensor], list[str]] | None = None
+    tagger: Tagger | None = None
 
     def __init__(self):
         check_scheduler(self.scheduler)
@@ -446,13 +448,8 @@ class ISRModel(ABC):
         return twin
 
     def fingerprint(self) -> str:
-        """Tells one model from another: a SHA-256 over names, shapes and the first values of every parameter."""
-        digest = hashlib.sha256()
-        for network, module in self.networks.items():
-            for name, parameter in module.named_parameters():
-                digest.update(f"{network}.{name}{list(parameter.shape)}".encode())
-                digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Tells one model from another, see `fingerprint`."""
+        return fingerprint(self.networks)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that `rfsr_ext.models.load_model` opens; models that can be saved override it.
@@ -461,3 +458,13 @@ class ISRModel(ABC):
             TypeError: if this model cannot be saved.
         """
         raise TypeError(f"{type(self).__name__} cannot be saved; define save_pretrained(path) in it")
+
+
+def fingerprint(networks: Mapping[str, nn.Module]) -> str:
+    """A SHA-256 over names, shapes and the first values of all parameters."""
+    digest = hashlib.sha256()
+    for network, module in networks.items():
+        for name, parameter in module.named_parameters():
+            digest.update(f"{network}.{name}{list(parameter.shape)}".encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

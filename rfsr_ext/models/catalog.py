@@ -13,7 +13,7 @@ from typing import Any
 from rfsr_ext.importing import import_object
 from rfsr_ext.models.base import ISRModel
 
-__all__ = ["PUBLISHED", "PublishedModel", "WantedFile", "open_published", "weights_folder"]
+__all__ = ["PUBLISHED", "PublishedModel", "WantedFile", "find_files", "open_published", "weights_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +64,6 @@ class PublishedModel:
     tagged: bool = False
     within: str = ""
     preset: str = ""
-
-    def found(self, weights: Path, base: Path | None = None) -> dict[WantedFile, Path | None]:
-        """Where each file lies, unopened, or None."""
-        places = {f: base if f.base and base is not None else weights / f.path for f in self.files}
-        return {file: place if place.exists() else None for file, place in places.items()}
 
 
 _SD2 = WantedFile(
@@ -240,6 +235,15 @@ def weights_folder(name: str) -> Path | None:
     """``RFSR_WEIGHTS/<name>``, where a published model is looked for if no folder is given."""
     root = os.environ.get("RFSR_WEIGHTS")
     return Path(root) / name if root else None
+
+
+def find_files(name: str, weights: Path | None = None, base: Path | None = None) -> dict[WantedFile, Path | None]:
+    """Where each file of a published model lies, unopened, or None; folders as in `open_published`."""
+    files, folder = PUBLISHED[name].files, weights or weights_folder(name)
+    if folder is None:
+        return dict.fromkeys(files)
+    places = {file: base if file.base and base is not None else folder / file.path for file in files}
+    return {file: place if place.exists() else None for file, place in places.items()}
 
 
 def open_published(

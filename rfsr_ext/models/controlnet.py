@@ -5,7 +5,6 @@ facts diffusers has no place for (scale and recipe) lie beside it in ``isr_confi
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,7 +15,7 @@ from diffusers.schedulers import SchedulerMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from rfsr_ext.models.base import Condition, ISRModel, Recipe
+from rfsr_ext.models.base import Condition, ISRModel, Recipe, Tagger
 from rfsr_ext.models.folders import (
     open_part,
     open_plain_part,
@@ -74,7 +73,7 @@ class ControlNetISRModel(ISRModel):
         scale: int = 4,
         recipe: Recipe | None = None,
         trained: dict[str, str] | None = None,
-        tagger: Callable[[Tensor], list[str]] | None = None,
+        tagger: Tagger | None = None,
     ):
         self.networks = {"vae": vae, "text_encoder": text_encoder, "unet": unet, "controlnet": controlnet}
         self.tokenizer, self.scheduler = tokenizer, scheduler

@@ -1,7 +1,7 @@
 """C-SD2 and DP2O-SD2 (Wu et al., 2025, arXiv 2510.18851): a stock ControlNet over Stable Diffusion 2-base."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ import torch
 from diffusers import ControlNetModel, DDPMScheduler
 from torch import Tensor
 
-from rfsr_ext.models.base import Recipe
+from rfsr_ext.models.base import Recipe, Tagger
 from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part
 from rfsr_ext.weights.reading import open_network, read_tensors
@@ -53,7 +53,7 @@ class CSD2ISRModel(ControlNetISRModel):
         torch_dtype: torch.dtype = torch.float32,
         scale: int = 4,
         trained: dict[str, str] | None = None,
-        tagger: Callable[[Tensor], list[str]] | None = None,
+        tagger: Tagger | None = None,
         **recipe: Any,
     ) -> Self:
         """Open C-SD2 or DP2O-SD2 as its authors publish it.

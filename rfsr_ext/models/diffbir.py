@@ -31,7 +31,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from rfsr_ext.models.base import Recipe
+from rfsr_ext.models.base import Recipe, Tagger
 from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part, open_plain_part, require_classes
 from rfsr_ext.models.latent_control import LatentControlNetISRModel
@@ -41,8 +41,6 @@ from rfsr_ext.networks.swinir import SwinIR
 from rfsr_ext.weights.reading import read_tensors
 
 __all__ = ["DIFFBIR_VERSIONS", "DiffBIRModel", "diffbir_scheduler"]
-
-Tagger = Callable[[Tensor], list[str]]
 
 _COMMON = {"start": "noise", "color_fix": "wavelet", "tile": 512, "overlap": 256, "min_side": 512}
 _QUALITY = (

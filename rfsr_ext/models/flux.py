@@ -6,7 +6,6 @@ these are packed and unpacked inside `FluxISRModel.predict`, and are ordinary la
 
 import inspect
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxContro
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rfsr_ext.models.base import Condition, ISRModel, Recipe
+from rfsr_ext.models.base import Condition, ISRModel, Recipe, Tagger
 from rfsr_ext.models.csd2 import read_controlnet
 from rfsr_ext.models.folders import (
     open_part,
@@ -116,7 +115,7 @@ class FluxISRModel(ISRModel):
         guidance: float = 2.5,
         max_sequence_length: int = 512,
         text_device: torch.device | str | None = None,
-        tagger: Callable[[Tensor], list[str]] | None = None,
+        tagger: Tagger | None = None,
     ):
         self.networks = {
             "vae": vae,
@@ -275,7 +274,7 @@ class FluxISRModel(ISRModel):
         trained: dict[str, str] | None = None,
         guidance: float | None = None,
         text_device: torch.device | str | None = None,
-        tagger: Callable[[Tensor], list[str]] | None = None,
+        tagger: Tagger | None = None,
         **recipe,
     ) -> Self:
         """Open a diffusers folder on disk; nothing is downloaded.
@@ -311,7 +310,7 @@ class FluxISRModel(ISRModel):
         scale: int = 4,
         trained: dict[str, str] | None = None,
         text_device: torch.device | str | None = None,
-        tagger: Callable[[Tensor], list[str]] | None = None,
+        tagger: Tagger | None = None,
         **recipe,
     ) -> Self:
         """Open C-FLUX or DP2O-FLUX as its authors publish it.

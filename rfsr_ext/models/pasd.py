@@ -5,7 +5,6 @@ to the same residuals as well, pixel by pixel (*pixel-aware cross attention*): i
 one more attention within the transformer that is there (PASD-light).  Weights keep the names of the authors' files.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -26,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from rfsr_ext.models.base import Condition, Recipe
+from rfsr_ext.models.base import Condition, Recipe, Tagger
 from rfsr_ext.models.controlnet import ControlNetISRModel, open_tokenizer_and_scheduler
 from rfsr_ext.models.folders import open_part, read_json
 from rfsr_ext.models.process import Process
@@ -408,7 +407,7 @@ class PASDModel(ControlNetISRModel):
         *parts,
         recipe: Recipe | None = None,
         trained: dict[str, str] | None = None,
-        captioner: Callable[[Tensor], list[str]] | str | None = None,
+        captioner: Tagger | str | None = None,
         **more,
     ):
         trained = {"unet": "", "controlnet": "^(?!.*to_rgbs)"} if trained is None else trained
@@ -441,9 +440,7 @@ class PASDModel(ControlNetISRModel):
     # -- storage --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *, captioner: Callable[[Tensor], list[str]] | str | None = None, **options
-    ) -> Self:
+    def from_pretrained(cls, path: str | Path, *, captioner: Tagger | str | None = None, **options) -> Self:
         """As `ControlNetISRModel.from_pretrained`, with a captioner as in the class, which no folder holds."""
         return super().from_pretrained(path, captioner=_captioner(captioner), **options)  # opened before the weights
 
@@ -456,7 +453,7 @@ class PASDModel(ControlNetISRModel):
         torch_dtype: torch.dtype = torch.float32,
         scale: int = 4,
         trained: dict[str, str] | None = None,
-        captioner: Callable[[Tensor], list[str]] | str | None = None,
+        captioner: Tagger | str | None = None,
         **recipe,
     ) -> Self:
         """Open the authors' files; which of their models it is follows from the weights.
@@ -530,5 +527,5 @@ def _base(weights: Path, checkpoint: Path) -> Path:
     )
 
 
-def _captioner(captioner: Callable[[Tensor], list[str]] | str | None) -> Callable[[Tensor], list[str]] | None:
+def _captioner(captioner: Tagger | str | None) -> Tagger | None:
     return load_tagger(captioner) if isinstance(captioner, str) else captioner

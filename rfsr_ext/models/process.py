@@ -28,6 +28,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from rfsr_ext.weights.reading import reason
+
 __all__ = ["NonUniformProcess", "Process", "check_scheduler"]
 
 _PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
@@ -349,7 +351,7 @@ def check_scheduler(scheduler) -> None:
         process = Process(scheduler, _PROBE_STEPS, **options)
         fault = _fault(process)
     except Exception as error:
-        fault = " ".join(str(error).split())[:200] or type(error).__name__
+        fault = reason(error, 200)
     if fault:
         raise ValueError(f"scheduler {name} cannot serve: {fault}; {advice}")
 

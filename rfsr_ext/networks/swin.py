@@ -9,20 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Swin"]
+__all__ = ["Mlp", "Swin", "from_windows", "shift_mask", "to_windows"]
 
 
-def _windows(x: Tensor, side: int) -> Tensor:
+def to_windows(x: Tensor, side: int) -> Tensor:
     """``[N, H, W, C]`` to ``[N, windows, side², C]``, row by row."""
     batch, height, width, channels = x.shape
     x = x.view(batch, height // side, side, width // side, side, channels)
     return x.transpose(2, 3).reshape(batch, -1, side * side, channels)
 
 
-def _image(windows: Tensor, height: int, width: int, side: int) -> Tensor:
-    """The inverse of `_windows`."""
-    x = windows.view(len(windows), height // side, width // side, side, side, -1)
-    return x.transpose(2, 3).reshape(len(windows), height, width, -1)
+def from_windows(windows: Tensor, height: int, width: int, side: int) -> Tensor:
+    """The inverse of `to_windows`."""
+    batch, _, _, channels = windows.shape
+    x = windows.view(batch, height // side, width // side, side, side, channels)
+    return x.transpose(2, 3).reshape(batch, height, width, channels)
+
+
+def shift_mask(height: int, width: int, side: int, device: torch.device | None = None) -> Tensor:
+    """0, or −100 between tokens that only a shift by half a window made neighbors: ``[windows, side², side²]``."""
+
+    def part(length: int) -> Tensor:
+        place = torch.arange(length, device=device)
+        return (place >= length - side).int() + (place >= length - side // 2).int()
+
+    parts = to_windows((3 * part(height)[:, None] + part(width))[None, ..., None], side)[0, ..., 0]
+    return torch.where(parts[:, :, None] == parts[:, None, :], 0.0, -100.0)
 
 
 class WindowAttention(nn.Module):
@@ -57,6 +69,8 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, under the names of Swin's first implementation."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -76,24 +90,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def _mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
-        """−100 between tokens that are neighbors only because the shift wraps around the border."""
-        if not self.shift:
-            return None
-
-        def part(length: int) -> Tensor:
-            place = torch.arange(length, device=device)
-            return (place >= length - self.side).long() + (place >= length - self.shift).long()
-
-        parts = 3 * part(height)[:, None] + part(width)
-        parts = _windows(parts[None, :, :, None], self.side)[0, :, :, 0]
-        return -100.0 * (parts[:, :, None] != parts[:, None, :]).float()
-
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         shifted = self.norm1(x).roll((-self.shift, -self.shift), (1, 2))
-        windows = self.attn(_windows(shifted, self.side), self._mask(height, width, x.device))
-        x = x + _image(windows, height, width, self.side).roll((self.shift, self.shift), (1, 2))
+        mask = shift_mask(height, width, self.side, x.device) if self.shift else None
+        attended = self.attn(to_windows(shifted, self.side), mask)
+        x = x + from_windows(attended, height, width, self.side).roll((self.shift, self.shift), (1, 2))
         return x + self.mlp(self.norm2(x))
 
 

@@ -10,32 +10,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from rfsr_ext.networks.swin import Mlp, from_windows, shift_mask, to_windows
+
 __all__ = ["SwinIR"]
 
 _FEATURES = 64  # of the reconstruction, in every SwinIR
 _MEAN = (0.4488, 0.4371, 0.4040)  # of the training images; subtracted from what comes in, added to what goes out
-
-
-def _windows(x: Tensor, size: int) -> Tensor:
-    """``[N, H, W, C]`` to windows ``[N, H·W / size², size², C]``."""
-    n, h, w, c = x.shape
-    return x.view(n, h // size, size, w // size, size, c).transpose(2, 3).reshape(n, -1, size * size, c)
-
-
-def _image(windows: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `_windows`."""
-    n, _, area, c = windows.shape
-    size = math.isqrt(area)
-    return windows.view(n, height // size, width // size, size, size, c).transpose(2, 3).reshape(n, height, width, c)
-
-
-def _shift_mask(height: int, width: int, size: int) -> Tensor:
-    """What keeps apart pixels that only a cyclic shift made neighbors: ``[windows, size², size²]``, 0 or -100."""
-    rows, columns = (
-        (torch.arange(n) >= n - size).int() + (torch.arange(n) >= n - size // 2).int() for n in (height, width)
-    )
-    regions = _windows((3 * rows[:, None] + columns)[None, ..., None], size)[0, ..., 0]
-    return torch.where(regions[:, :, None] == regions[:, None, :], 0.0, -100.0)
 
 
 class _WindowAttention(nn.Module):
@@ -59,15 +39,6 @@ class _WindowAttention(nn.Module):
         return self.proj(x.transpose(2, 3).reshape(n, windows, length, width))
 
 
-class _MLP(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class _Block(nn.Module):
     """Attention in windows, in every second block over an image shifted by half a window, then an MLP."""
 
@@ -76,17 +47,17 @@ class _Block(nn.Module):
         self.window_size, self.shifted, self.img_size = window_size, shifted, img_size
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = _WindowAttention(width, window_size, heads)
-        self.mlp = _MLP(width, hidden)
-        self.register_buffer("attn_mask", _shift_mask(img_size, img_size, window_size) if shifted else None)
+        self.mlp = Mlp(width, hidden)
+        self.register_buffer("attn_mask", shift_mask(img_size, img_size, window_size) if shifted else None)
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         shift = self.window_size // 2 if self.shifted else 0
         mask = self.attn_mask
         if self.shifted and (height, width) != (self.img_size, self.img_size):
-            mask = _shift_mask(height, width, self.window_size).to(x)
+            mask = shift_mask(height, width, self.window_size).to(x)
         shifted = torch.roll(self.norm1(x), (-shift, -shift), dims=(1, 2))
-        attended = _image(self.attn(_windows(shifted, self.window_size), mask), height, width)
+        attended = from_windows(self.attn(to_windows(shifted, self.window_size), mask), height, width, self.window_size)
         x = x + torch.roll(attended, (shift, shift), dims=(1, 2))
         return x + self.mlp(self.norm2(x))
 

@@ -28,8 +28,7 @@ MODES = {
     "periodization": (1, 0, 0),
 }
 REDUCTIONS = ("mean", "sum", "none")
-SIGNS_PER_BYTE = 4  # two bits per LL coefficient, see csrc/index.h
-_PLUS, _MINUS, _NAN = 1, 2, 3
+_PLUS, _MINUS, _NAN = 1, 2, 3  # two bits per LL coefficient, see csrc/index.h
 CRITERIA = ("l2", "l1", "fro")  # the operators take their number, see csrc/gram.h
 LAYER_NORM_EPS = 1e-5  # torch.nn.functional.layer_norm's, and so the released code's
 

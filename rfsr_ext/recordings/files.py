@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 
 import rfsr_ext
-from rfsr_ext.files import replace_file, sha256
+from rfsr_ext.files import save_text, sha256
 from rfsr_ext.recordings.protocols import PROTOCOLS, SEED, Protocol
 
-__all__ = ["FOLDERS", "Recording", "read_recording", "record", "recorded", "say_missing", "write_recording"]
+__all__ = ["FOLDERS", "Recording", "cpu_name", "read_recording", "record", "recorded", "say_missing", "write_recording"]
 
 FOLDERS = tuple(
     map(Path, ("recordings", "../recordings", "results/recordings", "notebooks/results/recordings"))
@@ -97,6 +97,8 @@ def record(
             versions[package] = version(package)
         except PackageNotFoundError:
             continue  # it had no part in this
+    on_gpu = device.startswith("cuda")
+    processor = torch.cuda.get_device_name(device) if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads"
     return Recording(
         {
             "protocol": name,
@@ -106,7 +108,7 @@ def record(
             "seed": SEED,
             "dtype": dtype,
             "device": device,
-            "processor": _processor(device),
+            "processor": processor,
             "versions": versions,
             "weights": digests,
             "rows": rows,
@@ -114,13 +116,12 @@ def record(
     )
 
 
-def _processor(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+def cpu_name() -> str:
+    """The processor's model, or what kind it is where the system does not say."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
+    return name or platform.processor() or platform.machine()
 
 
 def _digest(data: Mapping[str, Any]) -> str:
@@ -143,8 +144,7 @@ def write_recording(recording: Recording, path: str | Path) -> None:
             f"recording {str(path)!r} must take at most {_MOST_BYTES} bytes, got {len(content)}; leave files of "
             "weights that are not needed out of the folders"
         )
-    with replace_file(path) as aside:
-        aside.write_text(content, encoding="utf-8")
+    save_text(path, content)
 
 
 def read_recording(path: str | Path) -> Recording:

@@ -26,7 +26,7 @@ from rfsr_ext.evaluation import enlarge_bicubic
 from rfsr_ext.losses import VGGGramLoss
 from rfsr_ext.metrics import Suite, get_preset
 from rfsr_ext.models import ISRModel
-from rfsr_ext.models.catalog import PUBLISHED, open_published, weights_folder
+from rfsr_ext.models.catalog import PUBLISHED, find_files, open_published
 from rfsr_ext.rewards import CLIPIQA, ImageReward, MiniIQA, Reward
 from rfsr_ext.sampling import upscale
 from rfsr_ext.weights import registry
@@ -160,9 +160,8 @@ def _registered(*names: str, package: str | None = None) -> dict[str, Path | Non
 
 def _released(name: str, weights: Path | None = None, base: Path | None = None) -> dict[str, Path | None]:
     """Without optional files that are not there; of a folder every file of weights, whether it is read or not."""
-    folder, found = weights or weights_folder(name), {}
-    places = dict.fromkeys(PUBLISHED[name].files) if folder is None else PUBLISHED[name].found(folder, base)
-    for file, place in places.items():
+    found = {}
+    for file, place in find_files(name, weights, base).items():
         if place is not None and place.is_dir():
             inner = sorted(path for path in place.rglob("*") if path.suffix in _SUFFIXES)
             found |= {f"{file.path}/{path.relative_to(place).as_posix()}": path for path in inner}

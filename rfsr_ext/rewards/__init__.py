@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.rewards.base import CallableReward, Reward
 from rfsr_ext.rewards.clip_iqa import CLIPIQA
 from rfsr_ext.rewards.compose import WeightedReward, check_rewards, reward_loss
@@ -37,15 +38,21 @@ PUBLISHED: dict[str, Callable[[], Reward]] = {  # those whose weights must be on
 
 
 def create_reward(name: str) -> Reward:
-    """A reward by the name it has in configurations; ``pyiqa:NAME`` is the metric NAME of pyiqa.
+    """A reward by the name it has in configurations.
+
+    Args:
+        name: one of `REWARDS` and `PUBLISHED`; ``pyiqa:NAME`` for the metric NAME of pyiqa; or ``package.module:Name``
+            of a function that returns a `Reward`.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is none of that name, or the user's own object is no reward.
         FileNotFoundError, ModuleNotFoundError: if its weights or its package are not there.
     """
     if name.startswith("pyiqa:"):
         return PyIQAReward(name.removeprefix("pyiqa:"))
     known = REWARDS | PUBLISHED
-    if name not in known:
-        raise ValueError(f"reward must be one of {', '.join(known)} or pyiqa:METRIC, got {name!r}")
-    return known[name]()
+    if name in known:
+        return known[name]()
+    if is_import_name(name):
+        return create_object(name, "reward", Reward)
+    raise ValueError(f"reward must be one of {', '.join(known)}, pyiqa:METRIC or package.module:Name, got {name!r}")

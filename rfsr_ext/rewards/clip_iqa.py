@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rfsr_ext.rewards.base import Reward
 from rfsr_ext.weights import registry
-from rfsr_ext.weights.pyiqa import import_pyiqa
-from rfsr_ext.weights.reading import load_strictly, read_tensors
+from rfsr_ext.weights.pyiqa import import_pyiqa, metric_settings
+from rfsr_ext.weights.reading import load_strictly, read_tensors, reason
 
 __all__ = ["CLIPIQA", "prompt_pair_score"]
 
@@ -55,7 +55,7 @@ class CLIPIQA(Reward):
         if variant not in self.VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(self.VARIANTS)}, got {variant!r}")
         self.name = variant
-        options = import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS[variant]["metric_opts"]
+        options = metric_settings(variant)["metric_opts"]
         self.pos_embedding = options.get("pos_embedding", False)
         network = _load_clip(options.get("backbone", "RN50"), clip)
         with torch.no_grad():
@@ -109,8 +109,7 @@ def _load_clip(backbone: str, path: str | Path | None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             network = clip_model.build_model(dict(tensors)).float().eval()
     except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{str(path)!r} is not a CLIP model: {reason[:200]}") from error
+        raise ValueError(f"{str(path)!r} is not a CLIP model: {reason(error, 200)}") from error
     load_strictly(network, tensors, path, "a CLIP model")  # in full precision: building rounds to half
     return network
 

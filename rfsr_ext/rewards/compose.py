@@ -43,10 +43,11 @@ class RunningStatistics:
         return scores if self.mean is None else (scores - self.mean) / max(self.variance, 1e-12) ** 0.5
 
     def state(self) -> list[float | None]:
-        """What `load` takes over, as it may stand in JSON."""
+        """What `load` goes on from, as it may stand in JSON."""
         return [self.mean, self.variance]
 
     def load(self, state: Sequence[float | None]) -> None:
+        """Go on from what `state` gave."""
         self.mean, self.variance = state
 
 

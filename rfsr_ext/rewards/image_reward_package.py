@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from rfsr_ext.weights.pyiqa import with_pkg_resources
+from rfsr_ext.weights.reading import reason
 
 __all__ = ["PackageModel", "build_network", "import_package"]
 
@@ -63,10 +64,9 @@ def import_package() -> types.ModuleType:
                 importlib.import_module(f"ImageReward.models.BLIP.{name}") for name in ("med", "blip", "blip_pretrain")
             )
     except Exception as error:  # with other versions of its dependencies it fails in many ways
-        reason = " ".join(str(error).split())
         raise ModuleNotFoundError(
-            f"the package image-reward cannot be imported ({reason}); pip install --no-deps image-reward, and timm, or "
-            f"take backend 'transformers', which gives the same scores without it",
+            f"the package image-reward cannot be imported ({reason(error)}); pip install --no-deps image-reward, and "
+            "timm, or take backend 'transformers', which gives the same scores without it",
             name="ImageReward",
         ) from error
     blip.init_tokenizer = pretrain.init_tokenizer = _init_tokenizer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rfsr_ext.rewards.base import Reward
-from rfsr_ext.weights.pyiqa import create_metric, import_pyiqa
+from rfsr_ext.weights.pyiqa import create_metric, metric_settings
 
 __all__ = ["PyIQAReward"]
 
@@ -30,10 +30,7 @@ class PyIQAReward(Reward):
 
     def __init__(self, metric: str, **options):
         super().__init__()
-        configs = import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS
-        if metric not in configs:
-            raise ValueError(f"metric must be one that pyiqa.list_models() lists, got {metric!r}")
-        if configs[metric].get("metric_mode", "NR") != "NR":
+        if metric_settings(metric).get("metric_mode", "NR") != "NR":
             raise ValueError(f"metric must judge an image without a reference, got {metric!r}, which compares with one")
         self.name = f"pyiqa:{metric}"
         options = {"as_loss": True, "loss_reduction": "none", "device": "cpu"} | options

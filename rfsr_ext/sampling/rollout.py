@@ -51,7 +51,7 @@ def denoise(
     condition: Condition,
     guidance_scale: float = 1.0,
 ) -> Tensor:
-    """The network's output at z_t, with classifier-free guidance: the one place where both are applied.
+    """The network's output at z_t, ``[N, C, h, w]``, with classifier-free guidance; both are applied here alone.
 
     output = n + g (p − n), where p is predicted under ``condition`` and n under ``condition.negative``; a
     ``guidance_scale`` g of 1 is p alone, and so is the output where the process has no guidance (`Process.is_guided`).
@@ -183,7 +183,7 @@ def inference_condition(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
 ) -> tuple[Condition, float]:
-    """The condition of inference and its guidance scale; what is None comes from ``model.recipe``.
+    """The condition of ``lr`` ``[N, 3, h, w]`` in [0, 1] at inference, and its guidance scale; None is the recipe's.
 
     A prompt is what the model itself says of the image, what is given, and the recipe's ``added_prompt``.
     """

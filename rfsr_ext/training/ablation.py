@@ -8,10 +8,10 @@ import pandas as pd
 
 from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.measure import Scorer, evaluate
-from rfsr_ext.files import lock_folder, replace_file
+from rfsr_ext.files import lock_folder, save_table
 from rfsr_ext.models import load_model
 from rfsr_ext.training.config import RFSRConfig
-from rfsr_ext.training.kept import find_result, keep_result, samples_digest
+from rfsr_ext.training.kept import find_result, samples_digest
 from rfsr_ext.training.rfsr import RFSRTrainer
 
 __all__ = ["VARIANTS", "ablate"]
@@ -110,9 +110,8 @@ def ablate(
             if frame is None:
                 model = base if name == "base" else RFSRTrainer(changed).train().model
                 frame = evaluate(model, samples, scorers, seeds=(seed,), name=name)
-                keep_result(result, frame)
+                save_table(result, frame)
             parts.append(frame)
         table = pd.concat(parts, ignore_index=True)
-        with replace_file(Path(folder) / _TABLE) as path:
-            table.to_csv(path, index=False)
+        save_table(Path(folder) / _TABLE, table)
     return table

@@ -17,12 +17,12 @@ from torch import Tensor
 from rfsr_ext.data import Sample
 from rfsr_ext.evaluation import Measure, Spread, evaluate_measures
 from rfsr_ext.evaluation.measure import seconds_per_image
-from rfsr_ext.files import load_tensors, lock_folder, save_tensors
+from rfsr_ext.files import load_tensors, lock_folder, save_table, save_tensors
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.training.ccsr import CCSRConfig
 from rfsr_ext.training.config import Count, Measured, RFSRConfig, RunConfig, Settings, Text
 from rfsr_ext.training.dp2o import DP2OConfig
-from rfsr_ext.training.kept import find_result, keep_result, samples_digest
+from rfsr_ext.training.kept import find_result, samples_digest
 from rfsr_ext.training.runs import create_trainer, load_config
 
 __all__ = ["BASE", "ComparisonConfig", "run_comparison", "shown_images"]
@@ -209,7 +209,7 @@ def run_comparison(
         if frame is None:
             logger.info("%s, seed %d: measuring %d images", name, seed, len(samples))
             frame = _measure(name, create().to(device), samples, measures, config.results, folder)
-            keep_result(folder / "evaluation.csv", frame)
+            save_table(folder / "evaluation.csv", frame)
         return frame.assign(training_seed=seed)
 
     with lock_folder(config.output_dir, OWNED):
@@ -240,7 +240,7 @@ def _train(config: RunConfig, before: Mapping[str, str], what: str) -> tuple[pd.
         logger.info("%s", what)
         made = create_trainer(config).train()
         table = pd.DataFrame({"training_seconds": [made.seconds], "iterations": [len(made.history)]})
-        keep_result(result, table)
+        save_table(result, table)
     digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode()).hexdigest()
     return table, {"earlier training": digest}
 

@@ -5,7 +5,6 @@ The description of a key stands in its field, and `rfsr config show` prints it.
 """
 
 import contextlib
-import difflib
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import (
 
 from rfsr_ext.data import Degradation, Root
 from rfsr_ext.data.degradation import DEGRADATIONS
+from rfsr_ext.importing import did_you_mean
 from rfsr_ext.presets import read_settings
 from rfsr_ext.rewards import WeightedReward
 
@@ -533,7 +533,9 @@ def _sentence(
     errors = error.errors(include_url=False)
     unknown = [str(entry["loc"][0]) for entry in errors if entry["type"] == "extra_forbidden"]
     if unknown:
-        return f"unknown key {rename(unknown[0])!r}{_instead(unknown[0], _OLD_KEYS, list(model.model_fields))}"
+        key, known = unknown[0], list(model.model_fields)
+        advice = _OLD_KEYS.get(key) or did_you_mean(key, known) or f"valid are {', '.join(known)}"
+        return f"unknown key {rename(key)!r}; {advice}"
     first = errors[0]
     if first["type"] == "value_error":  # one of ours, which is a sentence
         return str(first["ctx"]["error"])
@@ -542,16 +544,11 @@ def _sentence(
     schema = model.model_json_schema()["properties"][key]
     sentence = f"{rename(key)} must be {_wanted(schema)}, got {_shown(given)}"
     words = [word for part in (schema, *schema.get("anyOf", ())) for word in part.get("enum", ())]
-    return sentence + _instead(given, _OLD_VALUES, words) if words and isinstance(given, str) else sentence
-
-
-def _instead(word: str, old: Mapping[str, str], known: list[str]) -> str:
-    """What to write instead of a word that is not known."""
-    if word in old and (old is _OLD_KEYS or old[word] in known):
-        return f"; {old[word]}" if old is _OLD_KEYS else f"; write {old[word]}"
-    if close := difflib.get_close_matches(word, known, n=1):
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid are {', '.join(known)}" if old is _OLD_KEYS else ""
+    if not words or not isinstance(given, str):
+        return sentence
+    now = _OLD_VALUES.get(given)
+    advice = f"write {now}" if now in words else did_you_mean(given, words)
+    return f"{sentence}; {advice}" if advice else sentence
 
 
 def _wanted(schema: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 
 from rfsr_ext.data import Sample
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import save_text
 
-__all__ = ["count_seconds", "find_result", "keep_result", "read_seconds", "samples_digest"]
+__all__ = ["count_seconds", "find_result", "read_seconds", "samples_digest"]
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
@@ -29,7 +29,7 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 
 
 def find_result(path: Path, settings: Mapping[str, Any]) -> pd.DataFrame | None:
-    """The table that `keep_result` wrote for the same settings; None if there is none yet.
+    """The table that was written for the same settings; None if there is none yet: until then the work is unfinished.
 
     The settings are written beside the table, in a JSON file, when they are first asked for, so that what is unfinished
     is not gone on with by others either.
@@ -43,8 +43,7 @@ def find_result(path: Path, settings: Mapping[str, Any]) -> pd.DataFrame | None:
     """
     note, settings = path.with_suffix(".json"), json.loads(json.dumps(settings, default=str))  # as they will be read
     if not path.is_file() and not note.is_file():
-        with replace_file(note) as aside:
-            aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_text(note, json.dumps(settings, indent=2) + "\n")
         return None
     try:
         made = dict(json.loads(note.read_text(encoding="utf-8")))
@@ -62,12 +61,6 @@ def find_result(path: Path, settings: Mapping[str, Any]) -> pd.DataFrame | None:
     return pd.read_csv(path, keep_default_na=False, float_precision="round_trip") if path.is_file() else None
 
 
-def keep_result(path: Path, table: pd.DataFrame) -> None:
-    """Write a table that `find_result` gives again; until then the work counts as unfinished."""
-    with replace_file(path) as aside:
-        table.to_csv(aside, index=False)
-
-
 @contextlib.contextmanager
 def count_seconds(path: Path, every: float = 5.0) -> Iterator[None]:
     """Add the seconds that the block takes to those in a file, of a process that is killed up to the last writing.
@@ -79,8 +72,7 @@ def count_seconds(path: Path, every: float = 5.0) -> Iterator[None]:
     before, began, ended = read_seconds(path), time.monotonic(), threading.Event()
 
     def write() -> None:
-        with replace_file(path) as aside:
-            aside.write_text(f"{before + time.monotonic() - began:.3f}\n", encoding="utf-8")
+        save_text(path, f"{before + time.monotonic() - began:.3f}\n")
 
     def watch() -> None:
         while not ended.wait(every):

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from rfsr_ext.files import disk_errors, lock_folder, replace_file
+from rfsr_ext.files import disk_errors, lock_folder, save_table, save_text
 from rfsr_ext.processes import process_state
 from rfsr_ext.training.checkpoint import CheckpointFolder, TrainingState, whole
 from rfsr_ext.training.config import RunConfig
@@ -290,8 +290,7 @@ class Loop:
                 )
             if main:
                 self.accelerator.init_trackers("tensorboard")
-                with replace_file(self.folder / "config.json") as path:
-                    path.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+                save_text(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
             try:
                 self._run()
             except NonFiniteLossError:
@@ -309,8 +308,7 @@ class Loop:
                 if self.held_out is not None:
                     frames["validation"] = pd.DataFrame(self.held_out.measured)
                 for name, frame in frames.items():
-                    with replace_file(self.folder / f"{name}.csv") as path:
-                        frame.to_csv(path, index=False)
+                    save_table(self.folder / f"{name}.csv", frame)
             self.accelerator.wait_for_everyone()
             if main and self.accelerator.trackers:
                 with disk_errors(self.folder / "tensorboard"):  # end_training would end the process group as well

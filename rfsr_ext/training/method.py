@@ -1,6 +1,5 @@
 """What a training run optimizes: the contract between a method and the loop that runs it."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfsr_ext.models.base import fingerprint
 from rfsr_ext.training.config import RunConfig
 
 __all__ = ["Method"]
@@ -81,13 +81,7 @@ class Method(ABC):
 
     def fingerprint(self) -> str:
         """Tells what the run started from; by default names, shapes and first values of the players' parameters."""
-        digest = hashlib.sha256()
-        for player, networks in self.players.items():
-            for network, module in networks.items():
-                for name, parameter in module.named_parameters():
-                    digest.update(f"{player}.{network}.{name}{list(parameter.shape)}".encode())
-                    digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint({f"{player}.{name}": n for player, own in self.players.items() for name, n in own.items()})
 
     def export(self, folder: Path) -> None:  # noqa: B027, doing nothing is the default
         """Write the result as it stands, complete or not at all; nothing by default."""

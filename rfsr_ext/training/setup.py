@@ -22,7 +22,7 @@ from rfsr_ext.importing import create_object, is_import_name
 from rfsr_ext.losses import HaarLLLoss
 from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.models import ISRModel, load_model
-from rfsr_ext.rewards import Reward, WeightedReward, create_reward
+from rfsr_ext.rewards import WeightedReward, create_reward
 from rfsr_ext.sampling import TimestepWindows
 from rfsr_ext.training.config import RFSRConfig, RunConfig, create_degradation
 
@@ -138,13 +138,8 @@ def build_windows(config: RFSRConfig, model: ISRModel) -> TimestepWindows:
 
 def build_rewards(terms: dict[str, float | dict[str, Any]]) -> list[WeightedReward]:
     """Weighted rewards from the configuration: by name a weight, or a mapping with the fields of `WeightedReward`."""
-    built = []
-    for name, term in terms.items():
-        options = dict(term) if isinstance(term, dict) else {"weight": term}
-        own = is_import_name(name) and not name.startswith("pyiqa:")
-        reward = create_object(name, "reward", Reward) if own else create_reward(name)
-        built.append(WeightedReward(reward, **options))
-    return built
+    options = {name: term if isinstance(term, dict) else {"weight": term} for name, term in terms.items()}
+    return [WeightedReward(create_reward(name), **own) for name, own in options.items()]
 
 
 def structure_loss(kind: str, level: int) -> nn.Module | None:
@@ -207,8 +202,7 @@ def as_reference(model: ISRModel, frozen: ISRModel | None) -> Iterator[ISRModel]
 
 def merge_adapters(module: nn.Module) -> nn.Module:
     """A copy of a module with its adapters merged into the weights; any other module as it is."""
-    merge = getattr(module, "merge_and_unload", None)
-    return copy.deepcopy(module).merge_and_unload() if merge else module
+    return copy.deepcopy(module).merge_and_unload() if hasattr(module, "merge_and_unload") else module
 
 
 def export_model(model: ISRModel, folder: Path, frozen: Mapping[str, nn.Module] = MappingProxyType({})) -> None:

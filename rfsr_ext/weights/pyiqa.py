@@ -11,14 +11,15 @@ import sys
 import types
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from rfsr_ext.weights import registry
-from rfsr_ext.weights.reading import read_tensors
+from rfsr_ext.weights.reading import read_tensors, reason
 
-__all__ = ["create_metric", "import_pyiqa", "offline", "with_pkg_resources"]
+__all__ = ["create_metric", "import_pyiqa", "metric_settings", "offline", "with_pkg_resources"]
 
 # pyiqa loads these files with strict=False: a wrong one would leave random numbers in the parameters named here
 _HEADS = {
@@ -60,10 +61,22 @@ def import_pyiqa(module: str = "pyiqa") -> types.ModuleType:
             importlib.import_module("pyiqa.archs.clip_imports")  # pyiqa leaves this to the first metric that needs it
             return importlib.import_module(module)
     except Exception as error:  # some of its dependencies fail with other errors than ImportError
-        reason = " ".join(str(error).split())
         raise ModuleNotFoundError(
-            f"the package pyiqa cannot be imported ({reason}); pip install 'rfsr_ext[rewards]'", name="pyiqa"
+            f"the package pyiqa cannot be imported ({reason(error)}); pip install 'rfsr_ext[rewards]'", name="pyiqa"
         ) from error
+
+
+def metric_settings(name: str) -> dict[str, Any]:
+    """What pyiqa notes of a metric: ``metric_opts``, ``metric_mode`` and more.
+
+    Raises:
+        ModuleNotFoundError: without pyiqa.
+        ValueError: if it has no such metric.
+    """
+    known = import_pyiqa("pyiqa.default_model_configs").DEFAULT_CONFIGS
+    if name not in known:
+        raise ValueError(f"metric must be one that pyiqa.list_models() lists, got {name!r}")
+    return known[name]
 
 
 class _WouldDownload(Exception):
@@ -103,9 +116,8 @@ def offline(what: str) -> Iterator[None]:
         wanted = next((e for e in _causes(error) if _is_download(e)), None)
         if wanted is None:
             raise
-        reason = " ".join(str(wanted).split()).split(". ")[0]
         raise FileNotFoundError(
-            f"{what} needs weights that are not on disk ({reason}); fetch them where there is a network, for "
+            f"{what} needs weights that are not on disk ({reason(wanted)}); fetch them where there is a network, for "
             f"instance by making this metric there once, and copy {torch.hub.get_dir()} and the Hugging Face cache"
         ) from error
     finally:
@@ -159,7 +171,6 @@ def create_metric(name: str, **options) -> nn.Module:
     except FileNotFoundError:
         raise
     except Exception as error:  # a wrong file makes pyiqa and torch fail in many ways
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         files = f" from {', '.join(map(str, paths))}, damaged or made for another architecture" if paths else ""
-        raise ValueError(f"metric {name!r} cannot be built{files} ({reason})") from error
+        raise ValueError(f"metric {name!r} cannot be built{files} ({reason(error, 160)})") from error
     return metric

@@ -57,9 +57,9 @@ def _read_torch(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
-def reason(error: Exception, at_most: int | None = None) -> str:
-    """The first sentence of another library's complaint, on one line and no longer than asked for."""
-    return " ".join(str(error).split()).split(". ")[0][:at_most]
+def reason(error: BaseException, at_most: int | None = None) -> str:
+    """The first sentence of another library's complaint, on one line, no longer than asked for; its type if empty."""
+    return " ".join(str(error).split()).split(". ")[0][:at_most] or type(error).__name__
 
 
 def differences(missing: Sequence[str], strange: Sequence[str], noun: str = "tensors") -> str:

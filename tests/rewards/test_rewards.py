@@ -41,7 +41,7 @@ def test_a_reward_of_the_wrong_shape_is_named():
 
 def test_unknown_reward():
     with pytest.raises(
-        ValueError, match="reward must be one of mini-iqa, .*, image-reward or pyiqa:METRIC, got 'clip'"
+        ValueError, match="reward must be one of mini-iqa, .*, pyiqa:METRIC or package.module:Name, got 'clip'"
     ):
         create_reward("clip")
 

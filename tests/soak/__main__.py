@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.__main__ import cpu_name
-from rfsr_ext.files import replace_file
+from benchmarks import measure
+from rfsr_ext.files import save_text
+from tests.soak import sanitizers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -45,19 +45,10 @@ def trials(module: str, first: int, last: int) -> None:
         importlib.import_module(f"tests.soak.{module}").trial(i)
 
 
-def sanitized(kind: str, first: int, last: int) -> None:
-    importlib.import_module("tests.soak.sanitizers").run(kind, first, last)
-
-
 def held(first: int, last: int) -> None:
     """In a process of its own, as the switch is read once."""
     narrow = "import torch; assert torch.backends.cpu.get_cpu_capability() == 'AVX2'"
-    for arguments in (["-c", narrow], ["-m", "tests.soak.operators", str(first), str(last)]):
-        ended = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stderr[-1500:]
+    sanitizers.run_calls(first, last, narrow, [sys.executable], ROOT, {"ATEN_CPU_CAPABILITY": "avx2"})
 
 
 def long_run(first: int, last: int) -> None:
@@ -76,9 +67,9 @@ PARTS = {
                   "folders and weight files: read right or refused in one sentence"),
     "iterations": Part(long_run, 36_000, 36_000, "iterations of a tiny model in one process, as many as a day holds "
                        "of the mini model's: memory stays flat"),
-    "address": Part(functools.partial(sanitized, "address"), 10_000, SANITIZED, "calls of the CPU kernels under "
+    "address": Part(functools.partial(sanitizers.run, "address"), 10_000, SANITIZED, "calls of the CPU kernels under "
                     "AddressSanitizer and UBSan"),
-    "thread": Part(functools.partial(sanitized, "thread"), 10_000, SANITIZED, "calls of the CPU kernels on four "
+    "thread": Part(functools.partial(sanitizers.run, "thread"), 10_000, SANITIZED, "calls of the CPU kernels on four "
                    "threads under ThreadSanitizer"),
 }  # fmt: skip
 
@@ -140,8 +131,7 @@ def soak(name: str, count: int, state: dict) -> None:
         if time.monotonic() - saved > SAVE_EVERY or last == count:
             saved = time.monotonic()
             entry |= {"commit": commit(), "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
-            with replace_file(STATE) as aside:
-                aside.write_text(json.dumps(state, indent=1))
+            save_text(STATE, json.dumps(state, indent=1))
             print(f"{name}: {last} of {count}, {len(entry['failures'])} failures", flush=True)
 
 
@@ -168,12 +158,11 @@ def write(state: dict) -> None:
     failures = [f"* {name} {i}: {said}" for name, entry in state.items() for i, said in entry["failures"].items()]
     lines += [
         "",
-        f"{cpu_name()}; Python {platform.python_version()}, torch {torch.__version__}.",
+        f"{measure.processor()}; Python {platform.python_version()}, torch {torch.__version__}.",
     ]
     if failures:
         lines += ["", "Failures:", "", *failures]
-    with replace_file(HERE / "results.md") as aside:
-        aside.write_text("\n".join(lines) + "\n")
+    save_text(HERE / "results.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,18 @@ def found(library: str) -> str:
     ).stdout.strip()
 
 
+def run_calls(first: int, last: int, before: str, python: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """The fuzzed calls in a process of their own, once a line of Python has said that it is as it should be.
+
+    Raises:
+        AssertionError: with what it printed, if one of the two fails.
+    """
+    for arguments in (["-c", before], ["-m", "tests.soak.operators", str(first), str(last)]):
+        command, variables = [*python, *arguments], os.environ | environment
+        ended = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-1500:] or ended.stdout[-1500:]
+
+
 def run(kind: str, first: int, last: int) -> None:
     """The fuzzed calls from ``first`` to ``last`` under a sanitizer.
 
@@ -61,16 +73,12 @@ def run(kind: str, first: int, last: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(kind, folder)
-        environment = {
-            **os.environ, **OPTIONS, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
-            "LD_PRELOAD": " ".join(map(found, LIBRARIES[kind])),
-        }  # fmt: skip
+        environment = OPTIONS | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        environment["LD_PRELOAD"] = " ".join(map(found, LIBRARIES[kind]))
         served = "from rfsr_ext.ops import build_info; assert build_info()['devices']['cpu']['backend'] == 'native'"
         # without random addresses, for which ThreadSanitizer has no room
         python = ["setarch", platform.machine(), "-R", sys.executable]
-        for arguments in (["-c", served], ["-m", "tests.soak.operators", str(first), str(last)]):
-            ended = subprocess.run([*python, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-            assert ended.returncode == 0, f"{kind}: {ended.stderr[-1500:] or ended.stdout[-1500:]}"
+        run_calls(first, last, served, python, folder, environment)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
+
+from rfsr_ext.importing import did_you_mean
 
 __all__ = ["interval", "known", "merged", "plain", "probabilities", "probability", "set_field", "whole_number"]
 
@@ -22,8 +23,7 @@ def known(prefix: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     names = [field.name for field in fields(kind)]
     for key in map(str, values):
         if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(names)}"
+            hint = did_you_mean(key, names) or f"valid are {', '.join(names)}"
             raise ValueError(f"unknown key '{prefix}{key}'; {hint}")
     return dict(values)
 

@@ -12,7 +12,7 @@ from rfsr_ext.evaluation import best_of_figure, compare, comparison_figure, save
 from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.measure import Scorer
 from rfsr_ext.evaluation.preferences import Measure, evaluate_measures
-from rfsr_ext.files import replace_file
+from rfsr_ext.files import save_table
 from rfsr_ext.models import ISRModel
 from rfsr_ext.rewards.ranking import HybridReward
 
@@ -101,8 +101,7 @@ class Report:
         curves = best_of_table(frame, ("reward", *names), lower_better)
         tables = {"results": frame, "best_of": curves, "changes": self.changes().reset_index()}
         for name, table in tables.items():
-            with replace_file(folder / f"{name}.csv") as path:
-                table.to_csv(path, index=False)
+            save_table(folder / f"{name}.csv", table)
         figures = {"best_of": best_of_figure(curves), "worst_and_best": self._pictures(frame)}
         for name, figure in figures.items():
             save_figure(figure, folder / f"{name}.png")
