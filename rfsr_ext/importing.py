@@ -1,4 +1,4 @@
-"""What users name: objects of their own code, ``package.module:Name``, and words that are nearly right."""
+"""What users name: objects of their own code, ``package.module:Name``, words that are nearly right, packages."""
 
 import difflib
 import importlib
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["create_object", "did_you_mean", "import_object", "is_import_name"]
+__all__ = ["create_object", "did_you_mean", "import_object", "is_import_name", "require"]
 
 
 def is_import_name(name: str) -> bool:
@@ -63,3 +63,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about a word that is not known: the nearest one that is, or nothing if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else ""
+
+
+def require(package: str, what: str, install: str) -> None:
+    """Refuse a setting whose package is not installed.
+
+    Args:
+        package: its name in an import.
+        what: the setting, such as "lora_rank".
+        install: the end of the sentence, what to do.
+
+    Raises:
+        ModuleNotFoundError: if it cannot be imported.
+    """
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise ModuleNotFoundError(f"{what} needs the package {package}; {install}") from None

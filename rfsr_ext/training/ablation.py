@@ -85,6 +85,7 @@ def ablate(
 
     Raises:
         ValueError: for a variant nobody knows, or if the folder holds a result that was made with other settings.
+        ModuleNotFoundError: before anything is trained, if a variant needs a package that is not installed.
         FileExistsError, RuntimeError: see `rfsr_ext.files.lock_folder`.
     """
     unknown = [name for name in variants if name not in VARIANTS]
@@ -97,6 +98,12 @@ def ablate(
         "base model": base.fingerprint(),
     }
     steps = config.num_inference_steps or base.recipe.num_inference_steps
+    changed = {name: variant(name, config, steps) for name in variants}
+    for name, settings in changed.items():
+        try:
+            settings.check_packages()
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"variant {name}: {error}, or leave it out of variants") from None
     parts = []
     with lock_folder(folder, (_TABLE,)):
         for seed, name in itertools.product(seeds, ("base", *variants)):
@@ -104,11 +111,11 @@ def ablate(
             result = run / "evaluation.csv"
             settings = common | {"seed": seed}
             if name != "base":
-                changed = variant(name, config, steps).replace(seed=seed, output_dir=str(run))
-                settings |= {key: value for key, value in changed.to_dict().items() if key != "output_dir"}
+                trained = changed[name].replace(seed=seed, output_dir=str(run))
+                settings |= {key: value for key, value in trained.to_dict().items() if key != "output_dir"}
             frame = find_result(result, settings)
             if frame is None:
-                model = base if name == "base" else RFSRTrainer(changed).train().model
+                model = base if name == "base" else RFSRTrainer(trained).train().model
                 frame = evaluate(model, samples, scorers, seeds=(seed,), name=name)
                 save_table(result, frame)
             parts.append(frame)

@@ -195,8 +195,12 @@ def run_comparison(
 
     Raises:
         ValueError: if the folder holds what was made with other settings; see also the trainers.
+        ModuleNotFoundError: before anything is trained, if a way needs a package that is not installed.
         FileExistsError, RuntimeError: see `rfsr_ext.files.lock_folder`.
     """
+    for way in config.ways:
+        for training in config.trainings(way, 0):
+            training.check_packages()
     common = {
         "samples": samples_digest(samples),
         "results": config.results,

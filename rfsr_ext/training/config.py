@@ -23,7 +23,7 @@ from pydantic import (
 
 from rfsr_ext.data import Degradation, Root
 from rfsr_ext.data.degradation import DEGRADATIONS
-from rfsr_ext.importing import did_you_mean
+from rfsr_ext.importing import did_you_mean, require
 from rfsr_ext.presets import read_settings
 from rfsr_ext.rewards import WeightedReward
 
@@ -280,6 +280,17 @@ class RunConfig(Settings):
                 f"got {self.batch_size}"
             )
         return self
+
+    def check_packages(self) -> None:
+        """Refuse what cannot run here, before anything is loaded.
+
+        Raises:
+            ModuleNotFoundError: if a setting needs a package that is not installed.
+        """
+        if self.lora_rank:
+            require("peft", "lora_rank", "pip install 'rfsr_ext[lora]'")
+        if self.optimizer == "adam-8bit":
+            require("bitsandbytes", "optimizer adam-8bit", "pip install 'rfsr_ext[8bit]', or write adam")
 
     def differs(self, other: Mapping[str, Any]) -> list[str]:
         """Keys in which a run with ``other`` would give another result, for deciding whether it can be resumed."""

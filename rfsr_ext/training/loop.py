@@ -63,7 +63,9 @@ def create_accelerator(config: RunConfig, cpu: bool = False) -> Accelerator:
         ValueError: if the processes cannot share a batch evenly, or were launched for what the loop cannot do: it takes
             the optimizers' steps and averages the weights itself, which DeepSpeed, Megatron and FSDP 1 keep to
             themselves.
+        ModuleNotFoundError: see `RunConfig.check_packages`.
     """
+    config.check_packages()
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise ValueError(

@@ -44,20 +44,12 @@ class Method(ABC):
         """Compute with these networks from now on: the player's own, or what wraps them for several processes."""
 
     def optimizer(self, player: str, parameters: list[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-        """The player's optimizer; by default the one that the configuration names.
-
-        Raises:
-            ModuleNotFoundError: if its package is not installed.
-        """
+        """The player's optimizer; by default the one that the configuration names."""
         options = {"lr": config.learning_rate, "betas": config.adam_betas, "weight_decay": config.weight_decay}
         if config.optimizer == "adam":
             return torch.optim.AdamW(parameters, **options)
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise ModuleNotFoundError(
-                "optimizer adam-8bit needs the package bitsandbytes; pip install 'rfsr_ext[8bit]', or write adam"
-            ) from None
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **options)
 
     def learning_rate_factor(self, player: str, iteration: int) -> float:

@@ -151,13 +151,10 @@ def add_adapters(model: ISRModel, rank: int, targets: tuple[str, ...]) -> None:
     """Wrap every trainable group in a LoRA model of peft; only the adapters will train.
 
     Raises:
-        ModuleNotFoundError: without the package peft.
         ValueError: if a network has none of the modules, or no network has one that the defaults do not name.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ModuleNotFoundError("lora_rank needs the package peft; pip install 'rfsr_ext[lora]'") from None
+    from peft import LoraConfig, get_peft_model
+
     parts = {
         network: [f".{name}" for name, part in module.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
         for network, module in model.trainable_networks().items()

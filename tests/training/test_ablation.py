@@ -1,5 +1,6 @@
 """A finished result is taken again only for the settings it was made with."""
 
+import sys
 from types import SimpleNamespace
 
 import pandas as pd
@@ -46,6 +47,17 @@ def test_finished_results_are_taken_again(run):
     assert run() == 0
     assert run(seeds=(0, 1)) == 2 and [seed for seed, _ in run.made.trained] == [1, 1]
     assert run(config=RFSRConfig(output_dir="elsewhere"), seeds=(0, 1)) == 0
+
+
+def test_a_package_that_a_late_variant_needs_is_missed_before_the_first(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    said = (
+        r"^variant lora: lora_rank needs the package peft; pip install 'rfsr_ext\[lora\]', or leave it out of variants$"
+    )
+    with pytest.raises(ModuleNotFoundError, match=said):
+        run(variants=("rfsr", "lora"))
+    assert not run.made.trained
+    assert run() == 2
 
 
 OTHER = {

@@ -1,5 +1,6 @@
 """Ways of training side by side: their settings, and what is kept of them; trainings themselves are only counted."""
 
+import sys
 from types import SimpleNamespace
 
 import pandas as pd
@@ -50,6 +51,13 @@ def run(monkeypatch, tmp_path):
 
     run.made, run.folder = made, tmp_path / "all"
     return run
+
+
+def test_a_package_that_a_late_way_needs_is_missed_before_the_first(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError, match="^lora_rank needs the package peft; pip install"):
+        run(ways={"RFSR": ["mini"], "LoRA": [{"config": "mini", "lora_rank": 8}]})
+    assert not run.made.trained
 
 
 def test_an_interrupted_comparison_goes_on_and_may_grow(run):

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -152,6 +153,13 @@ def test_timesteps_are_distributed_as_they_are_said_to_be():
     assert flow.min() > 0 and flow.max() <= 1
     logits = (flow / (1 - flow)).log()
     assert abs(logits.mean()) < 0.1 and abs(logits.std() - 1) < 0.1
+
+
+def test_a_missing_package_is_missed_before_the_first_candidate(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = DP2OConfig.from_dict(settings | {"lora_rank": 2})
+    with pytest.raises(ModuleNotFoundError, match="^lora_rank needs the package peft; pip install"):
+        DP2OTrainer(config, tiny_model(num_inference_steps=3), **parts())
 
 
 def test_adapters_switched_off_are_the_reference(settings, tmp_path):

@@ -145,6 +145,6 @@ def test_adam_of_8_bits_keeps_less_and_resumes_to_the_same_bits(tmp_path):
 
 
 def test_adam_of_8_bits_says_what_it_lacks(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ModuleNotFoundError, match=r"^optimizer adam-8bit needs the package bitsandbytes; pip install"):
         Loop(toy.config(tmp_path, optimizer="adam-8bit"), Wide(), toy.Numbers())
