@@ -8,6 +8,8 @@ from typing import Any
 import typer
 import yaml
 
+from rfsr_ext.presets import read_yaml
+
 __all__ = ["check_target", "choose_device", "model_options", "parse_pairs", "show_config"]
 
 
@@ -23,7 +25,7 @@ def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"{option} must be KEY=VALUE, got {pair!r}")
         try:
-            overrides[key.strip()] = yaml.safe_load(value)
+            overrides[key.strip()] = read_yaml(value)
         except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{option} {key.strip()} must have a YAML value, got {value!r} ({reason})") from None
