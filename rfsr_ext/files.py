@@ -100,6 +100,8 @@ def _new_name() -> Iterator[None]:
 
 
 def _mkdir(path: Path) -> None:
+    if path.parts[:1] == ("~",):  # as from "--output=~/x", and whoever removes such a folder may remove the real one
+        raise ValueError(f"{str(path)!r} begins with a '~' that no shell has written out; give the whole path")
     try:
         with _new_name():
             path.mkdir(parents=True, exist_ok=True)

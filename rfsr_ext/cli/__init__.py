@@ -339,9 +339,10 @@ def ablate(
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/ablation"),
 ) -> None:
     """Train the variants of the paper's Tables 2 to 5 over several seeds and compare them."""
+    from rfsr_ext.cli.config import split_names
     from rfsr_ext.cli.evaluate import ablate_variants
 
-    ablate_variants(config, variants.split(",") if variants else None, range(seeds), crops, size, output)
+    ablate_variants(config, split_names(variants), range(seeds), crops, size, output)
 
 
 @_typer.command()

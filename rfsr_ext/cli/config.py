@@ -10,7 +10,7 @@ import yaml
 
 from rfsr_ext.presets import read_yaml
 
-__all__ = ["check_target", "choose_device", "model_options", "parse_pairs", "show_config"]
+__all__ = ["check_target", "choose_device", "model_options", "parse_pairs", "show_config", "split_names"]
 
 
 def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -30,6 +30,11 @@ def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
             reason = " ".join(str(error).split())
             raise ValueError(f"{option} {key.strip()} must have a YAML value, got {value!r} ({reason})") from None
     return overrides
+
+
+def split_names(names: str | None) -> tuple[str, ...] | None:
+    """Comma-separated names, with or without spaces; None if none are given."""
+    return tuple(name.strip() for name in names.split(",")) if names else None
 
 
 def model_options(

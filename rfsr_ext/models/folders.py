@@ -98,8 +98,11 @@ def read_index(path: Path) -> dict[str, str | None]:
     index = path / "model_index.json"
     if not index.is_file():
         what = "a file" if path.is_file() else "a folder without model_index.json"
+        inside = path / "model" / index.name  # as in the folder of a training run
+        advice = f"; did you mean {str(inside.parent)!r}?" if inside.is_file() else ""
         raise ValueError(
             f"model must be a diffusers folder (model_index.json, unet/, controlnet/ …), got {what}: {str(path)!r}"
+            f"{advice}"
         )
     entries = read_json(index)
     classes = {name: value[1] for name, value in entries.items() if isinstance(value, list) and len(value) == 2}

@@ -52,6 +52,17 @@ def test_config_show_prints_every_setting(rfsr):
         (["train", "absent.yaml"], "config 'absent.yaml' is neither a file nor one of the presets mini, paper"),
         (["train", "mini", "--set", "lerning_rate=1"], "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
         (["train", "mini", "--set", "seed"], "--set must be KEY=VALUE, got 'seed'"),
+        (
+            ["train", "mini", "--set", "output_dir=20261130"],
+            "output_dir must be text that is not empty, got 20261130; in",
+        ),
+        (
+            ["train", "mini", "--set", "rewards={mini-iqa: 1, mini-iqa: 2}"],
+            "(key 'mini-iqa' stands twice, in lines 1 a",
+        ),
+        (["upscale", "x.png", "--output=~/up"], "'~/up' begins with a '~' that no shell has written out; give"),
+        (["evaluate", ".", "--metrics", "psnr, sim"], "got 'sim'"),
+        (["ablate", "--variants", "rfsr, magic"], "got 'magic'"),
         (["train", "mini", "--set", "rewards={a"], "--set rewards must have a YAML value, got '{a'"),
         (["train", "mini", "--set", "seed=.nan"], "preset mini: seed must be a whole number (at least 0, below 42949"),
         (
@@ -251,6 +262,15 @@ def test_a_folder_is_its_pictures(rfsr, quick, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_x4.png", "b_x4.png"]
     code, _ = rfsr("upscale", tmp_path, "--output", tmp_path / "none")
     assert f"folder {str(tmp_path)!r} has no picture" in code
+
+
+def test_the_folder_of_a_run_is_not_its_model(rfsr, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "model_index.json").write_text("{}")
+    code, _ = rfsr("upscale", "x.png", "--model", tmp_path / "run", "--output", tmp_path / "out")
+    assert code.endswith(
+        f"without model_index.json: {str(tmp_path / 'run')!r}; did you mean {str(tmp_path / 'run' / 'model')!r}?"
+    )
 
 
 def test_a_large_photograph_is_no_attack(rfsr, tmp_path, monkeypatch, recwarn):
