@@ -1,5 +1,6 @@
 """The command line ``rfsr``.  Heavy imports happen inside the commands, so that ``rfsr --help`` answers at once."""
 
+import io
 import logging
 import os
 import sys
@@ -52,6 +53,8 @@ def app() -> None:
     warnings.filterwarnings(
         "ignore", r"Image size \(\d+ pixels\) exceeds limit"
     )  # a photograph of 90 megapixels is no attack
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no name of a file ends the work on the others
     threading.excepthook = _failed_thread
     try:
         if (folder := _working_folder()) not in sys.path:  # settings may name package.module:Name in it

@@ -1,6 +1,7 @@
 """``rfsr config show``: every setting with what it means; and what commands share of reading their options."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ def show_config(path: str, overrides: dict[str, Any]) -> None:
     from rfsr_ext.training import load_config  # here, because `parse_pairs` needs none of what it imports
 
     config = load_config(path, overrides)
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")  # else YAML's escapes
     for key, value in config.to_dict().items():
         typer.echo(f"# {type(config).model_fields[key].description}")
-        typer.echo(yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1])
+        typer.echo(
+            yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=unicode, width=10**6).strip()[1:-1]
+        )

@@ -92,9 +92,9 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
         "seconds": round(time.monotonic() - started, 1),
     }
     with replace_file(output / "report.json") as path:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     with replace_file(output / "table.txt") as path:
-        path.write_text(table + "\n")
+        path.write_text(table + "\n", encoding="utf-8")
     typer.echo(f"\n{crops} held-out crops of 128 pixels, mean ± standard error over crops:\n\n{table}\n")
     typer.echo(f"two runs of {config.iterations} iterations, {report['seconds']:.0f} s in all")
     for name, what in {**_WRITTEN, "model": "fine-tuned model"}.items():

@@ -187,7 +187,9 @@ def write_folder(path: str | Path, pipeline: str, parts: dict[str, Any], others:
         for name, part in parts.items():
             part.save_pretrained(folder / name)
         for name, values in (("model_index.json", index | others), (ISR_CONFIG, config)):
-            (folder / name).write_text(json.dumps(values, indent=2, sort_keys=name != ISR_CONFIG) + "\n")
+            (folder / name).write_text(
+                json.dumps(values, indent=2, sort_keys=name != ISR_CONFIG) + "\n", encoding="utf-8"
+            )
 
 
 def open_plain_part(kind: type, folder: Path) -> Any:

@@ -291,7 +291,7 @@ class Loop:
             if main:
                 self.accelerator.init_trackers("tensorboard")
                 with replace_file(self.folder / "config.json") as path:
-                    path.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+                    path.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
             try:
                 self._run()
             except NonFiniteLossError:

@@ -27,6 +27,7 @@ from rfsr_ext.cli.config import choose_device
 from rfsr_ext.cli.evaluate import step_figures
 from rfsr_ext.cli.upscale import find_images
 from rfsr_ext.data.datasets import CheckedSamples
+from rfsr_ext.training import load_config
 from tests.odd import ODD
 
 
@@ -271,6 +272,31 @@ def test_the_folder_of_a_run_is_not_its_model(rfsr, tmp_path):
     assert code.endswith(
         f"without model_index.json: {str(tmp_path / 'run')!r}; did you mean {str(tmp_path / 'run' / 'model')!r}?"
     )
+
+
+def test_any_name_on_any_terminal(rfsr, quick, tmp_path, monkeypatch, caplog):
+    """Names that are not UTF-8, on a terminal that lacks the arrow; and macOS's shadow of a file."""
+    odd = b"a\xff.png".decode("utf-8", "surrogateescape")
+    for name in (odd, "b.png"):
+        Image.new("RGB", (48, 48)).save(tmp_path / name)
+    (tmp_path / "._b.png").write_bytes(b"no picture")
+    with monkeypatch.context() as patch, open(tmp_path / "said", "w", encoding="latin-1") as said:
+        patch.setattr(sys, "stdout", said)
+        code, _ = rfsr("upscale", tmp_path, "--output", tmp_path / "out")
+    assert code == 0 and "not looked into" in caplog.text and "1 hidden files" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a\udcff_x4.png", "b_x4.png"]
+    assert "a\\udcff.png 48x48 \\u2192 " in (tmp_path / "said").read_text("latin-1")
+    table = tmp_path / "out" / "table.csv"
+    assert rfsr("evaluate", tmp_path, "--gt", tmp_path, "--metrics", "psnr, ssim", "--output", table)[0] == 0
+    assert list(pd.read_csv(table).image) == ["a\\udcff", "b"]
+
+
+def test_what_a_terminal_lacks_is_escaped_in_settings(rfsr, tmp_path, monkeypatch):
+    file = tmp_path / "run.yaml"
+    with monkeypatch.context() as patch, open(file, "w", encoding="latin-1") as out:
+        patch.setattr(sys, "stdout", out)
+        assert rfsr("config", "show", "mini", "--set", "data=数据/")[0] == 0
+    assert load_config(file).data == "数据/"
 
 
 def test_a_large_photograph_is_no_attack(rfsr, tmp_path, monkeypatch, recwarn):
