@@ -24,6 +24,7 @@ __all__ = [
     "check_unheld",
     "decode_text",
     "disk_errors",
+    "escape_name",
     "load_tensors",
     "lock_folder",
     "make_folder",
@@ -106,6 +107,8 @@ def _new_name() -> Iterator[None]:
 
 
 def _mkdir(path: Path) -> None:
+    if path.parts[:1] == ("~",):  # as from "--output=~/x", and whoever removes such a folder may remove the real one
+        raise ValueError(f"{str(path)!r} begins with a '~' that no shell has written out; give the whole path")
     try:
         with _new_name():
             path.mkdir(parents=True, exist_ok=True)
@@ -120,7 +123,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     _mkdir(path.parent)
     with _new_name():
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".partial")
     os.close(descriptor)
     aside = Path(name)
     try:
@@ -376,6 +379,11 @@ def decode_text(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return data.decode("cp1252")
+
+
+def escape_name(name: str) -> str:
+    """A file's name as text that any table takes: bytes of it that are no UTF-8 are written out, as ``\\udcff``."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def sha256(path: str | Path) -> str:

@@ -77,6 +77,8 @@ def bytes_of(modules: Iterable[nn.Module]) -> int:
 def available() -> int | None:
     """Bytes of this machine's memory that can be had; None where the system does not say, or not as Linux does."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE):
+        if found := re.search(
+            r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE
+        ):
             return int(found[1]) * 1024
     return None

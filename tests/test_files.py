@@ -1,5 +1,6 @@
 """Files and folders are replaced whole or not at all."""
 
+import ast
 import codecs
 import errno
 import json
@@ -67,6 +68,34 @@ def texts(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): path.read_text()
         for path in folder.rglob("*") if path.is_file() and path.name != files.MANIFEST
     }  # fmt: skip
+
+
+def test_text_does_not_depend_on_the_locale():
+    """Where Python takes the locale's encoding, a "±" ends a demo after minutes."""
+    without = [
+        f"{path.name}:{call.lineno}"
+        for path in Path(files.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("read_text", "write_text")
+        and "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]  # fmt: skip
+    assert not without
+
+
+def test_a_name_as_long_as_can_be(tmp_path):
+    path = tmp_path / f"{'日' * 83}.txt"  # 253 bytes, of 255
+    with files.replace_file(path) as aside:
+        aside.write_text("new")
+    assert texts(tmp_path) == {path.name: "new"}
+
+
+def test_a_home_folder_that_no_shell_wrote_out_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("~/runs", "~"):
+        with pytest.raises(ValueError, match="begins with a '~' that no shell has written out; give the whole path"):
+            files.make_folder(path)
+    files.make_folder("a~/~")
+    assert [path.name for path in tmp_path.iterdir()] == ["a~"]
 
 
 def test_new_folder(tmp_path):

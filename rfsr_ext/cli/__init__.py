@@ -1,5 +1,6 @@
 """The command line ``rfsr``.  Heavy imports happen inside the commands, so that ``rfsr --help`` answers at once."""
 
+import io
 import logging
 import os
 import sys
@@ -53,6 +54,8 @@ def app() -> None:
     warnings.filterwarnings(
         "ignore", r"Image size \(\d+ pixels\) exceeds limit"
     )  # a photograph of 90 megapixels is no attack
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no name of a file ends the work on the others
     threading.excepthook = _failed_thread
     try:
         if (folder := _working_folder()) not in sys.path:  # settings may name package.module:Name in it
@@ -321,9 +324,10 @@ def ablate(
     output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/ablation"),
 ) -> None:
     """Train the variants of the paper's Tables 2 to 5 over several seeds and compare them."""
+    from rfsr_ext.cli.config import split_names
     from rfsr_ext.cli.evaluate import ablate_variants
 
-    ablate_variants(config, variants.split(",") if variants else None, range(seeds), crops, size, output)
+    ablate_variants(config, split_names(variants), range(seeds), crops, size, output)
 
 
 @_typer.command()

@@ -1,6 +1,7 @@
 """``rfsr config show``: every setting with what it means; and what commands share of options and output."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,18 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-__all__ = ["Set", "check_target", "choose_device", "model_options", "parse_pairs", "print_table", "show_config"]
+from rfsr_ext.presets import read_yaml
+
+__all__ = [
+    "Set",
+    "check_target",
+    "choose_device",
+    "model_options",
+    "parse_pairs",
+    "print_table",
+    "show_config",
+    "split_names",
+]
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, wins over the file; repeatable.")]
 
@@ -25,11 +37,16 @@ def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"{option} must be KEY=VALUE, got {pair!r}")
         try:
-            overrides[key.strip()] = yaml.safe_load(value)
+            overrides[key.strip()] = read_yaml(value)
         except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{option} {key.strip()} must have a YAML value, got {value!r} ({reason})") from None
     return overrides
+
+
+def split_names(names: str | None) -> tuple[str, ...] | None:
+    """Comma-separated names, with or without spaces; None if none are given."""
+    return tuple(name.strip() for name in names.split(",")) if names else None
 
 
 def model_options(
@@ -88,6 +105,9 @@ def show_config(path: str, overrides: dict[str, Any]) -> None:
     from rfsr_ext.training import load_config  # here, because `parse_pairs` needs none of what it imports
 
     config = load_config(path, overrides)
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")  # else YAML's escapes
     for key, value in config.to_dict().items():
         typer.echo(f"# {type(config).model_fields[key].description}")
-        typer.echo(yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1])
+        typer.echo(
+            yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=unicode, width=10**6).strip()[1:-1]
+        )

@@ -71,7 +71,8 @@ def _print(report: Report, size: int, headers: bool) -> None:
             f"{widths[middle]}x{heights[middle]}"
         )
         typer.echo(f"  channels: {', '.join(f'{count} {mode}' for mode, count in modes(report.headers).most_common())}")
-        typer.echo(f"  crops of {size}x{size} side by side: {report.crops}")
+        if size:
+            typer.echo(f"  crops of {size}x{size} side by side: {report.crops}")
     if more := sum(header.more_frames for header in report.headers):
         typer.echo(f"  more than one frame or page, of which the first is read: {more}")
     if prompts := sum(entry.prompt is not None for entry in report.listing.entries):

@@ -11,7 +11,7 @@ import pandas as pd
 import typer
 from torch import Tensor
 
-from rfsr_ext.cli.config import check_target, choose_device
+from rfsr_ext.cli.config import check_target, choose_device, split_names
 from rfsr_ext.data import Root, evaluation_crops, photographs
 from rfsr_ext.data.images import SUFFIXES
 from rfsr_ext.evaluation import (
@@ -70,7 +70,7 @@ def choose_preset(name: str | None, metrics: str | None, channel: str | None, bo
     if channel not in (None, "rgb", "y"):
         raise ValueError(f"--channel must be rgb or y, got {channel!r}")
     changes: dict[str, Any] = {
-        "metrics": tuple(metrics.split(",")) if metrics else None,
+        "metrics": split_names(metrics),
         "channel": channel,
         "crop": border,
     }

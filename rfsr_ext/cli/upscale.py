@@ -35,9 +35,14 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         inside = [path]
         if path.is_dir():
             entries = sorted(path.iterdir())
+            hidden = [p for p in entries if p.name.startswith(".")]  # such as macOS's ._a.jpg, which is no picture
+            entries = [p for p in entries if p not in hidden]
             inside = [p for p in entries if p.is_file() and p.suffix.lower() in SUFFIXES]
             others = Counter("folders" if p.is_dir() else p.suffix.lower() for p in entries)
-            passed_over = {kind: n for kind, n in others.items() if kind in NOT_READ | {"folders"}}
+            others["hidden files"] = sum(p.suffix.lower() in SUFFIXES for p in hidden)
+            passed_over = {
+                kind: n for kind, n in others.items() if n and kind in NOT_READ | {"folders", "hidden files"}
+            }
             if passed_over and is_main():
                 logger.warning(
                     "not looked into in %s: %s",

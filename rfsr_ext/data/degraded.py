@@ -59,11 +59,17 @@ def degrade_folder(
 
     Raises:
         FileNotFoundError: if there is no image.
+        ValueError: if ``output`` lies in the folder of images.
         ValueError, FileExistsError, RuntimeError: see `Manifest`.
     """
     entries = list_root(root).entries
     if not entries:
         raise FileNotFoundError(f"folder {str(root)!r} has no picture to degrade")
+    if Path(output).resolve().is_relative_to(Path(str(root.path)).resolve()):
+        raise ValueError(
+            f"output {str(output)!r} must lie outside of {str(root)!r}, which is searched recursively, or what is made "
+            "would count among its pictures; give another folder"
+        )
     sources = [os.path.relpath(entry.gt, root.path) for entry in entries]
     settings = {
         "degradation": degradation.to_dict(),

@@ -10,6 +10,7 @@ import pandas as pd
 from torch import Tensor
 
 from rfsr_ext.data.images import SUFFIXES, read_image, to_tensor
+from rfsr_ext.files import escape_name
 from rfsr_ext.metrics.suite import METRICS, Suite
 from rfsr_ext.processes import split_map
 
@@ -36,6 +37,9 @@ class FolderResult:
 def list_pictures(folder: str | Path) -> dict[str, Path]:
     """Files of picture endings by their names without ending, sorted; ``_x4`` and the like at the end do not count.
 
+    Bytes of a name that are no UTF-8 are written out.  Hidden files are passed over: macOS puts a ``._a.jpg`` beside
+    ``a.jpg``.
+
     Raises:
         FileNotFoundError: if there is no such folder, or no such file in it.
         ValueError: if two files have the same name.
@@ -45,8 +49,9 @@ def list_pictures(folder: str | Path) -> dict[str, Path]:
         what = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"folder {str(folder)!r} {what}; give a folder of pictures")
     found: dict[str, Path] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES):
-        name = re.sub(r"_x\d+$", "", path.stem)  # what `rfsr upscale` appends
+    files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    for path in sorted(p for p in files if p.suffix.lower() in SUFFIXES):
+        name = escape_name(re.sub(r"_x\d+$", "", path.stem))  # what `rfsr upscale` appends
         if name in found:
             raise ValueError(
                 f"folder {str(folder)!r} has two pictures called {name!r}: {found[name].name}, {path.name}"

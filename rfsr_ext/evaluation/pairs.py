@@ -20,7 +20,7 @@ from rfsr_ext.data.manifest import Manifest, versions, write_hashed
 from rfsr_ext.data.prompts import read_prompt
 from rfsr_ext.evaluation.folders import measure_pictures, read_picture
 from rfsr_ext.evaluation.measure import enlarge_bicubic
-from rfsr_ext.files import sha256
+from rfsr_ext.files import escape_name, sha256
 from rfsr_ext.metrics.suite import Suite
 from rfsr_ext.models import ISRModel
 from rfsr_ext.processes import from_main, is_main, split_map
@@ -117,7 +117,7 @@ def _fitting(root: Root, scale: int, name: str) -> tuple[dict[str, Entry], dict[
             f"none of {len(report.listing.entries)} pairs in {root} is so; {path} {reason}"
         )
     entries = {
-        os.path.splitext(os.path.relpath(entry.gt, root.gt))[0]: entry
+        escape_name(os.path.splitext(os.path.relpath(entry.gt, root.gt))[0]): entry
         for k, entry in enumerate(report.listing.entries) if k not in report.skipped
     }  # fmt: skip
     return entries, report.faults

@@ -76,12 +76,20 @@ def _random_tensors(network: nn.ModuleDict, seed: int) -> dict[str, Tensor]:
 class VGG19Features(nn.Module):
     """Outputs of named VGG19 convolutions, before their ReLU, for ``[N, 3, H, W]`` images in [0, 1].
 
+    Images of another floating-point type than the network's are taken to it.
+
     Args:
         layers: names such as ``conv3_4``.
         weights: "imagenet" (torchvision's file must be on disk) or "random" (a seeded random network, the same on every
             machine: a stand-in whose Gram matrices still measure texture statistics, though not those a trained network
             is sensitive to).
         seed: of the random network.
+
+    Raises:
+        FileNotFoundError: if the ImageNet weights are not on disk.
+        TypeError: if images are not floating point.
+        ValueError: for a layer or kind of weights that there is not; if images have another shape, or are so small that
+            nothing of them is left at the last layer.
     """
 
     def __init__(self, layers: Sequence[str] = tuple(LAYERS), weights: str = "imagenet", seed: int = 0):
@@ -89,6 +97,8 @@ class VGG19Features(nn.Module):
         if weights not in ("imagenet", "random"):
             raise ValueError(f"weights must be 'imagenet' or 'random', got {weights!r}")
         names = [f"conv{block}_{i}" for block, (count, _) in enumerate(BLOCKS, 1) for i in range(1, count + 1)]
+        if not layers:
+            raise ValueError(f"layers must be at least one of {names}, got none")
         if wrong := [layer for layer in layers if layer not in names]:
             raise ValueError(f"layers must be among {names}, got {wrong[0]!r}")
         self.weights, self.layers = weights, list(layers)
@@ -96,12 +106,20 @@ class VGG19Features(nn.Module):
         drawn = weights == "random"
         tensors = _random_tensors(self.features, seed) if drawn else _imagenet_tensors(self.features)
         self.features.load_state_dict(tensors, assign=True)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-        self.requires_grad_(False).eval()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406], dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225], dtype=torch.float32).view(1, 3, 1, 1))
+        self.smallest = 2 ** sum(isinstance(module, nn.MaxPool2d) for module in self.features.values())
+        self.requires_grad_(False).eval().to(self.mean.device)  # torch's default device, as any module's
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x, collected = (images - self.mean) / self.std, {}
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide 8-bit images by 255")
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"images must be [N, 3, H, W], at least {self.smallest} pixels high and wide for these layers, got "
+                f"shape {tuple(images.shape)}"
+            )
+        x, collected = (images.to(self.mean.dtype) - self.mean) / self.std, {}
         for name, module in self.features.items():
             x = module(x)
             if name in self.layers:

@@ -12,12 +12,24 @@ _WINDOW = 11  # pixels: the Gaussian of standard deviation 1.5 that Wang et al. 
 _BAND_RANGE = 2.0
 
 
+def check_floating(images: Tensor, name: str) -> None:
+    """Refuse 8-bit images: clamped to [0, 1] they would be black and white, and measured all the same.
+
+    Raises:
+        TypeError: as said.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"{name} must be floating point in [0, 1], got {images.dtype}; divide 8-bit images by 255")
+
+
 def _pair(sr: Tensor, gt: Tensor, smallest: int = 1, channel: str = "rgb", crop: int = 0) -> tuple[Tensor, Tensor]:
     """Check both batches; give them back clamped to [0, 1], cropped, in float64 on the CPU."""
     if channel not in ("rgb", "y"):
         raise ValueError(f"channel must be 'rgb' or 'y', got {channel!r}")
     if crop < 0:
         raise ValueError(f"crop must be at least 0, got {crop}")
+    check_floating(sr, "sr")
+    check_floating(gt, "gt")
     if sr.ndim != 4 or sr.shape[1] != 3:
         raise ValueError(f"sr must have shape [N, 3, H, W], got {list(sr.shape)}")
     if gt.shape != sr.shape:
@@ -49,6 +61,7 @@ def psnr(sr: Tensor, gt: Tensor, channel: str = "rgb", crop: int = 0) -> Tensor:
         ``[N]`` on the CPU; infinite for equal images.
 
     Raises:
+        TypeError: if images are not floating point.
         ValueError: if a shape or an option is wrong.
     """
     sr, gt = _pair(sr, gt, channel=channel, crop=crop)
@@ -76,6 +89,7 @@ def ssim(sr: Tensor, gt: Tensor, channel: str = "rgb", crop: int = 0) -> Tensor:
         ``[N]`` on the CPU, at most 1.
 
     Raises:
+        TypeError: if images are not floating point.
         ValueError: if a shape or an option is wrong.
     """
     return _ssim(*(x.numpy() for x in _pair(sr, gt, _WINDOW, channel, crop)), data_range=1.0)
@@ -96,6 +110,7 @@ def band_ssim(sr: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
         ``(low, high)``, each ``[N]`` on the CPU, at most 1.
 
     Raises:
+        TypeError: if images are not floating point.
         ValueError: if a shape is wrong.
     """
     bands = [pywt.dwt2(x.numpy(), "haar", axes=(-2, -1)) for x in _pair(sr, gt, smallest=2 * _WINDOW - 1)]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rfsr_ext.metrics.fidelity import psnr, ssim
+from rfsr_ext.metrics.fidelity import check_floating, psnr, ssim
 from rfsr_ext.metrics.judge import Judge
 from rfsr_ext.rewards.clip_iqa import CLIPIQA
 from rfsr_ext.weights import registry
@@ -215,6 +215,7 @@ class Suite:
             ``[N]`` values on the CPU by metric.
 
         Raises:
+            TypeError: if images are not floating point.
             ValueError: if ``gt`` is wanted, or a metric cannot measure the images, too small ones for instance; the
                 sentence names it.
         """
@@ -223,6 +224,9 @@ class Suite:
             raise ValueError(
                 f"gt must be given, {', '.join(compared)} compare with it; Suite(..., reference=False) does not"
             )
+        for name, images in (("sr", sr), ("gt", gt)):
+            if images is not None:
+                check_floating(images, name)
         values: dict[str, list[float]] = {name: [] for name in self.metrics}
         with torch.no_grad():
             for i in range(len(sr)):

@@ -328,7 +328,7 @@ class ISRModel(ABC):
         """Refuse what no model can take.
 
         Raises:
-            TypeError: if ``lr`` is not floating point.
+            TypeError: if ``lr`` is not floating point, or prompts are one text.
             ValueError: if a shape, the value range or the number of prompts is wrong, or a value is not finite.
         """
         if lr.ndim != 4 or lr.shape[1] != 3:
@@ -336,6 +336,8 @@ class ISRModel(ABC):
         if not lr.is_floating_point():
             raise TypeError(f"lr must be floating point in [0, 1], got {lr.dtype}; divide 8-bit images by 255")
         for name, texts in (("prompts", prompts), ("negative_prompts", negative_prompts)):
+            if isinstance(texts, str):  # which has a length, too
+                raise TypeError(f"{name} must be a list of one prompt per image of lr, got the text {texts!r}")
             if texts is not None and len(texts) != lr.shape[0]:
                 raise ValueError(f"{name} must hold one prompt per image of lr ({lr.shape[0]}), got {len(texts)}")
         unit = math.lcm(self.scale, self.multiple) // self.scale

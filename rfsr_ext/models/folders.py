@@ -98,8 +98,11 @@ def read_index(path: Path) -> dict[str, str | None]:
     index = path / "model_index.json"
     if not index.is_file():
         what = "a file" if path.is_file() else "a folder without model_index.json"
+        inside = path / "model" / index.name  # as in the folder of a training run
+        advice = f"; did you mean {str(inside.parent)!r}?" if inside.is_file() else ""
         raise ValueError(
             f"model must be a diffusers folder (model_index.json, unet/, controlnet/ …), got {what}: {str(path)!r}"
+            f"{advice}"
         )
     entries = read_json(index)
     classes = {name: value[1] for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
@@ -184,7 +187,9 @@ def write_folder(path: str | Path, pipeline: str, parts: dict[str, Any], others:
         for name, part in parts.items():
             part.save_pretrained(folder / name)
         for name, values in (("model_index.json", index | others), (ISR_CONFIG, config)):
-            (folder / name).write_text(json.dumps(values, indent=2, sort_keys=name != ISR_CONFIG) + "\n")
+            (folder / name).write_text(
+                json.dumps(values, indent=2, sort_keys=name != ISR_CONFIG) + "\n", encoding="utf-8"
+            )
 
 
 def open_plain_part(kind: type, folder: Path) -> Any:

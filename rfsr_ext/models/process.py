@@ -63,12 +63,13 @@ class Process:
         init_noise_sigma: standard deviation of pure noise to start from.
 
     Raises:
-        ValueError: if ``num_inference_steps`` is below 1, or the scheduler's prediction type is not known.
+        ValueError: if ``num_inference_steps`` is no whole number of at least 1, or the scheduler's prediction type is
+            not known.
     """
 
     def __init__(self, scheduler, num_inference_steps: int, **options):
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if num_inference_steps < 1 or num_inference_steps % 1:
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps}")
         self._scheduler = copy.deepcopy(scheduler)
         self._scheduler.set_timesteps(num_inference_steps, **options)
         self._family = _family(self._scheduler)

@@ -104,7 +104,7 @@ def _load(device: str, label: str) -> Backend:
 def build_record() -> dict:
     """The notes setup.py left beside the libraries; empty when there are none or they cannot be read."""
     try:
-        return json.loads(RECORD.read_text())
+        return json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

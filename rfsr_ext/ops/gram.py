@@ -109,13 +109,11 @@ def gram_loss(
     layers, targets = _as_layers(features, "features"), _as_layers(wanted, name)
     if isinstance(features, Tensor) != isinstance(wanted, Tensor) or len(targets) != len(layers):
         raise ValueError(f"{name} must be {_describe(features)} as features is, got {_describe(wanted)}")
-    if weights is None:
-        weights = [1.0] * len(layers)
-    elif len(weights) != len(layers):
+    if weights is not None and len(weights) != len(layers):
         raise ValueError(f"weights must hold one number per layer ({len(layers)}), got {len(weights)}")
 
     losses = []
-    for index, (layer, target, weight) in enumerate(zip(layers, targets, weights, strict=True)):
+    for index, (layer, target) in enumerate(zip(layers, targets, strict=True)):
         suffix = "" if isinstance(features, Tensor) else f"[{index}]"
         _checks.image_like(layer, f"features{suffix}")
         if target_gram is None:
@@ -127,7 +125,7 @@ def gram_loss(
         else:
             gram = target if target_gram is not None else _gram(target, joint_layer_norm)
             loss = reference.distance(_gram(layer, joint_layer_norm) - gram, criterion)
-        losses.append(loss if weight == 1 else weight * loss)
+        losses.append(loss if weights is None else weights[index] * loss)
     return sum(losses[1:], start=losses[0])
 
 

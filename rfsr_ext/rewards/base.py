@@ -5,7 +5,18 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-__all__ = ["CallableReward", "Reward"]
+__all__ = ["CallableReward", "Reward", "check_prompts"]
+
+
+def check_prompts(prompts: list[str], images: Tensor) -> None:
+    """Refuse what is not one prompt per image, above all a single text, which Python takes for a list of letters.
+
+    Raises:
+        ValueError: as said.
+    """
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        given = f"the text {prompts!r}" if isinstance(prompts, str) else len(prompts)
+        raise ValueError(f"prompts must be a list of one per image, {len(images)}, got {given}")
 
 
 class Reward(nn.Module, ABC):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfsr_ext.rewards.base import Reward
+from rfsr_ext.rewards.base import Reward, check_prompts
 from rfsr_ext.rewards.image_reward_package import build_network, import_package
 from rfsr_ext.weights import registry
 from rfsr_ext.weights.reading import load_strictly, read_tensors
@@ -130,8 +130,7 @@ class ImageReward(Reward):
         return (images - mean) / std
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        if len(prompts) != len(images):
-            raise ValueError(f"prompts must be one per image, {len(images)}, got {len(prompts)}")
+        check_prompts(prompts, images)
         ids, mask = (tokens.to(images.device) for tokens in self.tokens(prompts))
         return self.model(ids, mask, self.preprocess(images))
 

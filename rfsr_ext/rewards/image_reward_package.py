@@ -162,7 +162,7 @@ def build_network(tensors: dict[str, Tensor], tokenizer, config: dict) -> Packag
     pretrain = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "med_config.json"
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(config), encoding="utf-8")
         try:
             pretrain.init_tokenizer = lambda: tokenizer
             network = original.ImageReward(med_config=str(path))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from rfsr_ext.files import save_tensors
-from rfsr_ext.rewards.base import Reward
+from rfsr_ext.rewards.base import Reward, check_prompts
 from rfsr_ext.weights import WEIGHTS
 from rfsr_ext.weights.reading import load_strictly, read_tensors
 
@@ -36,7 +36,7 @@ class _SavedReward(Reward):
         if not path.is_file():
             raise FileNotFoundError(f"{self.name} weights {str(path)!r} do not exist; `rfsr mini build` makes them")
         tensors = {key: value.float() for key, value in read_tensors(path, f"{self.name} weights").items()}
-        load_strictly(self, tensors, path, self.name)
+        load_strictly(self, tensors, path, self.name, assign=True)  # in single precision, whatever torch's default
         return self.requires_grad_(False).eval()
 
 
@@ -110,6 +110,7 @@ class MiniPreference(_SavedReward):
         return quality + self.temperature * (image * text).sum(-1).float()
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        check_prompts(prompts, images)
         return (self.raw_score(images, self.embed_text(prompts)) - self.mean) / self.std
 
     @classmethod

@@ -98,7 +98,7 @@ def upscale(
         ``[3, scale·h, scale·w]`` in [0, 1], float32, on the image's device.
 
     Raises:
-        TypeError: if ``image`` is not floating point.
+        TypeError: if ``image`` is not floating point, or ``prompt`` no text.
         ValueError: if its shape or values, the tiling or ``color_fix`` is wrong.
     """
     if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
@@ -107,6 +107,8 @@ def upscale(
         raise TypeError(f"image must be floating point in [0, 1], got {image.dtype}; divide 8-bit images by 255")
     if not (image.min() >= 0 and image.max() <= 1):  # also catches NaN
         raise ValueError(f"image must be finite and in [0, 1], got values from {image.min():g} to {image.max():g}")
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be one text, got {prompt!r}")
     color_fix = model.recipe.color_fix if color_fix == "recipe" else color_fix
     if color_fix not in COLOR_FIXES:
         raise ValueError(f"color_fix must be one of {['recipe', *COLOR_FIXES]}, got {color_fix!r}")

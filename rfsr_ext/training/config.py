@@ -6,6 +6,7 @@ The description of a key stands in its field, and `rfsr config show` prints it.
 
 import contextlib
 import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -104,6 +105,7 @@ class Settings(_Values):
     presets_folder: ClassVar[str] = ""  # in `rfsr_ext.presets`
 
     def __init__(self, **values: Any):
+        values = {key: _without_paths(value) for key, value in values.items()}
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -521,6 +523,15 @@ def _as_meant(value: Any, leaves: set[Any]) -> Any:
     return value
 
 
+def _without_paths(value: Any) -> Any:
+    """Paths as text, wherever they stand: nothing else of a configuration is for one machine's Python alone."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    return [_without_paths(item) for item in value] if isinstance(value, list) else value
+
+
 def _number(value: Any) -> Any:
     """Text or another library's number as Python's; anything else as it is, for pydantic to judge."""
     if isinstance(value, numbers.Integral):
@@ -554,6 +565,8 @@ def _sentence(
     given = values[key]
     schema = model.model_json_schema()["properties"][key]
     sentence = f"{rename(key)} must be {_wanted(schema)}, got {_shown(given)}"
+    if schema.get("type") == "string" and not schema.keys() & {"enum", "const"} and isinstance(given, (int, float)):
+        sentence += "; in quotes it is text"
     words = [word for part in (schema, *schema.get("anyOf", ())) for word in part.get("enum", ())]
     if not words or not isinstance(given, str):
         return sentence

@@ -266,6 +266,7 @@ class Loop:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
+    @torch.enable_grad()  # a notebook may have turned gradients off for good
     def train(self, resume: bool = True) -> pd.DataFrame:
         """Train to ``config.iterations``, going on from the newest checkpoint in the run's folder if there is one.
 
@@ -279,8 +280,12 @@ class Loop:
                 ends in skipped steps or in weights that are of no use.
             ValueError: if the checkpoint is of another model or method, or was made with other settings; or if
                 ``max_seconds`` have gone by before the first iteration.
-            RuntimeError: if another run holds the folder.
+            RuntimeError: if another run holds the folder, or under `torch.inference_mode`.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "nothing can be trained under torch.inference_mode(); make the trainer outside of it, too"
+            )
         main = self.accelerator.is_main_process
         with lock_folder(self.folder, _OWNED) if main else contextlib.nullcontext():
             self.accelerator.wait_for_everyone()

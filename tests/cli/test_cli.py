@@ -27,6 +27,7 @@ from rfsr_ext.cli.config import choose_device
 from rfsr_ext.cli.evaluate import step_figures
 from rfsr_ext.cli.upscale import find_images
 from rfsr_ext.data.datasets import CheckedSamples
+from rfsr_ext.training import load_config
 from tests.odd import ODD
 
 
@@ -52,6 +53,17 @@ def test_config_show_prints_every_setting(rfsr):
         (["train", "absent.yaml"], "config 'absent.yaml' is neither a file nor one of the presets mini, paper"),
         (["train", "mini", "--set", "lerning_rate=1"], "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
         (["train", "mini", "--set", "seed"], "--set must be KEY=VALUE, got 'seed'"),
+        (
+            ["train", "mini", "--set", "output_dir=20261130"],
+            "output_dir must be text that is not empty, got 20261130; in",
+        ),
+        (
+            ["train", "mini", "--set", "rewards={mini-iqa: 1, mini-iqa: 2}"],
+            "(key 'mini-iqa' stands twice, in lines 1 a",
+        ),
+        (["upscale", "x.png", "--output=~/up"], "'~/up' begins with a '~' that no shell has written out; give"),
+        (["evaluate", ".", "--metrics", "psnr, sim"], "got 'sim'"),
+        (["ablate", "--variants", "rfsr, magic"], "got 'magic'"),
         (["train", "mini", "--set", "rewards={a"], "--set rewards must have a YAML value, got '{a'"),
         (["train", "mini", "--set", "seed=.nan"], "preset mini: seed must be a whole number (at least 0, below 42949"),
         (
@@ -251,6 +263,40 @@ def test_a_folder_is_its_pictures(rfsr, quick, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_x4.png", "b_x4.png"]
     code, _ = rfsr("upscale", tmp_path, "--output", tmp_path / "none")
     assert f"folder {str(tmp_path)!r} has no picture" in code
+
+
+def test_the_folder_of_a_run_is_not_its_model(rfsr, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "model_index.json").write_text("{}")
+    code, _ = rfsr("upscale", "x.png", "--model", tmp_path / "run", "--output", tmp_path / "out")
+    assert code.endswith(
+        f"without model_index.json: {str(tmp_path / 'run')!r}; did you mean {str(tmp_path / 'run' / 'model')!r}?"
+    )
+
+
+def test_any_name_on_any_terminal(rfsr, quick, tmp_path, monkeypatch, caplog):
+    """Names that are not UTF-8, on a terminal that lacks the arrow; and macOS's shadow of a file."""
+    odd = b"a\xff.png".decode("utf-8", "surrogateescape")
+    for name in (odd, "b.png"):
+        Image.new("RGB", (48, 48)).save(tmp_path / name)
+    (tmp_path / "._b.png").write_bytes(b"no picture")
+    with monkeypatch.context() as patch, open(tmp_path / "said", "w", encoding="latin-1") as said:
+        patch.setattr(sys, "stdout", said)
+        code, _ = rfsr("upscale", tmp_path, "--output", tmp_path / "out")
+    assert code == 0 and "not looked into" in caplog.text and "1 hidden files" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a\udcff_x4.png", "b_x4.png"]
+    assert "a\\udcff.png 48x48 \\u2192 " in (tmp_path / "said").read_text("latin-1")
+    table = tmp_path / "out" / "table.csv"
+    assert rfsr("evaluate", tmp_path, "--gt", tmp_path, "--metrics", "psnr, ssim", "--output", table)[0] == 0
+    assert list(pd.read_csv(table).image) == ["a\\udcff", "b"]
+
+
+def test_what_a_terminal_lacks_is_escaped_in_settings(rfsr, tmp_path, monkeypatch):
+    file = tmp_path / "run.yaml"
+    with monkeypatch.context() as patch, open(file, "w", encoding="latin-1") as out:
+        patch.setattr(sys, "stdout", out)
+        assert rfsr("config", "show", "mini", "--set", "data=数据/")[0] == 0
+    assert load_config(file).data == "数据/"
 
 
 def test_a_large_photograph_is_no_attack(rfsr, tmp_path, monkeypatch, recwarn):

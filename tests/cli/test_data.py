@@ -27,6 +27,7 @@ def test_check_of_a_good_folder(rfsr, tmp_path):
         "  prompts: 1",
     ):
         assert line in printed.out.splitlines()
+    assert "crops" not in rfsr("data", "check", tmp_path, "--crop-size", 0)[1].out
 
 
 def test_check_names_what_is_not_used(rfsr, tmp_path):

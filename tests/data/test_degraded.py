@@ -104,6 +104,13 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
     assert {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*.png")} == inodes
 
 
+@pytest.mark.parametrize("inside", [".", "val", "a/../val"])
+def test_what_is_made_is_no_source(folder, inside):
+    """The next run would find it among the pictures."""
+    with pytest.raises(ValueError, match="must lie outside of .* would count among its pictures; give another folder"):
+        degrade(folder, folder / inside)
+
+
 def test_nothing_foreign_is_overwritten(folder, tmp_path):
     output = tmp_path / "out"
     (output / "lr").mkdir(parents=True)

@@ -139,6 +139,48 @@ def test_gram_loss_takes_its_options_and_a_cached_target(vgg, criterion, layer_n
     torch.testing.assert_close(loss(pred, target_gram=cached), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("images", "error", "sentence"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, "got torch.uint8; divide 8-bit images by 255"),
+        (torch.zeros(3, 32, 32), ValueError, r"must be \[N, 3, H, W\], .* got shape \(3, 32, 32\)"),
+        (torch.zeros(1, 4, 32, 32), ValueError, r"must be \[N, 3, H, W\], .* got shape \(1, 4, 32, 32\)"),
+        (torch.zeros(1, 3, 32, 15), ValueError, "at least 16 pixels high and wide for these layers"),
+    ],
+    ids=["uint8", "no batch", "alpha", "small"],
+)
+def test_images_that_are_none_get_one_sentence(vgg, images, error, sentence):
+    with pytest.raises(error, match=sentence):
+        vgg(images)
+
+
+def test_the_smallest_images_are_taken(vgg):
+    assert vgg(torch.rand(1, 3, 16, 16))[-1].shape == (1, 512, 1, 1)
+
+
+def test_no_layers_are_refused():
+    with pytest.raises(ValueError, match="layers must be at least one of"):
+        VGGGramLoss({}, "random")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_images_are_taken_to_the_networks_dtype(dtype):
+    loss, (pred, target) = VGGGramLoss({"conv1_2": 1.0}, "random"), torch.rand(2, 1, 3, 16, 16, dtype=dtype)
+    torch.testing.assert_close(loss(pred, target), loss(pred.float(), target.float()))
+    loss.to(torch.bfloat16)(pred, target)
+
+
+def test_defaults_of_torch_do_not_divide_a_network():
+    """Its weights are drawn in single precision on the CPU; all of it is of that type, on the default device."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            tensors = VGG19Features(["conv1_2"], weights="random").state_dict().values()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(x.dtype, x.device.type) for x in tensors} == {(torch.float32, "meta")}
+
+
 def test_unknown_criterion_is_refused():
     with pytest.raises(ValueError, match="criterion must be 'l2', 'l1' or 'fro', got 'huber'"):
         VGGGramLoss(weights="random", criterion="huber")

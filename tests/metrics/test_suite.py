@@ -258,3 +258,12 @@ def test_batches_and_sizes_change_nothing(name, gt, noisy):
     alone = torch.cat([suite(noisy[1][i : i + 1], gt[i : i + 1])[name] for i in range(len(gt))])
     assert torch.equal(together, alone)
     assert suite(noisy[1][:1, :, :150, :91], gt[:1, :, :150, :91])[name].isfinite().all()
+
+
+@pytest.mark.parametrize("sr, gt, name", [(np.uint8, np.float32, "sr"), (np.float32, np.uint8, "gt")])
+def test_images_in_8_bits_are_refused(sr, gt, name):
+    """Clamped to [0, 1] they would be measured, as black and white."""
+    images = [torch.from_numpy(np.zeros((1, 3, 32, 32), dtype)) for dtype in (sr, gt)]
+    for measure in (Suite(get_preset("basic")), psnr, ssim):
+        with pytest.raises(TypeError, match=f"{name} must be floating point .* got torch.uint8; divide 8-bit"):
+            measure(*images)

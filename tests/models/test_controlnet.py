@@ -65,6 +65,12 @@ def test_condition_rejects(model, lr, change, error, message):
         model.condition(change(lr), PROMPTS)
 
 
+def test_one_text_is_no_list_of_prompts(model, lr):
+    """It has a length, too, and may be as long as the batch."""
+    with pytest.raises(TypeError, match="negative_prompts must be a list of one prompt per image .* the text 'no'"):
+        model.condition(lr, PROMPTS, "no")
+
+
 def test_condition_rejects_odd_sizes(make_model):
     model = make_model(scale=2)
     with pytest.raises(ValueError, match="lr must be a multiple of 2 pixels high and wide, got 8x5"):

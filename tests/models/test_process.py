@@ -439,6 +439,7 @@ def test_what_can_serve_is_not_refused(name):
     assert tiny_parts(scheduler=SCHEDULERS[name]())["scheduler"].config is not None
 
 
-def test_process_refuses_no_steps():
-    with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
-        Process(SCHEDULERS["DDIM"](), 0)
+@pytest.mark.parametrize("steps", [0, 2.5])
+def test_process_refuses_what_is_no_number_of_steps(steps):
+    with pytest.raises(ValueError, match=f"num_inference_steps must be a whole number of at least 1, got {steps}"):
+        Process(SCHEDULERS["DDIM"](), steps)

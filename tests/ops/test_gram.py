@@ -212,6 +212,9 @@ def test_layers_and_weights(device):
     torch.testing.assert_close(gram_loss(f, target_gram=[gram_matrix(x) for x in t], weights=[0.1, 2.0]), loss)
     loss.backward()
     assert all(x.grad.abs().sum() > 0 for x in f)
+    learned = torch.ones(2, device=device, requires_grad=True)  # 1 as a tensor is no reason to leave the factor out
+    gram_loss(f, t, weights=learned).backward()
+    torch.testing.assert_close(learned.grad, torch.stack([gram_loss(x, y) for x, y in zip(f, t, strict=True)]))
 
 
 def test_nan_in_is_nan_out(device):

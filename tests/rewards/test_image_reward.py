@@ -152,7 +152,7 @@ def test_prompts_are_tokenized_once(original):
     first = reward.score(images, ["cat", "grass", "cat"])
     torch.testing.assert_close(reward.score(images, ["cat", "grass", "cat"]), first)
     assert sorted(seen) == ["cat", "grass"]
-    with pytest.raises(ValueError, match="prompts must be one per image, 3, got 1"):
+    with pytest.raises(ValueError, match="prompts must be a list of one per image, 3, got 1"):
         reward.score(images, ["cat"])
 
 

@@ -95,6 +95,23 @@ def test_prompts_change_the_preference_alone():
     assert iqa.score(images, ["cat"]) == iqa.score(images, ["rocket"])
 
 
+@pytest.mark.parametrize("name", ["mini-iqa", "mini-preference"])
+def test_weights_are_in_single_precision_whatever_torchs_default(name):
+    torch.set_default_dtype(torch.float64)
+    try:
+        reward = create_reward(name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for x in reward.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("prompts, given", [("cat", "the text 'cat'"), (["cat"], "1"), ([], "0")])
+def test_every_image_has_its_prompt(prompts, given):
+    """A text is no list of letters, and one prompt is not that of all images."""
+    with pytest.raises(ValueError, match=f"prompts must be a list of one per image, 3, got {given}"):
+        MiniPreference(tiny_tokenizer())(torch.rand(3, 3, 32, 32), prompts)
+
+
 def test_scores_of_a_batch_are_those_of_its_images():
     torch.manual_seed(0)
     images, prompts = torch.rand(3, 3, 32, 32), ["cat", "a much longer prompt than the others", ""]

@@ -200,6 +200,7 @@ def test_progress_counts_steps(model, capsys):
         (torch.rand(3, 4, 4), {"color_fix": "hsv"}, ValueError, "color_fix must be one of .* got 'hsv'"),
         (torch.rand(3, 4, 4), {"tile": 32, "overlap": 32}, ValueError, "overlap must be .* smaller than tile"),
         (torch.rand(3, 4, 4), {"overlap": -8}, ValueError, "overlap must be at least 0 .* got overlap -8"),
+        (torch.rand(3, 4, 4), {"prompt": ["cat"]}, TypeError, r"prompt must be one text, got \['cat'\]"),
         (torch.rand(3, 4, 4), {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
     ],
 )

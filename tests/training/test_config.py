@@ -262,6 +262,41 @@ def test_files_as_windows_writes_them(tmp_path, encoding):
     assert (config.negative_prompt, config.seed) == ("größer", 3)
 
 
+def test_paths_are_taken_as_text():
+    config = RFSRConfig(
+        output_dir=Path("runs/x"), data=[Path("a"), {"path": Path("b")}], model_options={"w": Path("c")}
+    )
+    assert config.to_dict() == RFSRConfig(
+        output_dir="runs/x", data=["a", {"path": "b"}], model_options={"w": "c"}
+    ).to_dict()  # fmt: skip
+    assert json.loads(json.dumps(config.to_dict()))["data"] == ["a", {"path": "b"}]
+    assert RFSRConfig.load("mini", {"output_dir": Path("runs/x")}).output_dir == "runs/x"
+
+
+def test_dates_are_text_and_the_home_folder_is_written_out(tmp_path, monkeypatch):
+    """As no shell does it in a file, nor behind an equals sign."""
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "run.yaml"
+    file.write_text("model: 2026-11-30\noutput_dir: ~/runs\ndata: [~/a b, {path: ~/b}, '~/c', a~/d]\nmax_seconds: ~\n")
+    config = RFSRConfig.load(file)
+    assert (config.model, config.output_dir, config.max_seconds) == ("2026-11-30", "/home/me/runs", None)
+    assert config.data == ["/home/me/a b", {"path": "/home/me/b"}, "~/c", "a~/d"]
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    for text, key, lines in (
+        ("seed: 1\niterations: 2\n'seed': 3\n", "seed", "1 and 3"),
+        ("data:\n  path: a\n  path: b\n", "path", "2 and 3"),
+    ):
+        file.write_text(text)
+        sentence = f"run.yaml is not valid YAML: key '{key}' stands twice, in lines {lines}; keep one"
+        with pytest.raises(ValueError, match=sentence):
+            RFSRConfig.load(file)
+    file.write_text("rewards: {mini-iqa: &one {weight: 1, cap: 2}, mini-preference: {<<: *one, cap: 3}}\n")
+    assert RFSRConfig.load(file).rewards["mini-preference"] == {"weight": 1.0, "cap": 3.0}
+
+
 def test_windows_in_each_unit():
     steps = RFSRConfig(num_inference_steps=20, structure_window=[1, 8.0], reward_window=(18, 20))
     assert json.dumps(steps.to_dict()["structure_window"]) == "[1, 8]"  # steps stay whole numbers
@@ -295,7 +330,7 @@ def test_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a file nor one of the presets mini, paper"):
         RFSRConfig.load(tmp_path / "absent.yaml")
     broken = tmp_path / "broken.yaml"
-    for text in (b"a: [1, 2", b"\xff\xfe\xfa", b"seed: \0", b"model: 2024-13-45", b"seed: " + b"9" * 5000):
+    for text in (b"a: [1, 2", b"\xff\xfe\xfa", b"seed: \0", b"seed: " + b"9" * 5000):
         broken.write_bytes(text)
         with pytest.raises(ValueError, match="^[^\n]*is not valid YAML: [^\n]*$"):
             RFSRConfig.load(broken)

@@ -55,6 +55,15 @@ def test_two_players_learn_with_an_optimizer_each(tmp_path):
     assert torch.equal(exported["0.weight"], tensors["generator.ema.net.0.weight"])
 
 
+def test_gradients_that_were_turned_off(tmp_path):
+    with torch.no_grad():
+        history = train(tmp_path / "off", iterations=1)
+        assert history["generator/grad_norm"].item() > 0 and not torch.is_grad_enabled()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="nothing can be trained under torch.inference_mode"):
+        train(tmp_path / "inference", iterations=1)
+    assert not (tmp_path / "inference").exists()
+
+
 def test_a_turn_moves_its_own_player_only(tmp_path):
     class Frozen(ToyGAN):
         def learning_rate_factor(self, player, iteration):
