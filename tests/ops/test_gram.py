@@ -116,6 +116,12 @@ def test_long_sums_keep_six_digits(device):
     torch.testing.assert_close(gram_loss(f, t).double(), exact_loss(f, t), rtol=1e-6, atol=0)
 
 
+@pytest.mark.cuda
+def test_a_plane_of_more_ranges_than_a_grid_has_rows():
+    x = torch.ones(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16).expand(1, 1, 2**15, 2**14 + 1)
+    torch.testing.assert_close(gram_matrix(x), torch.ones(1, 1, 1, device="cuda"), rtol=1e-6, atol=0)
+
+
 def test_close_features_keep_their_difference(device):
     t = torch.rand(1, 32, 64, 64, device=device)
     f = t + 1e-3 * torch.randn_like(t)
