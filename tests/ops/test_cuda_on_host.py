@@ -1,8 +1,9 @@
 """The CUDA kernels, run on the host: their indices, edges and sums are tested where there is no GPU too.
 
-The sources are compiled as C++ with another launch.cuh, which runs a block's threads as fibers, and another
-instructions.cuh, which copies as late as it may and multiplies from the registers PTX names. They are registered for
-the CPU in a copy of the package. A copy of the ordinary operator tests then runs against it.
+The sources are compiled as C++ with another launch.cuh, which runs a block's threads as fibers in changing order, and
+another instructions.cuh, which copies as early or as late as it may and multiplies from the registers PTX names. What a
+GPU stops at, such as 16 bytes that are not aligned, stops here too. They are registered for the CPU in a copy of the
+package. A copy of the ordinary operator tests then runs against it.
 """
 
 import os
@@ -62,6 +63,8 @@ def test_cuda_kernels_pass_the_operator_tests_on_the_host(tmp_path):
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-Wno-unknown-pragmas",
         "-U_FORTIFY_SOURCE",  # which takes a jump to another fiber for a mistake
+        "-fsanitize=undefined",  # alignment above all, which a CPU does not ask for
+        "-fno-sanitize-recover=undefined",
     ]
     library = package / "ops/_C_cpu.so"
     command = ["g++", *flags, f"-I{root / 'include'}", "-x", "c++", *kernels, "-x", "none"]

@@ -15,6 +15,7 @@ from rfsr_ext.ops import build_info, gram_loss, gram_matrix, reference
 SHAPES = [(1, 1, 1), (3, 5, 7), (16, 8, 8), (17, 4, 65), (20, 1, 300), (64, 17, 31), (70, 9, 1), (65, 33, 40)]
 SHAPES += [(40, 65, 80)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = st.sampled_from(["contiguous", "channels_last", "sliced", "offset", "expanded", "transposed"])
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-6, torch.float64: 1e-13}
 
 
@@ -60,7 +61,7 @@ def test_values_match_fp64(shape, dtype, device):
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 35), st.integers(1, 19), st.integers(1, 19)),
     dtype=st.sampled_from(DTYPES),
-    names=st.tuples(*[st.sampled_from(["contiguous", "channels_last", "sliced", "expanded", "transposed"])] * 2),
+    names=st.tuples(LAYOUTS, LAYOUTS),
     criterion=st.sampled_from(CRITERIA),
     layer_norm=st.booleans(),
     cached=st.booleans(),
