@@ -13,7 +13,7 @@ from rfsr_ext.ops import build_info, gram_loss, gram_matrix, reference
 
 # (C, H, W): beside, at and across the 32-channel panels, the 64-channel tiles, the 128-pixel sums and the slices
 SHAPES = [(1, 1, 1), (3, 5, 7), (16, 8, 8), (17, 4, 65), (20, 1, 300), (64, 17, 31), (70, 9, 1), (65, 33, 40)]
-SHAPES += [(40, 65, 80)]
+SHAPES += [(40, 65, 80), (1, 65, 66)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = st.sampled_from(["contiguous", "channels_last", "sliced", "offset", "expanded", "transposed"])
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-6, torch.float64: 1e-13}
