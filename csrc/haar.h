@@ -29,9 +29,11 @@ inline Kept layout_of(const Tensor& kept, int64_t channels, int64_t height, int6
 }
 
 // The gradient of the loss: a scalar, or one number per sample.
-inline void check_loss_grad(const Tensor& grad, int64_t reduction, int64_t samples, ScalarType image) {
-  const bool shaped = reduction == kNone ? grad.dim() == 1 && grad.size(0) == samples : grad.dim() == 0;
-  STD_TORCH_CHECK(shaped && grad.scalar_type() == acc_dtype(image), "grad must have the shape and dtype of the loss");
+inline void check_loss_grad(const Tensor& grad, const Tensor& kept, int64_t reduction, ScalarType image) {
+  const bool shaped = reduction == kNone ? grad.dim() == 1 && grad.size(0) == kept.size(0) : grad.dim() == 0;
+  STD_TORCH_CHECK(shaped && grad.scalar_type() == acc_dtype(image) &&
+                      grad.get_device_index() == kept.get_device_index(),
+                  "grad must have the shape and dtype of the loss, and the device of kept");
 }
 
 }  // namespace rfsr

@@ -47,13 +47,14 @@ void dispatch(ScalarType dtype, const char* name, Body&& body) {
 
 inline Strided4 view4(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got ", x.dim());
+  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, name, " must have C, H and W of at least 1");
   return {x.size(0), x.size(1), x.size(2), x.size(3), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 inline void check_alike(const Tensor& a, const Tensor& b, const char* name) {
-  bool same = a.scalar_type() == b.scalar_type() && a.dim() == b.dim();
+  bool same = a.scalar_type() == b.scalar_type() && a.get_device_index() == b.get_device_index() && a.dim() == b.dim();
   for (i64 d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
-  STD_TORCH_CHECK(same, name, " must have the shape and dtype of the tensor it is compared with");
+  STD_TORCH_CHECK(same, name, " must have the shape, dtype and device of the tensor it is compared with");
 }
 
 template <class T>

@@ -110,7 +110,7 @@ Tensor haar_ll_l1_backward(const Tensor& grad, const Tensor& kept, int64_t mode,
                            int64_t mask) {
   const HaarEdge edge = edge_of(mode);
   const Kept layout = layout_of(kept, channels, height, width, mask);
-  check_loss_grad(grad, reduction, kept.size(0), dtype);
+  check_loss_grad(grad, kept, reduction, dtype);
   Tensor out = torch::stable::new_empty(kept, {kept.size(0), channels, height, width}, dtype);
   dispatch(dtype, "dtype", [&](auto t) {
     using T = decltype(t);

@@ -38,7 +38,8 @@ namespace {
 constexpr int kRow = 64;         // bytes of a row of a panel: four lanes, 16 each
 constexpr int kRing = 8;         // panels in shared memory
 constexpr i64 kMinRange = 256;   // pixels a block takes at least ...
-constexpr i64 kMaxRange = 8192;  // ... and at most, so that sums stay short
+constexpr i64 kMaxRange = 8192;  // ... and at most, so that sums stay short;
+constexpr i64 kMaxRanges = 65535;  // but a grid has no more rows than this, one for each range
 template <class S>
 constexpr int kDepth = kRow / sizeof(S);  // pixels of a panel
 
@@ -423,7 +424,8 @@ void gram_launch(const Tensor& features, const Strided4& vx, const Tensor* targe
     const i64 side = ceil_div(vx.c, tile), tiles = side * (side + 1) / 2, pixels = vx.pixels();
     // By shape alone, for GPUs of some 100 to 200 multiprocessors, each with room for one large or a few small tiles.
     const i64 blocks = ceil_div(16384 / tile, max(1, tiles * vx.n));
-    const i64 wanted = max(min(blocks, ceil_div(pixels, kMinRange)), ceil_div(pixels, kMaxRange));
+    const i64 short_enough = max(min(blocks, ceil_div(pixels, kMinRange)), ceil_div(pixels, kMaxRange));
+    const i64 wanted = min(short_enough, kMaxRanges);
     const i64 range = ceil_div(ceil_div(pixels, wanted), kRow) * kRow, ranges = ceil_div(pixels, range);
     const int share = sharing(ranges);
     const auto finishing = static_cast<unsigned>(tiles * tile * tile * share / kThreads);

@@ -327,8 +327,7 @@ Tensor haar_ll_l1_backward(const Tensor& grad, const Tensor& kept, int64_t mode,
   const HaarEdge edge = edge_of(mode);
   const Kept layout = layout_of(kept, channels, height, width, mask);
   const i64 samples = kept.size(0);
-  check_loss_grad(grad, reduction, samples, dtype);
-  STD_TORCH_CHECK(on_gpu(grad), "grad must be on the GPU as kept is");
+  check_loss_grad(grad, kept, reduction, dtype);
   Tensor out = torch::stable::new_empty(kept, {samples, channels, height, width}, dtype);
   if (out.numel() == 0) return out;
   const OnDevice stream(kept);

@@ -40,8 +40,6 @@ class OnDevice {
   cudaStream_t stream_ = nullptr;
 };
 
-inline bool on_gpu(const Tensor& x) { return x.is_cuda(); }
-
 // The dynamic shared memory of a block.
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];

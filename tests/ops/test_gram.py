@@ -13,8 +13,9 @@ from rfsr_ext.ops import build_info, gram_loss, gram_matrix, reference
 
 # (C, H, W): beside, at and across the 32-channel panels, the 64-channel tiles, the 128-pixel sums and the slices
 SHAPES = [(1, 1, 1), (3, 5, 7), (16, 8, 8), (17, 4, 65), (20, 1, 300), (64, 17, 31), (70, 9, 1), (65, 33, 40)]
-SHAPES += [(40, 65, 80)]
+SHAPES += [(40, 65, 80), (1, 65, 66)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = st.sampled_from(["contiguous", "channels_last", "sliced", "offset", "expanded", "transposed"])
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-6, torch.float64: 1e-13}
 
 
@@ -60,7 +61,7 @@ def test_values_match_fp64(shape, dtype, device):
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 35), st.integers(1, 19), st.integers(1, 19)),
     dtype=st.sampled_from(DTYPES),
-    names=st.tuples(*[st.sampled_from(["contiguous", "channels_last", "sliced", "expanded", "transposed"])] * 2),
+    names=st.tuples(LAYOUTS, LAYOUTS),
     criterion=st.sampled_from(CRITERIA),
     layer_norm=st.booleans(),
     cached=st.booleans(),
@@ -114,6 +115,12 @@ def test_fp32_products_keep_what_one_rounding_keeps(device):
 def test_long_sums_keep_six_digits(device):
     f, t = torch.rand(2, 1, 24, 300, 301, device=device)
     torch.testing.assert_close(gram_loss(f, t).double(), exact_loss(f, t), rtol=1e-6, atol=0)
+
+
+@pytest.mark.cuda
+def test_a_plane_of_more_ranges_than_a_grid_has_rows():
+    x = torch.ones(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16).expand(1, 1, 2**15, 2**14 + 1)
+    torch.testing.assert_close(gram_matrix(x), torch.ones(1, 1, 1, device="cuda"), rtol=1e-6, atol=0)
 
 
 def test_close_features_keep_their_difference(device):

@@ -16,6 +16,7 @@ SIZES = [(8, 8), (7, 8), (8, 7), (7, 9), (1, 6), (6, 1), (1, 1), (2, 3), (33, 65
 WIDE = [(3, 1023), (2, 1025), (3, 2050)]  # beyond one tile of a CPU row, and beyond two
 WIDTHS = st.integers(1, 19) | st.integers(32, 71)  # without and with a whole register of a CPU that has wide ones
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = st.sampled_from(["contiguous", "channels_last", "sliced", "offset", "expanded", "transposed"])
 HALF_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6, torch.float64: 1e-14}
 
 
@@ -61,7 +62,7 @@ def test_large_loss_keeps_six_digits(device):
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 19), WIDTHS),
     dtype=st.sampled_from(DTYPES),
-    names=st.tuples(*[st.sampled_from(["contiguous", "channels_last", "sliced", "expanded", "transposed"])] * 2),
+    names=st.tuples(LAYOUTS, LAYOUTS),
 )
 def test_any_shape_dtype_and_layout(shape, dtype, names, layouts, device):
     base = torch.arange(2 * np.prod(shape), dtype=torch.float64, device=device).mul(0.7).sin()
@@ -92,7 +93,7 @@ OPTIONS = {
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 19), WIDTHS),
     dtype=st.sampled_from(DTYPES),
-    names=st.tuples(*[st.sampled_from(["contiguous", "channels_last", "sliced", "expanded", "transposed"])] * 2),
+    names=st.tuples(LAYOUTS, LAYOUTS),
     weighted=st.booleans(),
     options=st.fixed_dictionaries(OPTIONS),
 )

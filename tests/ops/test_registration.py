@@ -44,6 +44,39 @@ def test_opcheck(size, device):
     opcheck(OPS.gram_backward, (s, x, torch.randn(2, 3, device=device, requires_grad=True)))
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 2, 2), (1, 2, 0, 2), (0, 2, 2, 0)], ids=str)
+def test_a_direct_call_refuses_images_without_channels_or_pixels(shape, device):
+    """The functions check that before; a kernel would divide by zero, which ends the process."""
+    if build_info()["devices"][device]["backend"] != "native":
+        pytest.skip("only compiled kernels count tiles")
+    x, s = torch.empty(shape, device=device), torch.empty(*shape[:2], shape[1], device=device)
+    for call in (
+        lambda: OPS.gram_moments(x, None),
+        lambda: OPS.gram_distance(x, x, 0),
+        lambda: OPS.gram_backward(s, x, None),
+        lambda: OPS.haar_ll(x, 0, torch.float32),
+        lambda: OPS.haar_ll_l1(x, x, 0, 0.0, 0.0, 0, True, True),
+    ):
+        with pytest.raises(RuntimeError, match="must have C, H and W of at least 1"):
+            call()
+
+
+@pytest.mark.cuda
+def test_a_direct_call_refuses_tensors_of_two_devices():
+    if build_info()["devices"]["cuda"]["backend"] != "native":
+        pytest.skip("PyTorch refuses them itself")
+    x, options = torch.zeros(1, 3, 4, 4), (0, 0.0, 0.0, 0)
+    loss, kept = OPS.haar_ll_l1(x, x, *options, True, True)
+    for call in (
+        lambda: OPS.gram_distance(x.cuda(), x, 0),
+        lambda: OPS.haar_ll_l1(x, x.cuda(), *options, True, True),
+        lambda: OPS.haar_ll_l1_backward(loss.cuda(), kept, *options, 3, 4, 4, torch.float32, -1),
+        lambda: OPS.haar_ll_l1_backward(loss, kept.cuda(), *options, 3, 4, 4, torch.float32, -1),
+    ):
+        with pytest.raises(RuntimeError, match="device"):
+            call()
+
+
 # ------------------------------------------------------------------------------------ torch.compile
 
 

@@ -1,6 +1,7 @@
-// Stands in for csrc/cuda/instructions.cuh: copies that wait as long as they may, and products of a warp, on the host.
+// Stands in for csrc/cuda/instructions.cuh: copies that come early or late, and products of a warp, on the host.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "launch.cuh"
@@ -11,23 +12,25 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 // ------------------------------------------------------------------------------------------ copies
-// Nothing is copied before wait_copies() says that it must have been: whoever reads too early finds NaN, or what was
-// there before.
+// Nothing has to be copied before wait_copies() says so: whoever reads too early finds NaN, or what was there before.
+// Some copies come at once: whoever still reads what was there before finds them.
 
+inline void make(const Copy& copy) {
+  std::memset(copy.to, 0, 16);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
 inline void copy_async(void* shared, const void* global, int bytes) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   check(aligned(shared) && (bytes == 0 || aligned(global)) && 0 <= bytes && bytes <= 16, "an unaligned copy");
   running->copies.push_back({shared, global, bytes, running->groups});
+  if (toss()) make(running->copies.back());
 }
 inline void commit_copies() { ++running->groups; }
 template <int Pending>
 void wait_copies() {
   auto& copies = running->copies;
   size_t done = 0;
-  for (; done < copies.size() && copies[done].group < running->groups - Pending; ++done) {
-    std::memset(copies[done].to, 0, 16);
-    std::memcpy(copies[done].to, copies[done].from, copies[done].bytes);
-  }
+  for (; done < copies.size() && copies[done].group < running->groups - Pending; ++done) make(copies[done]);
   copies.erase(copies.begin(), copies.begin() + done);
 }
 
@@ -42,10 +45,21 @@ float half_of(uint32_t pair, int high) {
   return static_cast<float>(number);
 }
 
-// The products are exact here too. The sum is cut off (rounded toward zero), as tensor cores were found to do.
+// The products are exact here too. As tensor cores were found to, this lines up what it adds at the largest of it and
+// cuts off what lies below: here below the last bit that the largest has in fp32, the least precision that PTX allows.
 inline float cut_off(double sum) {
   const auto rounded = static_cast<float>(sum);
   return std::fabs(rounded) > std::fabs(sum) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+template <int Count>
+float add_cut_off(const double (&terms)[Count]) {
+  double sum = 0, largest = 0;
+  for (double term : terms) sum += term, largest = std::max(largest, std::fabs(term));
+  if (largest == 0 || !std::isfinite(sum)) return static_cast<float>(sum);
+  const double last_bit = std::ldexp(1.0, std::ilogb(largest) - 23);
+  int64_t cut = 0;
+  for (double term : terms) cut += static_cast<int64_t>(term / last_bit);
+  return cut_off(static_cast<double>(cut) * last_bit);
 }
 
 template <class Number>
@@ -71,15 +85,13 @@ void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, ui
       b[row][group] = half_of<Number>(share.b[i / 2], i % 2);
     }
   }
-  for (int i = 0; i < 16; ++i) {
-    double sums[8] = {};
-    for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 8; ++j) sums[j] += double(a[i][k]) * b[k][j];
+  for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 8; ++j) {
       float& total = shares[i % 8 * 4 + j / 2].sum[i / 8 * 2 + j % 2];
-      total = cut_off(total + sums[j]);
+      double terms[17] = {total};
+      for (int k = 0; k < 16; ++k) terms[k + 1] = double(a[i][k]) * b[k][j];
+      total = add_cut_off(terms);
     }
-  }
 }
 
 inline void mma(double& sum0, double& sum1, double a, double b) {

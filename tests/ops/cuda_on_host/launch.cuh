@@ -1,8 +1,10 @@
 // Stands in for csrc/cuda/launch.cuh: runs the CUDA kernels on the host.
 //
 // A block is a set of fibers on one thread. Each runs until it has to wait for others: at __syncthreads() for those
-// of its block, at a product of a warp for those of its warp. Then the next has its turn. That is slow and says
-// nothing about speed, but every index, edge and sum of the kernels is computed by the lines a GPU would run.
+// of its block, at a product of a warp for those of its warp. Then the next has its turn, in an order that changes.
+// That is slow and says nothing about speed, but every index, edge and sum of the kernels is computed by the lines a
+// GPU would run. What a GPU would stop at stops here: a grid that is too large, shared memory that was not asked for,
+// a barrier that some threads miss.
 #pragma once
 
 #include <csetjmp>
@@ -13,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include "../tensors.h"
@@ -37,12 +40,20 @@ struct OnDevice {
   explicit OnDevice(const Tensor&) {}
   operator cudaStream_t() const { return nullptr; }
 };
-inline bool on_gpu(const Tensor&) { return true; }
 
 inline void check(bool fine, const char* mistake) {
   if (fine) return;
   std::fprintf(stderr, "%s in block %u, %u\n", mistake, blockIdx.x, blockIdx.y);
   std::abort();
+}
+
+// Heads or tails, the same ones in every run. Which threads come first, and which copies are early, is left to it: who
+// takes a number that another thread has not written yet, or writes over one that another still needs, is found out in
+// one of the orders.
+inline bool toss() {
+  static uint32_t state = 1;
+  state ^= state << 13, state ^= state >> 17, state ^= state << 5;
+  return state & 1;
 }
 
 // ---------------------------------------------------------------------------------------- fibers
@@ -115,16 +126,26 @@ inline bool last_of_warp() {
 inline void run_warp(int first) {
   for (bool again = true; again;) {
     again = false;
-    for (int t = first; t < first + 32; ++t)
-      if (fibers[t]->state == State::kReady) go_on(*fibers[t]), again = true;
+    const int turn = toss() ? 31 : 0;
+    for (int lane = 0; lane < 32; ++lane)
+      if (Fiber& fiber = *fibers[first + (lane ^ turn)]; fiber.state == State::kReady) go_on(fiber), again = true;
   }
   check(arrived == 0, "a product that some lanes of the warp miss");
 }
 
 // ---------------------------------------------------------------------------------------- launch
 
-alignas(16) inline unsigned char dynamic_memory[96 * 1024];
-inline unsigned char* shared_memory() { return dynamic_memory; }
+// What a block asks for of the dynamic shared memory lies at its end, and beyond that is none.
+constexpr size_t kSharedMemory = 96 * 1024, kPage = 65536;
+inline unsigned char* const shared_end = [] {
+  void* memory = mmap(nullptr, kSharedMemory + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  check(memory != MAP_FAILED, "no memory");
+  unsigned char* end = static_cast<unsigned char*>(memory) + kSharedMemory;
+  mprotect(end, kPage, PROT_NONE);
+  return end;
+}();
+inline size_t shared_bytes;
+inline unsigned char* shared_memory() { return shared_end - shared_bytes; }
 
 template <class Kernel, class... Args>
 void launch(const char*, Kernel kernel, Grid grid, cudaStream_t, Args... args) {
@@ -132,17 +153,21 @@ void launch(const char*, Kernel kernel, Grid grid, cudaStream_t, Args... args) {
   gridDim = grid.blocks;
   blockDim = dim3(grid.threads);
   const int threads = static_cast<int>(grid.threads);
-  check(grid.shared <= sizeof dynamic_memory, "more shared memory than every GPU has");
+  check(0 < gridDim.x && gridDim.x < 1u << 31 && 0 < gridDim.y && gridDim.y < 1u << 16 && threads <= 1024,
+        "a grid that no GPU runs,");
+  check(grid.shared <= kSharedMemory && grid.shared % 16 == 0, "more shared memory than every GPU has, or an odd end");
+  shared_bytes = grid.shared;
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>(fibers.size()));
-  for (unsigned block = 0; block < gridDim.x * gridDim.y; ++block) {
+  const unsigned blocks = gridDim.x * gridDim.y;
+  for (unsigned b = 0, last = toss() ? blocks - 1 : 0; b < blocks; ++b) {
+    const unsigned block = last ? last - b : b;
     blockIdx = dim3(block % gridDim.x, block / gridDim.x);
-    std::memset(dynamic_memory, 0xff, grid.shared);  // NaN
-    bool unfinished = true;
-    while (unfinished) {
-      unfinished = false;
+    std::memset(shared_memory(), 0xff, shared_bytes);  // NaN
+    for (int done = 0; done < threads;) {
+      check(done == 0, "a barrier that some threads of the block miss");
       for (int t = 0; t < threads; ++t) fibers[t]->state = State::kReady;
-      for (int t = 0; t < threads; t += 32) run_warp(t);
-      for (int t = 0; t < threads; ++t) unfinished |= fibers[t]->state != State::kDone;
+      for (int w = 0, end = toss() ? threads - 32 : 0; w < threads; w += 32) run_warp(end ? end - w : w);
+      for (int t = 0; t < threads; ++t) done += fibers[t]->state == State::kDone;
     }
   }
 }
