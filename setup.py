@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 import toolchain  # noqa: E402
 
 TARGET = "0x020b000000000000"  # torch 2.11, the oldest the libraries load on
-ARCHS = "8.0;9.0+PTX"
+ARCHS, OLDEST = "8.0;9.0+PTX", (8, 0)
 RETRY = "then repeat 'pip install -e .'"
 
 
@@ -72,6 +72,11 @@ def cuda_extension(torch_root: Path, torch_cuda: str | None) -> Extension | dict
         found = ", ".join(f"{t.version} in {t.home}" for t in toolkits)
         why = f"only CUDA {found} was found and torch uses CUDA {torch_cuda}" if found else "nvcc was not found"
         return note(why, f"pip install 'cuda-toolkit[nvcc,cudart,cccl]=={torch_cuda}.*' or set CUDA_HOME, {RETRY}")
+    gpus = [] if "TORCH_CUDA_ARCH_LIST" in os.environ else toolchain.gpu_capabilities()
+    if gpus and max(gpus) < OLDEST:
+        capability = ".".join(map(str, max(gpus)))
+        why = f"the GPU here has compute capability {capability} and the kernels need 8.0 (A100, RTX 30) or newer"
+        return note(why, f"set TORCH_CUDA_ARCH_LIST to build for the GPU of another machine, {RETRY}")
     toolkit = fitting[0]
     # cpp_extension reads both when it is imported or when it compiles, so they are set before either.
     os.environ["CUDA_HOME"] = str(toolkit.home)

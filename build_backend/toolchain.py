@@ -137,3 +137,13 @@ def _home_by_dryrun(nvcc: str) -> Path | None:
         return None
     match = re.search(r"^#\$ TOP=(.+)$", run.stderr, re.MULTILINE)
     return Path(match.group(1).strip()) if match else None
+
+
+def gpu_capabilities() -> list[tuple[int, ...]]:
+    """Compute capabilities of the GPUs here, such as ``(7, 5)``, as the driver lists them; empty without one."""
+    command = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [version for line in output.splitlines() if (version := version_tuple(line.strip()))]

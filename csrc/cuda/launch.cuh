@@ -53,7 +53,8 @@ void launch(const char* name, Kernel kernel, Grid grid, cudaStream_t stream, Arg
   kernel<<<grid.blocks, grid.threads, grid.shared, stream>>>(args...);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, name, " did not launch: ", cudaGetErrorString(error),
-                  " (if no kernel image is available, set TORCH_CUDA_ARCH_LIST to this GPU's and install again)");
+                  " (if no kernel image is available: for compute capability 8.0 and newer set TORCH_CUDA_ARCH_LIST to"
+                  " this GPU's and install again, for an older GPU set RFSR_BACKEND=reference)");
 }
 
 }  // namespace rfsr

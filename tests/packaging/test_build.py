@@ -206,28 +206,51 @@ def test_light_rows_of_the_install_matrix(row):
         pytest.skip(run.stdout.partition("skipped: ")[2].strip())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA to build for")
-def test_a_toolkit_of_another_cuda_is_named_and_left_alone(sources, tmp_path):
-    make_toolkit(tmp_path / "old", "7.5")
+def planned_cuda(tree, change="", **changes):
+    """What `cuda_extension` says of torch with CUDA 13.2, with the toolchain changed by a line of Python."""
     script = (
         "import pathlib, runpy, sys, setuptools\n"
         "sys.argv, setuptools.setup = ['setup.py', 'egg_info'], lambda **_: None  # only the functions\n"
         "names = runpy.run_path('setup.py')\n"
-        "toolchain = names['toolchain']\n"
-        "found = [t for t in toolchain.cuda_toolkits() if t.version == '7.5']\n"
-        "toolchain.cuda_toolkits = lambda: found\n"
-        "print(names['cuda_extension'](pathlib.Path('.'), '13.2')['why'])"
+        f"toolchain = names['toolchain']\n{change}\n"
+        "found = names['cuda_extension'](pathlib.Path('.'), '13.2')\n"
+        "print(found['why'] if isinstance(found, dict) else 'it is built')"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=sources,
-        capture_output=True,
-        text=True,
-        env=environment(CUDA_HOME=str(tmp_path / "old"), RFSR_CUDA=None),
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment(RFSR_CUDA=None, **changes))
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_toolkit_of_another_cuda_is_named_and_left_alone(sources, tmp_path):
+    make_toolkit(tmp_path / "old", "7.5")
+    found = (
+        "found = [t for t in toolchain.cuda_toolkits() if t.version == '7.5']; toolchain.cuda_toolkits = lambda: found"
     )
-    wanted = f"only CUDA 7.5 in {tmp_path / 'old'} was found and torch uses CUDA 13.2"
-    assert run.stdout.splitlines()[-1:] == [wanted], run.stderr
+    why = planned_cuda(sources, found, CUDA_HOME=str(tmp_path / "old"))
+    assert why == f"only CUDA 7.5 in {tmp_path / 'old'} was found and torch uses CUDA 13.2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpus", "archs", "why"),
+    [
+        ("7.5", None, "the GPU here has compute capability 7.5 and the kernels need 8.0 (A100, RTX 30) or newer"),
+        ("7.5", "8.0", "it is built"),
+        ("7.5\n8.6", None, "it is built"),
+        ("10.0", None, "it is built"),
+        ("No devices were found", None, "it is built"),
+    ],
+)
+def test_for_gpus_that_are_all_too_old_nothing_is_built(sources, tmp_path, gpus, archs, why):
+    make_toolkit(tmp_path / "cuda", "13.2")
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin/nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{gpus}\nEND\n")
+    smi.chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    assert why == planned_cuda(sources, CUDA_HOME=str(tmp_path / "cuda"), PATH=path, TORCH_CUDA_ARCH_LIST=archs)
 
 
 @pytest.mark.slow
