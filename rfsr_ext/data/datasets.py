@@ -283,6 +283,10 @@ class ImageFolder(Dataset):
         for k, entry in enumerate(self.entries):
             self._broken[k] = entry.gt in self._unusable
 
+    def fingerprint(self) -> str:
+        """Changes with the pictures' names and number, on which every sample depends."""
+        return hashlib.sha256(os.fsencode("\0".join(entry.gt for entry in self.entries))).hexdigest()
+
     @property
     def skipped(self) -> dict[Path, str]:
         """Files left out so far, with the reason."""

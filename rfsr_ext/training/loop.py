@@ -115,7 +115,8 @@ class Loop:
     Args:
         config: the settings every method shares.
         method: what is trained.
-        dataset: indexable by any non-negative integer.
+        dataset: indexable by any non-negative integer; if it has a ``fingerprint()``, a run that goes on warns where
+            that has changed.
         held_out: measures during training, or None.
         accelerator: by default a new one.
         name: of the progress bar.
@@ -415,6 +416,7 @@ class Loop:
             metadata = {
                 "config": self.config.to_dict(),
                 "fingerprint": self.fingerprint,
+                "data": self._data(),
                 "history": self.history,
                 "seconds": self.seconds,
                 "method": self.method.state_dict(),
@@ -424,6 +426,11 @@ class Loop:
             }
             self.checkpoints.save(self.iteration, tensors, metadata)
         self.accelerator.wait_for_everyone()
+
+    def _data(self) -> str | None:
+        """Tells data that has changed, if it can say so."""
+        fingerprint = getattr(self.dataset, "fingerprint", None)
+        return fingerprint() if fingerprint is not None else None
 
     def _resume(self) -> None:
         found = self.checkpoints.load_newest()
@@ -469,6 +476,8 @@ class Loop:
             raise ValueError(f"checkpoint in {folder!r} is damaged ({error!r}); delete the newest and go on") from error
         self.iteration, self.history, self.seconds = metadata["iteration"], metadata["history"], metadata["seconds"]
         logger.info("going on from iteration %d", self.iteration)
+        if metadata.get("data", self._data()) != self._data() and self.accelerator.is_main_process:
+            logger.warning("data has other pictures than when the run began; the samples from here on are others, too")
 
     # -- held-out measurements ------------------------------------------------------------------------------------
 

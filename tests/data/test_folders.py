@@ -74,6 +74,14 @@ def test_roots_are_drawn_by_weight_and_number(tmp_path, monkeypatch):
         assert abs(drawn[level] - draws * p) < 4 * np.sqrt(draws * p * (1 - p))
 
 
+def test_a_fingerprint_changes_with_the_pictures(tmp_path):
+    save(tmp_path / "a.png", picture(seed=1))
+    before = ImageFolder(str(tmp_path), 8).fingerprint()
+    assert ImageFolder(str(tmp_path), 8, seed=1).fingerprint() == before
+    save(tmp_path / "\udcff.png", picture(seed=2))
+    assert ImageFolder(str(tmp_path), 8).fingerprint() != before
+
+
 def test_every_root_must_yield_something(tmp_path):
     save(tmp_path / "good" / "a.png", picture())
     (tmp_path / "empty").mkdir()

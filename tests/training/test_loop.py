@@ -64,6 +64,25 @@ def test_gradients_that_were_turned_off(tmp_path):
     assert not (tmp_path / "inference").exists()
 
 
+def test_other_data_is_named_when_a_run_goes_on(tmp_path, caplog):
+    class Named(Numbers):
+        pictures = "a.png, b.png"
+
+        def fingerprint(self):
+            return self.pictures
+
+    def go_on(iterations):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            Loop(toy.config(tmp_path, iterations=iterations), ToyGAN(), data).train()
+        return "data has other pictures than when the run began" in caplog.text
+
+    data = Named()
+    assert [go_on(1), go_on(2)] == [False, False]
+    data.pictures = "a.png, b.png, c.png"
+    assert [go_on(3), go_on(4)] == [True, False]
+
+
 def test_a_turn_moves_its_own_player_only(tmp_path):
     class Frozen(ToyGAN):
         def learning_rate_factor(self, player, iteration):
