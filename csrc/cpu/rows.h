@@ -16,7 +16,9 @@
 // One binary, several instruction sets: the loader picks the clone the processor can run. Without this
 // a portable build would stop at SSE2, a quarter of what today's processors add up in one instruction.
 // No clone for AVX-512: the loader would pick it whatever ATEN_CPU_CAPABILITY says, and it was never faster.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// None under ThreadSanitizer: whoever picks a clone would call its functions before the loader has found them.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #if __GNUC__ >= 12
 #define RFSR_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))  // AVX2 and FMA
 #else
