@@ -42,7 +42,10 @@ SETTINGS = {  # all cells are in the page, also those out of sight; no pop-up as
 }
 CLOSE = "[...jupyterapp.shell.widgets('main')].forEach(widget => widget.dispose())"
 KERNEL = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
-FORGET = "import ipywidgets; ipywidgets.Widget.close_all(); get_ipython().run_line_magic('reset', '-f')"
+FORGET = (  # also what a notebook sets for the whole process
+    "import ipywidgets, torch; ipywidgets.Widget.close_all(); torch.set_grad_enabled(True); "
+    "get_ipython().run_line_magic('reset', '-f')"
+)
 NOTEBOOK = "jupyterapp.shell.currentWidget.content"
 CODE = f"{NOTEBOOK}.widgets.filter(cell => cell.model.type === 'code')"
 
@@ -193,9 +196,10 @@ def select(page, number):
 
 
 def wait(page, numbers):
-    """Wait until these code cells have run; none may end in an error."""
+    """Wait until these code cells have run; none may end in an error, after which those behind it never run."""
     done = "({model}) => model.executionCount !== null && model.executionState !== 'running'"
-    ready = f"{numbers}.map(number => {CODE}[number]).every({done})"
+    failed = "({model}) => model.outputs.toJSON().some(output => output.output_type === 'error')"
+    ready = f"{CODE}.some({failed}) || {numbers}.map(number => {CODE}[number]).every({done})"
     page.wait_for_function(ready, timeout=1000 * MOST_SECONDS, polling=500)  # ms; each frame would slow it down
     outputs = page.evaluate(f"{CODE}.flatMap(cell => cell.model.outputs.toJSON())")
     assert not [output for output in outputs if output["output_type"] == "error"]
