@@ -34,9 +34,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path]
         if path.is_dir():
-            entries = sorted(path.iterdir())
-            hidden = [p for p in entries if p.name.startswith(".")]  # such as macOS's ._a.jpg, which is no picture
-            entries = [p for p in entries if p not in hidden]
+            listed = sorted(path.iterdir())
+            entries = [p for p in listed if not p.name.startswith(".")]
+            hidden = [p for p in listed if p.name.startswith(".")]  # such as macOS's ._a.jpg, which is no picture
             inside = [p for p in entries if p.is_file() and p.suffix.lower() in SUFFIXES]
             others = Counter("folders" if p.is_dir() else p.suffix.lower() for p in entries)
             others["hidden files"] = sum(p.suffix.lower() in SUFFIXES for p in hidden)

@@ -99,9 +99,9 @@ def ablate(
     }
     steps = config.num_inference_steps or base.recipe.num_inference_steps
     changed = {name: variant(name, config, steps) for name in variants}
-    for name, settings in changed.items():
+    for name, own in changed.items():
         try:
-            settings.check_packages()
+            own.check_packages()
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"variant {name}: {error}, or leave it out of variants") from None
     parts = []

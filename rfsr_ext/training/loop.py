@@ -139,6 +139,7 @@ class Loop:
         self.accelerator = accelerator or create_accelerator(config)
         self.folder, self.name = Path(config.output_dir), name
         self.fingerprint = method.fingerprint()
+        self.data_fingerprint = dataset.fingerprint() if hasattr(dataset, "fingerprint") else None
         self.states: dict[str, TrainingState] = {}
         self.wrapped: dict[str, dict[str, nn.Module]] = {}
         self._whole: dict[str, dict[str, nn.Module]] = {}  # of sharded networks a twin on the CPU, for exports
@@ -416,7 +417,7 @@ class Loop:
             metadata = {
                 "config": self.config.to_dict(),
                 "fingerprint": self.fingerprint,
-                "data": self._data(),
+                "data": self.data_fingerprint,
                 "history": self.history,
                 "seconds": self.seconds,
                 "method": self.method.state_dict(),
@@ -426,11 +427,6 @@ class Loop:
             }
             self.checkpoints.save(self.iteration, tensors, metadata)
         self.accelerator.wait_for_everyone()
-
-    def _data(self) -> str | None:
-        """Tells data that has changed, if it can say so."""
-        fingerprint = getattr(self.dataset, "fingerprint", None)
-        return fingerprint() if fingerprint is not None else None
 
     def _resume(self) -> None:
         found = self.checkpoints.load_newest()
@@ -476,7 +472,8 @@ class Loop:
             raise ValueError(f"checkpoint in {folder!r} is damaged ({error!r}); delete the newest and go on") from error
         self.iteration, self.history, self.seconds = metadata["iteration"], metadata["history"], metadata["seconds"]
         logger.info("going on from iteration %d", self.iteration)
-        if metadata.get("data", self._data()) != self._data() and self.accelerator.is_main_process:
+        other = metadata.get("data", self.data_fingerprint) != self.data_fingerprint
+        if other and self.accelerator.is_main_process:
             logger.warning("data has other pictures than when the run began; the samples from here on are others, too")
 
     # -- held-out measurements ------------------------------------------------------------------------------------

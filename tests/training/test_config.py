@@ -281,6 +281,8 @@ def test_dates_are_text_and_the_home_folder_is_written_out(tmp_path, monkeypatch
     config = RFSRConfig.load(file)
     assert (config.model, config.output_dir, config.max_seconds) == ("2026-11-30", "/home/me/runs", None)
     assert config.data == ["/home/me/a b", {"path": "/home/me/b"}, "~/c", "a~/d"]
+    file.write_text("model: 2024-13-45\n")  # no day of any month
+    assert RFSRConfig.load(file).model == "2024-13-45"
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
