@@ -240,7 +240,8 @@ torch.save(losses_and_gradients(*torch.load("inputs.pt")), "found.pt")
     found, wanted = torch.load(tmp_path / "found.pt", weights_only=True), losses_and_gradients(*inputs)
     for x, y in zip(found[0], wanted[0], strict=True):  # the same sums in the same order
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
-    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-6, torch.float64: 1e-13}
+    # Two sums that differ by little may round to two neighbours in half precision: that is a unit of the last place.
+    rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-6, torch.float64: 1e-13}
     for x, y in zip(found[1], wanted[1], strict=True):
         assert (x.double() - y.double()).abs().max() <= rounding[y.dtype] * y.double().abs().max()
 
