@@ -1,7 +1,7 @@
 """What takes hours and is no part of `make test`: kills, fuzzed operators and files, a long run, sanitizers.
 
 ``python -m tests.soak [PART ...] [--kills 200] …`` does each part until its count is reached, goes on where it stopped,
-and writes ``results.md`` beside this file.  Where the code has changed since, a part begins anew.
+and writes ``results.md`` beside this file.  A part begins anew where the code that it tries has changed since.
 """
 
 import argparse
@@ -28,7 +28,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 STATE = ROOT / "build/soak/state.json"
 SAVE_EVERY = 5  # seconds
-SANITIZED = 250  # calls of one process
+SANITIZED = 2500  # calls of one process, which takes a minute to build and to load
+# The operators stand alone (sanitizers.py copies them without the rest); what else is tried is tried with everything.
+OPERATORS = ("csrc", "rfsr_ext/ops", "tests/soak/operators.py", "tests/soak/sanitizers.py", "tests/soak/threads.h")
+PROGRAM = ("csrc", "rfsr_ext", "tests/soak")
 
 
 class Part(NamedTuple):
@@ -38,6 +41,7 @@ class Part(NamedTuple):
     count: int
     at_once: int
     what: str
+    tried: tuple[str, ...] = PROGRAM
 
 
 def trials(module: str, first: int, last: int) -> None:
@@ -53,7 +57,7 @@ def held(first: int, last: int) -> None:
 
 def long_run(first: int, last: int) -> None:
     """One run of so many iterations, in a folder of its own from which it goes on."""
-    folder = STATE.parent / f"run-{last}-{fingerprint()[:8]}"
+    folder = STATE.parent / f"run-{last}-{fingerprint(PROGRAM)[:8]}"
     importlib.import_module("tests.soak.memory").run(str(folder), last, lambda _: None)
 
 
@@ -61,25 +65,25 @@ PARTS = {
     "kills": Part(functools.partial(trials, "kills"), 200, 1, "processes killed at random, training, saving, "
                   "upscaling, sampling, degrading by turns: nothing finished is lost, the end is the same to the bit"),
     "operators": Part(functools.partial(trials, "operators"), 100_000, 1, "calls of the losses against fp64, values "
-                      "and gradients"),
-    "avx2": Part(held, 100_000, 5000, "the same calls under ATEN_CPU_CAPABILITY=avx2"),
+                      "and gradients", OPERATORS),
+    "avx2": Part(held, 100_000, 5000, "the same calls under ATEN_CPU_CAPABILITY=avx2", OPERATORS),
     "files": Part(functools.partial(trials, "inputs"), 1000, 1, "damaged pictures, checkpoints, configurations, model "
                   "folders and weight files: read right or refused in one sentence"),
     "iterations": Part(long_run, 36_000, 36_000, "iterations of a tiny model in one process, as many as a day holds "
                        "of the mini model's: memory stays flat"),
     "address": Part(functools.partial(sanitizers.run, "address"), 10_000, SANITIZED, "calls of the CPU kernels under "
-                    "AddressSanitizer and UBSan"),
+                    "AddressSanitizer and UBSan", OPERATORS),
     "thread": Part(functools.partial(sanitizers.run, "thread"), 10_000, SANITIZED, "calls of the CPU kernels on four "
-                   "threads under ThreadSanitizer"),
+                   "threads under ThreadSanitizer", OPERATORS),
 }  # fmt: skip
 
 
 @functools.cache
-def fingerprint() -> str:
+def fingerprint(tried: tuple[str, ...]) -> str:
     """Of the code that is tried and that tries it."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for folder in ("rfsr_ext", "csrc", "tests/soak"):
-        for path in sorted((ROOT / folder).rglob("*")):
+    for name in tried:
+        for path in sorted((ROOT / name).rglob("*")) or [ROOT / name]:
             if path.suffix in (".py", ".h", ".cpp", ".yaml"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -113,8 +117,8 @@ def main() -> None:
 
 def soak(name: str, count: int, state: dict) -> None:
     part = PARTS[name]
-    if state.get(name, {}).get("fingerprint") != fingerprint():
-        state[name] = {"fingerprint": fingerprint(), "done": 0, "failures": {}, "seconds": 0.0}
+    if state.get(name, {}).get("fingerprint") != (current := fingerprint(part.tried)):
+        state[name] = {"fingerprint": current, "done": 0, "failures": {}, "seconds": 0.0}
     entry = state[name]
     entry["asked"] = count
     began = saved = time.monotonic()
@@ -132,6 +136,7 @@ def soak(name: str, count: int, state: dict) -> None:
             saved = time.monotonic()
             entry |= {"commit": commit(), "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
             save_text(STATE, json.dumps(state, indent=1))
+            write(state)
             print(f"{name}: {last} of {count}, {len(entry['failures'])} failures", flush=True)
 
 
