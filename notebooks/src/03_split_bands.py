@@ -203,7 +203,7 @@ axes.minorticks_off()
 axes.axvspan(8, 25, color="0.9", linewidth=0, zorder=0)
 axes.text(8.3, 45, "in a ×4\nlow resolution", size=8, color="0.3")
 axes.set_xlim(2.4, 25)
-axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.45))
+axes.legend(frameon=False, loc="center right")
 show(
     figure,
     f"Four lines of energy share over stripe distance. HL falls from {100 * curves[0, 2]:.0f} percent at 2.5 pixels to "

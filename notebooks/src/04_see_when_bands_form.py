@@ -359,10 +359,10 @@ def amount(x):
 growth = torch.stack([amount(x) / amount(truths) for x in six])  # [50, 6]
 figure, axes = panels(width=6.2, height=2.6)
 axes.plot(range(1, 51), growth, color=COLORS[4], linestyle="-", linewidth=0.8)
-axes.plot(range(1, 51), growth.mean(1), color=COLORS[0], linestyle="-", linewidth=2)
+axes.plot(range(1, 51), growth.mean(1), color=COLORS[0], linestyle="-", linewidth=2, label="mean of the six crops")
 axes.axhline(1, color="0.4", linestyle=":")
 axes.text(1, 1, "the truth", va="bottom", size=9, color="0.3")
-axes.text(1, growth.mean(1)[0], "mean of the six crops", va="bottom", size=9, color=COLORS[0])
+axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.9))
 axes.set(xlabel="sampling step", ylabel="amount of fine detail", xticks=[1, 10, 20, 30, 40, 50])
 show(
     figure,

@@ -269,7 +269,7 @@ with torch.no_grad():
 # %%
 def side_by_side(names, bicubic=None):
     """Closeness and an examiner over the trained reward: the paper's rows on the left, ours on the right."""
-    figure, axes = panels(2, 2, width=8.4, height=6.0)
+    figure, axes = panels(2, 2, width=8.4, height=6.6)
     for name in names:
         title, row = PLACES[name]
         theirs = paper[title].loc[row]
@@ -287,7 +287,9 @@ def side_by_side(names, bicubic=None):
     axes[1, 0].set(xlabel="CLIPIQA (trained on)", ylabel="MANIQA (not trained on)")
     axes[0, 1].set_ylabel("PSNR in dB")
     axes[1, 1].set(xlabel="MiniIQA (trained on)", ylabel="judge (not trained on)")
-    axes[0, 1].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8
+    )
     return figure
 
 

@@ -717,7 +717,7 @@ left.plot(worth.forecast, at, "|", color=COLORS[1], markersize=14, linestyle="no
 right.barh(at, worth.memory - 1, left=1, color=COLORS[2])
 left.set_yticks(at, [f"{row.case}\n{row.against}" for row in worth.itertuples()], size=7)
 left.set(xlabel="time, theirs / ours", xlim=(0.85, 1.2), ylim=(len(worth) - 0.5, -0.5))
-left.legend(frameon=False, fontsize=8, loc="lower right")
+left.legend(frameon=False, fontsize=8, loc="upper left")
 right.set(xlabel="peak memory, theirs / ours")
 for axis in (left, right):
     axis.axvline(1, color="#000000", linewidth=0.8)
