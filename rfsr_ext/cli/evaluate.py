@@ -313,6 +313,8 @@ def evaluate_models(
     samples = evaluation_crops(photographs("test"), size, crops, called="--crops")
     scorers = held_out_scorers()
     models = {name: load_model(name, **options) for name in names}
+    for model in models.values():
+        model.check_size(size, "--size")
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
     spreads = {name: Spread() for name in models}
     frames += [
@@ -371,6 +373,7 @@ def evaluate_best_of(
     frames = []
     for name in dict.fromkeys(names):
         model = load_model(name, **options).to(choose_device())
+        model.check_size(size, "--size")
         frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
     typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")

@@ -324,6 +324,24 @@ class ISRModel(ABC):
 
         return under(prompts, None if negative_prompts is None else under(negative_prompts, None))
 
+    @property
+    def unit(self) -> int:
+        """Pixels of which both sides of an output are a multiple if it is not padded."""
+        return math.lcm(self.scale, self.multiple)
+
+    def check_size(self, size: int, called: str) -> None:
+        """Refuse crops that would have to be padded.
+
+        Args:
+            size: a side of theirs in pixels, of the output's scale.
+            called: what the caller named it.
+
+        Raises:
+            ValueError: if ``size`` is no multiple of `unit`.
+        """
+        if size % self.unit:
+            raise ValueError(f"{called} must be a multiple of {self.unit} for this model, got {size}")
+
     def check_lr(self, lr: Tensor, prompts: list[str], negative_prompts: list[str] | None = None) -> None:
         """Refuse what no model can take.
 
@@ -340,7 +358,7 @@ class ISRModel(ABC):
                 raise TypeError(f"{name} must be a list of one prompt per image of lr, got the text {texts!r}")
             if texts is not None and len(texts) != lr.shape[0]:
                 raise ValueError(f"{name} must hold one prompt per image of lr ({lr.shape[0]}), got {len(texts)}")
-        unit = math.lcm(self.scale, self.multiple) // self.scale
+        unit = self.unit // self.scale
         if any(n % unit for n in lr.shape[2:]):
             raise ValueError(
                 f"lr must be a multiple of {unit} pixels high and wide, got "

@@ -84,7 +84,8 @@ def ablate(
         Rows of `evaluate`, with the base model as variant "base", as in the table.
 
     Raises:
-        ValueError: for a variant nobody knows, or if the folder holds a result that was made with other settings.
+        ValueError: for a variant nobody knows, samples that do not fit the model, or if the folder holds a result that
+            was made with other settings.
         ModuleNotFoundError: before anything is trained, if a variant needs a package that is not installed.
         FileExistsError, RuntimeError: see `rfsr_ext.files.lock_folder`.
     """
@@ -92,6 +93,8 @@ def ablate(
     if unknown:
         raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
     base = load_model(config.model, **config.model_options)
+    for side in {side for sample in samples for side in sample["gt"].shape[-2:]}:
+        base.check_size(side, "size of the samples")
     common = {
         "samples": samples_digest(samples),
         "scorers": sorted(scorers),

@@ -194,7 +194,8 @@ def run_comparison(
         `rfsr_ext.evaluation.ways.ways_table` wants, but ``reward``.
 
     Raises:
-        ValueError: if the folder holds what was made with other settings; see also the trainers.
+        ValueError: if the samples do not fit the model, or the folder holds what was made with other settings; see also
+            the trainers.
         ModuleNotFoundError: before anything is trained, if a way needs a package that is not installed.
         FileExistsError, RuntimeError: see `rfsr_ext.files.lock_folder`.
     """
@@ -218,6 +219,8 @@ def run_comparison(
 
     with lock_folder(config.output_dir, OWNED):
         base = load_model(config.model, **config.model_options)
+        for side in samples[0]["gt"].shape[-2:]:
+            base.check_size(side, "size")
         start = {"base model": base.fingerprint()}
         frames = [measured(BASE, 0, start, lambda: base).assign(training_seconds=0.0, iterations=0)]
         base = None  # trainings need its memory

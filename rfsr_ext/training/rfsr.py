@@ -268,7 +268,7 @@ class RFSRTrainer:
         self.objective = build_objective(config, self.model, rewards, style_loss)
         trajectories = -(-config.iterations // config.points_per_rollout)
         dataset = setup.build_samples(config, self.model, trajectories * config.batch_size, dataset)
-        validation = setup.build_validation(config) if validation is None else validation
+        validation = setup.build_validation(config, self.model) if validation is None else validation
         judges = setup.build_judges(accelerator.device) if judges is None else judges
         self.method = RFSR(config, self.objective)
         self.held_out = HeldOut(

@@ -96,15 +96,19 @@ def build_model(config: RunConfig, device: torch.device, model: ISRModel | None 
         ValueError: if the crops do not fit it; see also `load_model`.
     """
     model = load_model(config.model, **config.model_options) if model is None else model
-    if config.crop_size % model.multiple:
-        raise ValueError(f"crop_size must be a multiple of {model.multiple} for this model, got {config.crop_size}")
+    model.check_size(config.crop_size, "crop_size")
     model.to(device)
     return model.enable_gradient_checkpointing() if config.gradient_checkpointing else model
 
 
-def build_validation(config: RunConfig) -> list[Sample]:
-    """Held-out crops of the bundled photographs."""
+def build_validation(config: RunConfig, model: ISRModel) -> list[Sample]:
+    """Held-out crops of the bundled photographs.
+
+    Raises:
+        ValueError: if they do not fit the model, or are too many.
+    """
     names, size = photographs("validation"), config.validation_size
+    model.check_size(size, "validation_size")
     return evaluation_crops(names, size, config.validation_crops, called="validation_crops")
 
 

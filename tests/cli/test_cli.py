@@ -116,6 +116,13 @@ def test_config_show_prints_every_setting(rfsr):
             ["evaluate", "mini", "--size", "63"],
             "--size must be a whole number from 32 to 1000000000, a multiple of 4, ",
         ),
+        (["evaluate", "mini", "--size", "60", "--crops", "2"], "--size must be a multiple of 8 for this model, got 60"),
+        (
+            ["evaluate", "mini", "--size", "60", "--best-of", "2"],
+            "--size must be a multiple of 8 for this model, got 6",
+        ),
+        (["ablate", "--size", "60", "--crops", "2"], "size of the samples must be a multiple of 8 for this model, got"),
+        (["train", "mini", "--set", "validation_size=60"], "validation_size must be a multiple of 8 for this model, g"),
         (["upscale", "x.png", "--output", "x.png"], "'x.png' must be a folder, but 'x.png' is a file; give another"),
         (["upscale", "x.png", "--output", "x.png/out"], "'x.png/out' must be a folder, but 'x.png' is a file"),
         (["evaluate", ".", "--output", "x.png/table.csv"], "'x.png' must be a folder, but 'x.png' is a file"),

@@ -1,5 +1,6 @@
 """A finished result is taken again only for the settings it was made with."""
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from rfsr_ext.models import ISRModel
 from rfsr_ext.training import ablation
 from rfsr_ext.training.config import RFSRConfig
 
@@ -19,7 +21,9 @@ def run(monkeypatch, tmp_path):
     """`ablate` whose training and measuring are only counted."""
     made = SimpleNamespace(trained=[], base=nn.Linear(1, 1))
     model = SimpleNamespace(
-        fingerprint=lambda: str(made.base.weight.tolist()), recipe=SimpleNamespace(num_inference_steps=50)
+        fingerprint=lambda: str(made.base.weight.tolist()),
+        recipe=SimpleNamespace(num_inference_steps=50),
+        check_size=functools.partial(ISRModel.check_size, SimpleNamespace(unit=8)),
     )
 
     class Trainer:
@@ -47,6 +51,13 @@ def test_finished_results_are_taken_again(run):
     assert run() == 0
     assert run(seeds=(0, 1)) == 2 and [seed for seed, _ in run.made.trained] == [1, 1]
     assert run(config=RFSRConfig(output_dir="elsewhere"), seeds=(0, 1)) == 0
+
+
+def test_samples_that_would_have_to_be_padded_are_refused_before_the_work(run):
+    odd = SAMPLE | {"gt": torch.zeros(3, 8, 12), "lr": torch.zeros(3, 2, 3)}
+    with pytest.raises(ValueError, match="^size of the samples must be a multiple of 8 for this model, got 12$"):
+        run(samples=(SAMPLE, odd))
+    assert not list(run.folder.iterdir())
 
 
 def test_a_package_that_a_late_variant_needs_is_missed_before_the_first(run, monkeypatch):

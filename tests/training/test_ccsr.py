@@ -252,7 +252,7 @@ def test_both_in_a_row_and_resumed(tmp_path, monkeypatch):
     ))  # fmt: skip
     monkeypatch.setattr("rfsr_ext.training.setup.build_dataset", lambda config: TinyData())
     held_out = [TinyData()[i] for i in range(500, 502)]
-    monkeypatch.setattr("rfsr_ext.training.setup.build_validation", lambda config: held_out)
+    monkeypatch.setattr("rfsr_ext.training.setup.build_validation", lambda config, model: held_out)
     shared = {k: v for k, v in SHARED.items() if k in RunConfig.model_fields}
     own = {name: METHODS[name]["config"] | {"validation_distance": "vgg-random"} for name in METHODS}
     config = CCSRConfig(**shared | {"iterations": 2}, **own, output_dir=str(tmp_path))

@@ -44,7 +44,7 @@ class CCSRStageTrainer:
         accelerator = create_accelerator(config)
         self.model = setup.build_model(config, accelerator.device, model)
         dataset = setup.build_samples(config, self.model, config.iterations * config.batch_size, dataset)
-        validation = setup.build_validation(config) if validation is None else validation
+        validation = setup.build_validation(config, self.model) if validation is None else validation
         judges = setup.build_judges(accelerator.device) if judges is None else judges
         kind = Consistency if isinstance(config, CCSRStage1Config) else DecoderTuning
         self.method = kind(config, self.model)

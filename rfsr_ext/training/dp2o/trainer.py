@@ -122,10 +122,11 @@ class DP2OTrainer:
             measures = create_measures(config.full_reference, config.no_reference, device)
         self.measures = list(measures)
         self.dataset = setup.build_samples(config, self.model, config.images, dataset)
-        self.validation = setup.build_validation(config) if validation is None else validation
+        self.validation = setup.build_validation(config, self.model) if validation is None else validation
         self.judges = setup.build_judges(device) if judges is None else judges
         if test is None:
             size, count = config.validation_size, config.report_crops
+            self.model.check_size(size, "validation_size")
             test = evaluation_crops(photographs("test"), size, count, called="report_crops") if count else []
         self.test = test
         self.base = self.model.fingerprint()
