@@ -260,8 +260,9 @@ assert max(rows, key=lambda name: rows[name][0]) == "brighter", "brightness is l
 # %% [markdown]
 # **What to see.** The two reward columns are changes against the untouched photograph, so minus means dislike. Neither
 # reward has a truth to compare with; what the last line names, they would even ask for. The structure loss has a truth, and
-# answers the other way round: brightness is its loudest alarm, and blur, a lack of detail, one of its quietest. It minds
-# the shift; the style loss forgets where things are. No term alone would do.
+# answers the other way round: brightness is its loudest alarm, and blur, a lack of detail, one of its quietest. A shift by
+# one pixel it minds about as much as the blur; the style loss, which forgets where things are, hardly at all. No term
+# alone would do.
 #
 # Two of the four are compiled for CPU and CUDA, the structure loss and the Gram loss of the style loss. Where a compiler was
 # missing, PyTorch serves instead, slower but to the same result (`rfsr doctor` says which it is). Their formulas, for

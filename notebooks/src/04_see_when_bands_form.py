@@ -409,9 +409,11 @@ for claim, holds in claims.items():
     print(f"{'seen' if holds else 'NOT seen':9s} {claim}")
 
 # %% [markdown]
-# **What to see.** A statement of the introduction that is *seen* here and one of the caption that is too would not
-# contradict each other: *accumulates* may be read as amount, not as SSIM. This is a small model on crops of three
-# photographs: it cannot tell what SeeSR, the paper's model, does on the photographs of DIV2K.
+# **What to see.** The caption's statement and one of the introduction's can both be *seen*: a band may improve at first and
+# end farther away all the same. But these are the six crops. The 48 of section 3 leave steps 1 to 10 undecided, so do not
+# build on the second line. *Accumulates* may be read as amount, not as SSIM; even so it is not seen in every crop. This is
+# a small model on crops of three photographs: it cannot tell what SeeSR, the paper's model, does on the photographs of
+# DIV2K.
 #
 # Move through the steps yourself: click the slider's handle and use the arrow keys.
 

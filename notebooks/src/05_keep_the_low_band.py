@@ -388,8 +388,8 @@ show(
 # %% [markdown]
 # **What to see.** The deep low-pass leaves both octaves, and even adds a faint colored speckle, because its smooth
 # filters do not fit the blocks. Its structure error is larger than that of the others: it does not see the finest of what
-# the low resolution knows. So the paper's loss is one octave too shallow for ×4, the released one deeper than it need be:
-# one smooths what nobody knows, the other forgives errors in what is known. The package's trainer takes the paper's;
+# the low resolution knows. So the paper's loss is one octave too shallow for ×4, the released one, as far as our stand-in
+# shows it, deeper than it need be: one smooths what nobody knows, the other forgives errors in what is known. The package's trainer takes the paper's;
 # `structure_level: 2` in a configuration, or `HaarLLLoss(level=2)` in an objective of yours, takes the one between.
 # Notebook 11, section 5, has trained models with both.
 #
@@ -575,7 +575,7 @@ exercise(4, verify_best)
 # * Its gradient is ±1/(2N), the same on all four pixels of a block; ties get none.
 # * It cannot see the fine bands and leaves the finest octave alone; a pixel loss pulls all texture to the median of all
 #   truths, and at ×4 so does this one with the octave of 4 to 8 pixels.
-# * `level=2` sees what a ×4 low resolution holds; the released code's deeper low-pass leaves some of that free, too.
+# * `level=2` sees what a ×4 low resolution holds; a deeper low-pass, as the released code's, leaves some of that free.
 # * A forward check misses a wrong backward pass; compare gradients, and test the adjoint.
 # * The fused operator keeps two bits per coefficient for its backward pass.
 #

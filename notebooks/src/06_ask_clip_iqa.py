@@ -576,8 +576,8 @@ print(f"the ascent on the whole picture passes the score of the crops at step {s
       f"judge {marks.score(roaming[-1:]).item():.0f}")  # fmt: skip
 
 # %% [markdown]
-# **What to see.** With random crops hardly any of the change lies on the grid, and what is left of it follows outlines. But
-# compare fairly: their score has not risen as far. The last line has the whole picture *at the score of the crops*. Is
+# **What to see.** With random crops a tenth of the change lies on the grid, not nearly all of it, and the rest follows
+# outlines. But compare fairly: their score has not risen as far. The last line has the whole picture *at the score of the crops*. Is
 # the crops' picture better than that one, by PSNR and by the judge? Where it is not, the crops have slowed the hacking
 # down and have not turned it round.
 #

@@ -448,7 +448,7 @@ for reward in (0.02, 0.04, 0.06):
 
 # %% [markdown]
 # **What to see.** First the upper panels. A training that nothing holds gains much reward and pays for it, in likeness
-# and with the judge. Gram's ends keep more likeness than the base has, at every reward that they reach; the run that
+# and with the judge. Gram's ends keep more likeness, by SSIM, than the base has, at every reward that they reach; the run that
 # was stopped after 20 iterations, with as much reward as the weakest Gram, has lost some, though by less than two
 # errors. That speaks for the style loss.
 #
@@ -594,7 +594,7 @@ exercise(3, verify_front)
 # * KL holds the network's output, Gram the statistics of textures, LoRA the number of numbers; stopping early needs
 #   somebody who says when.
 # * A way to hold is a front, not a point. Compare at equal reward, by what was not optimized, and look at the pictures.
-# * In whole trainings of the mini model Gram kept the likeness at every strength. At equal reward weaker rewards
+# * In whole trainings of the mini model Gram kept the likeness, by SSIM, at every strength. At equal reward weaker rewards
 #   without a hold kept about as much, and lost less with the judge.
 #
 # NAVIGATION

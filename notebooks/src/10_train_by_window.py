@@ -242,8 +242,8 @@ show(
 # gradients are of other sizes than those of the paper's. So do not carry them over: in the preset `paper` the ratios
 # printed below are different ones. Each base model and reward needs its own balance, found with held-out fidelity in
 # view. Ours was found by trying: with ten sampling steps, not twenty, half the weight on MiniIQA and on the structure
-# loss, and three times the weight on the style loss, fidelity rose with the rewards, and the judge fell by little more
-# than a point, not by three and a half. On which crops that was tried is not recorded. So the judge trained nobody, but
+# loss, and three times the weight on the style loss, fidelity was kept while the rewards rose, and the judge fell by
+# little more than a point, not by three and a half. On which crops that was tried is not recorded. So the judge trained nobody, but
 # it took part in choosing $\lambda$.
 #
 # To test it, we let the student differ a little from the frozen model, as after some training. Then we compare value
@@ -648,7 +648,7 @@ for where, bar in share.items():
 # stay smaller after clipping moves the weights less, whatever its $\lambda$ was meant to say. The second table says what
 # the kind of answer adds to that: ours has no factor of its own; with velocity or noise the last steps, which the rewards
 # train, push by a fraction of what the first do. Whether an optimizer per window, or weights of 1/factor, would train
-# better, the paper does not ask.
+# better, the paper does not ask, and we have not tried; nor does the table measure what Adam makes of these gradients.
 #
 # ## 8 · Two bugs that no log shows
 #

@@ -729,7 +729,7 @@ show(figure, f"Whole steps with other losses over those with ours. Time: forecas
 # %% [markdown]
 # **What to see.** Left, the structure loss takes less than half a percent of its iteration, so no kernel can make that
 # iteration half a percent faster: **1.00 times, nothing.** In the reward window the style loss takes two to four percent,
-# and the forecast is one percent at most; what is measured scatters round one by more than that, and the quickest other
+# and the forecast is about one percent at most; what is measured scatters round one by more than that, and the quickest other
 # way is *ahead* of ours. The style loss by itself, with its VGG network, should gain five to ten percent, and there the
 # medians say 6 to 11. Right, memory: in the windows the others take from 9 percent *less* to 8 percent more, and for the
 # style loss alone 7 to 20 percent more. That is not much either, but it may decide whether a batch fits.

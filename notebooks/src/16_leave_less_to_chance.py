@@ -383,8 +383,8 @@ show(
 )
 
 # %% [markdown]
-# **What to see.** *One* evaluation agrees most and is nearest to the truth; look whether it is also the picture that you
-# would choose. With two and three the judge rises, fidelity falls, and the seeds disagree *more* than those of the base:
+# **What to see.** *One* evaluation is nearest to the truth, and its scores move least from seed to seed; look whether it is
+# also the picture that you would choose. With two and three the judge rises, fidelity falls, and the seeds disagree *more* than those of the base:
 # the rows that speak against few steps. The last two rows say why. Much of that spread is the leap's own noise. And this
 # model was never trained to go on from a leap: it sees states unlike those it learned from. What it makes of them looks
 # sharper, is farther from the truth, and the judge likes it. Going on from a leap is what stage 1 teaches. (The authors'
@@ -859,7 +859,8 @@ exercise(3, verify_factor)
 # * Spread is a deviation over seeds: of scores G-STD, of pixels L-STD. Their variance is an exact part of the error.
 # * Less noise, fewer evaluations, a mixture with bicubic: spread is easily lost. Read it beside fidelity and a judge.
 # * CCSR's sampling is one table of timesteps: leap from 999, a few steps, and the estimate at the last one is decoded.
-# * With the untrained mini model one evaluation agreed most; two disagreed more than ten steps, by the leap's own noise.
+# * With the untrained mini model the scores of one evaluation moved least; two evaluations disagreed more than ten steps,
+#   by the leap's own noise.
 # * Stage 1 teaches both estimates, through the leap; for networks that answer with noise the first counts 214-fold.
 # * Stage 2 moves the decoder alone, against a discriminator of 70 pixels whose share a ratio of gradients sets.
 #

@@ -259,7 +259,7 @@ show(
 # mind for the weights.
 #
 # Why two halves? Train once with `FULL` alone and once with `NONE` alone: `rfsr train dp2o-mini` takes
-# `--set "no_reference=[]"` or `--set "full_reference=[]"`. Which smooths, which invents?
+# `--set "no_reference=[]"` or `--set "full_reference=[]"`. Which smooths, which invents? We have not run it.
 #
 # ## 3 · Which pairs count?
 #

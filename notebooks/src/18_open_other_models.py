@@ -482,7 +482,7 @@ show(
 # %% [markdown]
 # **What to see.** Compare the two columns of noise. SeeSR's steps 1–20 and 41–50, PASD's 1–8 and 18–20, and FLUX's
 # windows, which the package chose *by share of noise*, mean about the same amount of noise. Both CCSR end early and
-# leave the detail to their decoder: their reward steps still are half noise and more. The mini model never sees much
+# leave the detail to their decoder: their reward steps still are about half noise, or more. The mini model never sees much
 # noise: for it the windows are the paper's by count of steps only.
 #
 # Then the push. Noise-predicting models push hardest at the *first*, structural steps, by σ/α; DiffBIR v2.1 begins
