@@ -125,9 +125,10 @@ class DP2OTrainer:
         self.validation = setup.build_validation(config, self.model) if validation is None else validation
         self.judges = setup.build_judges(device) if judges is None else judges
         if test is None:
-            size, count = config.validation_size, config.report_crops
-            self.model.check_size(size, "validation_size")
-            test = evaluation_crops(photographs("test"), size, count, called="report_crops") if count else []
+            size, count, test = config.validation_size, config.report_crops, []
+            if count:
+                self.model.check_size(size, "validation_size")
+                test = evaluation_crops(photographs("test"), size, count, called="report_crops")
         self.test = test
         self.base = self.model.fingerprint()
         self.adapted = False
