@@ -56,9 +56,14 @@ def held(first: int, last: int) -> None:
 
 
 def long_run(first: int, last: int) -> None:
-    """One run of so many iterations, in a folder of its own from which it goes on."""
+    """One run of so many iterations, in a folder of its own from which it goes on.
+
+    In a process of its own: what other parts have left in the memory of this one is not to be measured.
+    """
     folder = STATE.parent / f"run-{last}-{fingerprint(PROGRAM)[:8]}"
-    importlib.import_module("tests.soak.memory").run(str(folder), last, lambda _: None)
+    command = [sys.executable, "-m", "tests.soak.memory", str(last), str(folder)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-1500:]
 
 
 PARTS = {

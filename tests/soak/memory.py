@@ -59,4 +59,4 @@ def run(folder: str, iterations: int, told: Callable[[int], None]) -> list[float
 
 
 if __name__ == "__main__":
-    print(run(tempfile.mkdtemp(), int(sys.argv[1]), lambda _: None))
+    print(run(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp(), int(sys.argv[1]), lambda _: None))
