@@ -123,49 +123,60 @@ class TrainingState:
         return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
 
 
+def _iteration(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
+
+
 class CheckpointFolder:
     """``iteration-000100.safetensors`` files in one folder.
 
     A checkpoint is written aside and renamed, so a run killed at any moment leaves whole files only.  It is *confirmed*
-    once a loss after it was finite: the step that destroys the weights is itself taken after a good loss.  Old ones are
-    removed when a newer one is confirmed, never before.
+    once a loss was finite ``patience`` iterations after it: the step that destroys the weights is itself taken after a
+    good loss, and may be followed by some that are finite and large.  Old ones are removed when a newer one is
+    confirmed, never before.
 
     Args:
         folder: created when first needed.
-        keep: how many of the newest to keep.
+        keep: how many of the newest that are confirmed to keep.
+        patience: iterations in which weights that are of no use may still give a finite loss.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder, self.keep = Path(folder), keep
-        self._unconfirmed: Path | None = None
+    def __init__(self, folder: str | Path, keep: int = 2, patience: int = 1):
+        self.folder, self.keep, self.patience = Path(folder), keep, patience
+        self._unconfirmed: list[Path] = []
 
     def paths(self) -> list[Path]:
         """Checkpoints, oldest first."""
         found = (p for p in self.folder.glob("iteration-*.safetensors") if re.fullmatch(r"iteration-\d{6,}", p.stem))
-        return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
+        return sorted(found, key=_iteration)
 
     def save(self, iteration: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
         """Write one; it is not confirmed yet."""
         path = self.folder / f"iteration-{iteration:06d}.safetensors"
         save_tensors(path, tensors, metadata | {"iteration": iteration})
-        self._unconfirmed = path
+        self._unconfirmed.append(path)
         return path
 
-    def confirm(self) -> None:
-        """The newest is good: remove those beyond ``keep``, with whatever a killed run left half written."""
-        if self._unconfirmed is not None:
-            self._unconfirmed = None
-            for old in [*self.paths()[: -self.keep], *self.folder.glob(".*.partial")]:
+    def confirm(self, iteration: int | None = None) -> None:
+        """The loss of that iteration was finite, or the run has ended well: what is confirmed by it is good.
+
+        Those beyond ``keep`` are removed then, with whatever a killed run left half written.
+        """
+        waiting = [p for p in self._unconfirmed if iteration is not None and _iteration(p) > iteration - self.patience]
+        if len(waiting) < len(self._unconfirmed):
+            self._unconfirmed = waiting
+            good = [path for path in self.paths() if path not in waiting]
+            for old in [*good[: -self.keep], *self.folder.glob(".*.partial")]:
                 old.unlink(missing_ok=True)
 
     def reject(self) -> None:
-        """No loss after the newest was finite: remove it, so that a resumed run begins before it."""
-        if self._unconfirmed is not None:
-            self._unconfirmed.unlink(missing_ok=True)
-            self._unconfirmed = None
+        """The run has lost its weights: remove what is not confirmed, so that a resumed run begins before it."""
+        for path in self._unconfirmed:
+            path.unlink(missing_ok=True)
+        self._unconfirmed = []
 
     def load_newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint, or None if there is none; it counts as not confirmed.
+        """The newest checkpoint, or None if there is none; it counts as not confirmed, with those shortly before it.
 
         Raises:
             ValueError: if it is damaged.
@@ -174,7 +185,7 @@ class CheckpointFolder:
         if not paths:
             return None
         found = load_tensors(paths[-1])
-        facts, number = found[1], int(paths[-1].stem.partition("-")[2])
+        facts, number = found[1], _iteration(paths[-1])
         wrong = [name for name, kind in _FACTS.items() if type(facts.get(name)) is not kind]
         if not wrong and not facts["iteration"] == len(facts["history"]) == number:
             wrong = ["iteration"]
@@ -182,5 +193,5 @@ class CheckpointFolder:
             raise ValueError(
                 f"checkpoint {str(paths[-1])!r} is damaged (its {wrong[0]}); delete it to go on from the one before"
             )
-        self._unconfirmed = paths[-1]
+        self._unconfirmed = [path for path in paths if _iteration(path) > number - self.patience]
         return found

@@ -33,6 +33,7 @@ __all__ = ["Loop", "Monitor", "NonFiniteLossError", "create_accelerator"]
 logger = logging.getLogger(__name__)
 
 _OWNED = ("config.json", "history.csv", "validation.csv", "model", "best", "checkpoints")  # what a run writes
+_PATIENCE = 5  # iterations until a checkpoint is trusted, if a run does not end in fewer without a finite loss
 
 
 class NonFiniteLossError(RuntimeError):
@@ -154,7 +155,9 @@ class Loop:
             optimizer = method.optimizer(player, parameters, config)
             scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
             self.states[player] = TrainingState(networks, optimizer, config.ema_decay, scaler)
-        self.checkpoints = CheckpointFolder(self.folder / "checkpoints", config.keep_checkpoints)
+        self.checkpoints = CheckpointFolder(
+            self.folder / "checkpoints", config.keep_checkpoints, min(config.max_skipped, _PATIENCE)
+        )
         self.iteration = 0
         self.skipped_in_a_row = 0
         self.seconds = 0.0
@@ -395,7 +398,7 @@ class Loop:
         if not skipped:
             self.skipped_in_a_row = 0
             if self.accelerator.is_main_process:
-                self.checkpoints.confirm()
+                self.checkpoints.confirm(self.iteration)
             return
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.max_skipped:
