@@ -39,6 +39,8 @@ def sentence(error: BaseException) -> str:
         text = found[2].strip()  # torch puts the whole traceback of a loader process into the message
     if isinstance(error, ModuleNotFoundError) and text == f"No module named {error.name!r}":
         return f"{text}; pip install 'rfsr_ext[train]' brings what the command line needs"
+    if isinstance(error, MemoryError) and text.startswith("not enough memory"):
+        return text
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text):
         size = re.search(r"allocate (\d+) bytes", text)
         asked = f"{int(size[1]) / 1e9:.1f} GB at once" if size else text.split(". ")[0] or "no size given"

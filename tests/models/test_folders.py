@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from rfsr_ext.models.folders import open_part
+from rfsr_ext.models.folders import open_part, open_plain_part
 from rfsr_ext.weights.reading import open_network, read_tensors
 from tests.tiny import tiny_parts
 
@@ -60,6 +60,24 @@ def test_a_part_that_does_not_fit_is_refused(vae, how, message):
     with pytest.raises(ValueError, match=message) as error:
         open_part(AutoencoderKL, vae[1])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [MemoryError(), RuntimeError("Cannot allocate memory (os error 12)"), RuntimeError("can't start new thread")],
+)
+@pytest.mark.parametrize("opened", [open_part, open_plain_part])
+def test_too_little_memory_is_not_called_damage(tmp_path, opened, reason):
+    class Kind:
+        @staticmethod
+        def from_pretrained(folder, **options):
+            try:
+                raise reason
+            finally:  # as diffusers does
+                raise OSError(f"Unable to load weights from checkpoint file for '{folder}'.")
+
+    with pytest.raises(MemoryError, match="^not enough memory to open '.*'; close other programs, or raise the limit"):
+        opened(Kind, tmp_path)
 
 
 def test_text_encoders_are_as_strict(tmp_path):
