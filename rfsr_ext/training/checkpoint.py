@@ -193,5 +193,6 @@ class CheckpointFolder:
             raise ValueError(
                 f"checkpoint {str(paths[-1])!r} is damaged (its {wrong[0]}); delete it to go on from the one before"
             )
-        self._unconfirmed = [path for path in paths if _iteration(path) > number - self.patience]
+        # but for the oldest: a run that ended well and is made longer does not lose all that it has
+        self._unconfirmed = [p for p in paths[1:] if _iteration(p) > number - self.patience] or paths[-1:]
         return found

@@ -233,6 +233,15 @@ def test_after_a_blow_up_the_advice_works(tmp_path, every, finite, caplog):
     assert len(checkpoints(tmp_path)) == 1
 
 
+def test_a_finished_run_that_is_made_longer_keeps_what_it_had(tmp_path):
+    changes = {"checkpoint_every": 1, "keep_checkpoints": 2, "max_skipped": 9}
+    train(tmp_path, iterations=10, **changes)
+    with pytest.raises(NonFiniteLossError):
+        train(tmp_path, Fragile(), iterations=40, **changes)
+    assert end_state(tmp_path)[1]["iteration"] == 9
+    assert len(train(tmp_path, iterations=12, **changes)) == 12
+
+
 @pytest.mark.parametrize("destroyed_at", [10, 7])
 def test_a_run_that_ends_in_a_blow_up_does_not_end_well(tmp_path, destroyed_at):
     method = Fragile()
