@@ -227,7 +227,7 @@ def test_after_a_blow_up_the_advice_works(tmp_path, every, finite, caplog):
         assert all(t.abs().max() < 50 for name, t in tensors.items() if ".parameters." in name)
     assert not (tmp_path / "model").exists()
     mended = Fragile()
-    mended.destroyed_at = 1000
+    mended.destroyed_at = -1  # never, and whatever is ruined shows at once
     history = train(tmp_path, mended, **changes | {"learning_rate": 5e-3, "max_skipped": 5})
     assert len(history) == 40 and not history["skipped"].any()
     assert len(checkpoints(tmp_path)) == 1
