@@ -4,7 +4,6 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from rfsr_ext.rewards import WeightedReward
@@ -26,7 +25,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run(folder: str, iterations: int, told: Callable[[int], None]) -> list[float]:
+def run(folder: str, iterations: int) -> list[float]:
     """Train in ``folder``, going on from what is there; MiB without the history, every so many iterations.
 
     Raises:
@@ -48,7 +47,6 @@ def run(folder: str, iterations: int, told: Callable[[int], None]) -> list[float
         if iteration % EVERY == 0:
             gc.collect()
             found.append((resident() - size_of(trainer.loop.history)) / 2**20)
-            told(iteration)
         return step(batches, iteration)
 
     trainer.loop._train_step = watched
@@ -59,4 +57,4 @@ def run(folder: str, iterations: int, told: Callable[[int], None]) -> list[float
 
 
 if __name__ == "__main__":
-    print(run(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp(), int(sys.argv[1]), lambda _: None))
+    print(run(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp(), int(sys.argv[1])))
