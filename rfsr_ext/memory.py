@@ -1,4 +1,4 @@
-"""Memory: weights that are held in half precision, or on the CPU while nobody needs them; and how much there is."""
+"""Memory: weights in half precision, or on the CPU while nobody needs them; how much there is, and lack of it."""
 
 import contextlib
 import re
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-__all__ = ["available", "bytes_of", "hold_weights", "on_device"]
+__all__ = ["available", "bytes_of", "check_opened", "hold_weights", "on_device", "ran_out"]
+
+# torch, safetensors, C++ and the threads that a library starts, each in its own words
+_LACK = re.compile(r"allocate memory|out of memory|bad_alloc|start new thread")
 
 
 class _As(nn.Module):
@@ -82,3 +85,23 @@ def available() -> int | None:
         ):
             return int(found[1]) * 1024
     return None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there was too little memory; most libraries have no type of their own for it."""
+    return isinstance(error, MemoryError) or _LACK.search(str(error)) is not None
+
+
+def check_opened(error: BaseException, path: Path) -> None:
+    """Call what failed for want of memory by its name: libraries hide it behind what they would have said next.
+
+    Raises:
+        MemoryError: if that was the reason why ``path`` could not be opened, at any place of the chain.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if ran_out(link):
+            raise MemoryError(
+                f"not enough memory to open {str(path)!r}; close other programs, or raise the limit (ulimit -v)"
+            ) from error
+        link = link.__cause__ or link.__context__

@@ -3,6 +3,8 @@
 import errno
 import re
 
+from rfsr_ext.memory import ran_out
+
 __all__ = ["disk_is_full", "sentence"]
 
 _SYSTEM = {
@@ -41,7 +43,7 @@ def sentence(error: BaseException) -> str:
         return f"{text}; pip install 'rfsr_ext[train]' brings what the command line needs"
     if isinstance(error, MemoryError) and text.startswith("not enough memory"):
         return text
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text):
+    if ran_out(error):
         size = re.search(r"allocate (\d+) bytes", text)
         asked = f"{int(size[1]) / 1e9:.1f} GB at once" if size else text.split(". ")[0] or "no size given"
         return f"not enough memory ({asked}); give smaller or fewer images"

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from rfsr_ext.files import decode_text, replace_folder
+from rfsr_ext.memory import check_opened
 from rfsr_ext.weights.reading import differences, reason
 
 __all__ = [
@@ -153,7 +153,7 @@ def open_part(
                 folder, local_files_only=True, output_loading_info=True, **options
             )
     except Exception as error:
-        _check_memory(error, folder)
+        check_opened(error, folder)
         raise ValueError(
             f"{str(folder)!r} cannot be opened as {kind.__name__} ({reason(error, 300)}); the files are damaged or of "
             "another model, fetch them again"
@@ -195,21 +195,6 @@ def write_folder(path: str | Path, pipeline: str, parts: dict[str, Any], others:
             )
 
 
-def _check_memory(error: BaseException, folder: Path) -> None:
-    """Call what failed for want of memory by its name: libraries hide it behind what they would have said next.
-
-    Raises:
-        MemoryError: if that was the reason, at any place of the chain.
-    """
-    link = error
-    while link is not None:
-        if isinstance(link, MemoryError) or re.search(r"llocate memory|out of memory|start new thread", str(link)):
-            raise MemoryError(
-                f"not enough memory to open {str(folder)!r}; close other programs, or raise the limit (ulimit -v)"
-            ) from error
-        link = link.__cause__ or link.__context__
-
-
 def open_plain_part(kind: type, folder: Path) -> Any:
     """A part without weights, a tokenizer or a scheduler, from its folder.
 
@@ -223,6 +208,6 @@ def open_plain_part(kind: type, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)  # pyrefly: ignore[missing-attribute]
     except Exception as error:
-        _check_memory(error, folder)
+        check_opened(error, folder)
         why = reason(error, 300)
         raise ValueError(f"{str(folder)!r} cannot be opened as {kind.__name__} ({why}); fetch it again") from error

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rfsr_ext.memory import check_opened
+
 __all__ = ["differences", "load_strictly", "open_network", "read_tensors", "reason"]
 
 _WRAPPERS = ("state_dict", "params_ema", "params", "model")
@@ -23,6 +25,7 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or holds something else.
+        MemoryError: if there is too little for it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{what} {str(path)!r} does not exist")
@@ -31,6 +34,7 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
             return load_file(path)
         found = _read_torch(path)
     except Exception as error:
+        check_opened(error, path)
         raise ValueError(
             f"{what} {str(path)!r} cannot be read ({reason(error)}); the file is damaged or something else, fetch it "
             "again"

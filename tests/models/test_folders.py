@@ -62,10 +62,10 @@ def test_a_part_that_does_not_fit_is_refused(vae, how, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "reason",
-    [MemoryError(), RuntimeError("Cannot allocate memory (os error 12)"), RuntimeError("can't start new thread")],
-)
+LACK = [MemoryError(), RuntimeError("Cannot allocate memory (os error 12)"), RuntimeError("can't start new thread")]
+
+
+@pytest.mark.parametrize("reason", LACK)
 @pytest.mark.parametrize("opened", [open_part, open_plain_part])
 def test_too_little_memory_is_not_called_damage(tmp_path, opened, reason):
     class Kind:
@@ -78,6 +78,18 @@ def test_too_little_memory_is_not_called_damage(tmp_path, opened, reason):
 
     with pytest.raises(MemoryError, match="^not enough memory to open '.*'; close other programs, or raise the limit"):
         opened(Kind, tmp_path)
+
+
+@pytest.mark.parametrize("reason", LACK)
+def test_nor_is_a_weight_file_that_is_too_large(tmp_path, monkeypatch, reason):
+    def load_file(path):
+        raise reason
+
+    monkeypatch.setattr("rfsr_ext.weights.reading.load_file", load_file)
+    path = tmp_path / "x.safetensors"
+    path.touch()
+    with pytest.raises(MemoryError, match=f"^not enough memory to open '{path}'; close other programs, or raise"):
+        read_tensors(path, "weights")
 
 
 def test_text_encoders_are_as_strict(tmp_path):
