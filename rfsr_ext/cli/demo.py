@@ -43,7 +43,8 @@ def _comparison(models: dict[str, ISRModel], samples: list[Sample], seed: int):
     noise = generators(seed, range(len(samples)))
     iqa, judge = create_reward("mini-iqa"), Judge.from_pretrained()
     results = {"bicubic": enlarge_bicubic(lr, next(iter(models.values())).scale)}
-    results |= {name: sample(model, lr, prompts, [g.clone_state() for g in noise]) for name, model in models.items()}
+    for name, model in models.items():
+        results[name] = sample(model, lr.to(model.device), prompts, [g.clone_state() for g in noise]).cpu()
     columns = [[(image, f"{image.shape[2]}×{image.shape[1]} pixels") for image in lr]]
     for images in (*results.values(), gt):
         with torch.no_grad():
@@ -71,7 +72,7 @@ def run_demo(output: Path, iterations: int | None, crops: int, seed: int) -> Non
     typer.echo("RFSR on the mini model; its rewards and VGG19 are small stand-ins (see rfsr_ext/weights/README.md)")
     result, hacked = RFSRTrainer(config).train(), RFSRTrainer(without).train()
 
-    base = load_model(config.model)
+    base = load_model(config.model).to(result.model.device)
     models = {"base": base, "fine-tuned": result.model, "without style loss": hacked.model}
     scorers = held_out_scorers()
     frames = [evaluate(model, samples, scorers, seeds=(seed,), name=name) for name, model in models.items()]

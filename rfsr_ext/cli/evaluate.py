@@ -37,8 +37,9 @@ from rfsr_ext.evaluation import (
 from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.folders import read_picture
 from rfsr_ext.files import make_folder, save_table
+from rfsr_ext.memory import on_device
 from rfsr_ext.metrics import METRICS, Preset, Suite, get_preset
-from rfsr_ext.models import load_model
+from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.processes import is_main, join
 from rfsr_ext.rewards import REWARDS
 from rfsr_ext.rewards.ranking import HybridReward
@@ -289,6 +290,14 @@ def evaluate_on_pairs(
         raise ValueError(f"{len(left_out)} pictures of the pairs were left out: {', '.join(map(str, left_out))}")
 
 
+def _open(names: Sequence[str], options: dict[str, Any], size: int) -> dict[str, ISRModel]:
+    """The models by name, on the CPU, before any of them is measured: a crop that does not fit the last is refused."""
+    models = {name: load_model(name, **options) for name in dict.fromkeys(names)}
+    for model in models.values():
+        model.check_size(size, "--size")
+    return models
+
+
 def evaluate_models(
     names: Sequence[str],
     crops: int,
@@ -309,20 +318,18 @@ def evaluate_models(
     join()
     if not is_main():
         return
-    suite = Suite(preset, device=choose_device()) if preset else None
+    device = choose_device()
+    suite = Suite(preset, device=device) if preset else None
     samples = evaluation_crops(photographs("test"), size, crops, called="--crops")
-    scorers = held_out_scorers()
-    models = {name: load_model(name, **options) for name in names}
-    for model in models.values():
-        model.check_size(size, "--size")
+    scorers, models = held_out_scorers(), _open(names, options, size)
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
-    spreads = {name: Spread() for name in models}
-    frames += [
-        evaluate(
-            model, samples, scorers, seeds, name=name, suite=suite, on_images=spreads[name].add if stability else None
-        )
-        for name, model in models.items()
-    ]
+    spreads, paths = {name: Spread() for name in models}, []
+    for name, model in models.items():
+        with on_device(model.networks.values(), device):
+            seen = spreads[name].add if stability else None
+            frames.append(evaluate(model, samples, scorers, seeds, name=name, suite=suite, on_images=seen))
+            if steps:
+                paths.append(measure_trajectory(model, samples, seeds, name=name))
     frame = pd.concat(frames, ignore_index=True)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} seeds; rewards are the small stand-ins\n")
     if suite is not None:
@@ -336,7 +343,6 @@ def evaluate_models(
     if stability:
         write_stability(frame, spreads, {i: sample["gt"] for i, sample in enumerate(samples)}, output)
     if steps:
-        paths = [measure_trajectory(model, samples, seeds, name=name) for name, model in models.items()]
         for name, path in zip(models, paths, strict=True):
             bands = path.groupby("step")[["low_ssim", "high_ssim", "psnr"]].mean()
             typer.echo(f"\n{name}: SSIM of the z_0 estimate with the truth, by sampling step\n")
@@ -368,13 +374,13 @@ def evaluate_best_of(
     join()
     if not is_main():
         return
-    suite = Suite(preset, device=choose_device()) if preset else None
+    device = choose_device()
+    suite = Suite(preset, device=device) if preset else None
     samples, scorers = evaluation_crops(photographs("test"), size, crops, called="--crops"), held_out_scorers()
     frames = []
-    for name in dict.fromkeys(names):
-        model = load_model(name, **options).to(choose_device())
-        model.check_size(size, "--size")
-        frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
+    for name, model in _open(names, options, size).items():
+        with on_device(model.networks.values(), device):
+            frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
     typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")
     chosen = suite.metrics if suite else ("psnr", "ssim", *REWARDS)

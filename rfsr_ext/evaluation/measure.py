@@ -40,9 +40,13 @@ Scorer = Callable[[Tensor, list[str]], Tensor]
 
 
 def held_out_scorers() -> dict[str, Scorer]:
-    """What ships with the package: both stand-in rewards and the judge."""
+    """What ships with the package: both stand-in rewards and the judge.  They compute on the CPU, as PSNR does."""
+
+    def at_home(score: Scorer) -> Scorer:
+        return lambda images, prompts: score(images.cpu(), prompts)
+
     rewards = [create_reward(name) for name in REWARDS]
-    return {reward.name: reward.score for reward in rewards} | {Judge.name: Judge.from_pretrained().score}
+    return {scorer.name: at_home(scorer.score) for scorer in (*rewards, Judge.from_pretrained())}
 
 
 def _batches(samples: Sequence[Sample], batch_size: int, desc: str, seeds: Sequence[int | None]) -> Iterator[tuple]:

@@ -159,12 +159,11 @@ def _seeded(seed: int) -> Iterator[None]:
             random.setstate(python_state)
 
 
-def _build(name: str, device: str | torch.device) -> Callable[..., Tensor]:
+def _build(name: str, device: torch.device) -> Callable[..., Tensor]:
     """pyiqa's metric of this name."""
     if name in CLIPIQA.VARIANTS:  # the same numbers; pyiqa's own loader takes learned prompts of any shape
-        reward = CLIPIQA(name).to(device)
-        return lambda images: reward.score(images.to(device))
-    return create_metric(name, device=torch.device(device))
+        return CLIPIQA(name).to(device).score
+    return create_metric(name, device=device)
 
 
 class Suite:
@@ -173,7 +172,7 @@ class Suite:
     Args:
         preset: what to measure.
         reference: False where there is no ground truth; metrics that need it are then left out.
-        device: of pyiqa's metrics.
+        device: where networks measure, wherever the images are.
 
     Raises:
         ValueError: if no metric remains, or a file is damaged or another one.
@@ -182,7 +181,7 @@ class Suite:
     """
 
     def __init__(self, preset: Preset, reference: bool = True, device: str | torch.device = "cpu"):
-        self.preset = preset
+        self.preset, self.device = preset, torch.device(device)
         self.metrics = tuple(name for name in preset.metrics if reference or not METRICS[name].reference)
         if not self.metrics:
             raise ValueError(f"preset {preset.name!r} has only metrics that compare with a ground truth; give one")
@@ -205,8 +204,8 @@ class Suite:
             "ssim": lambda sr, gt: ssim(sr, gt, **options),
         }
         if "judge" in self.metrics:
-            own["judge"] = Judge.from_pretrained().score
-        self._measure = {name: own.get(name) or _build(name, device) for name in self.metrics}
+            own["judge"] = Judge.from_pretrained().to(self.device).score
+        self._measure = {name: own.get(name) or _build(name, self.device) for name in self.metrics}
 
     def __call__(self, sr: Tensor, gt: Tensor | None = None) -> dict[str, Tensor]:
         """Measure ``[N, 3, H, W]`` images in [0, 1] (clamped), image by image, so that a batch changes nothing.
@@ -232,7 +231,7 @@ class Suite:
             for i in range(len(sr)):
                 for name in self.metrics:
                     both = (sr, gt) if gt is not None and METRICS[name].reference else (sr,)
-                    images = (x[i : i + 1].detach().float().clamp(0, 1) for x in both)
+                    images = (x[i : i + 1].detach().to(self.device).float().clamp(0, 1) for x in both)
                     try:
                         with _seeded(self.preset.seed):
                             values[name].append(float(self._measure[name](*images).reshape(())))

@@ -47,7 +47,7 @@ def train_autoencoder(
         iterations=iterations, batch_size=batch_size, learning_rate=5e-3, weight_decay=0.0, ema_decay=0.99, **options,
     )  # fmt: skip
     vae = architecture.autoencoder()
-    load_linear_map(vae, linear)
+    load_linear_map(vae, linear.cpu())
     return vae, linear, seconds
 
 
@@ -86,6 +86,7 @@ def train_denoiser(
     )  # fmt: skip
     linear_estimator = LinearEstimator(architecture.LATENT_CHANNELS, architecture.LINEAR_WIDTHS)
     process = model.process()
+    linear.to(options.get("device", "cpu"))
 
     def encode(images: Tensor) -> Tensor:
         return linear.encode(images * 2 - 1) * model.scaling_factor
@@ -118,7 +119,7 @@ def train_denoiser(
             batch_size=start[2], learning_rate=4e-3, weight_decay=0.0, ema_decay=0.99, **options,
         )
     }  # fmt: skip
-    load_linear_estimate(unet, controlnet, linear_estimator)
+    load_linear_estimate(unet, controlnet, linear_estimator.cpu())
     trained = {"unet": unet, "controlnet": controlnet, "text_encoder": model.text_encoder}
     for name, (dataset, iterations, batch_size) in denoising:
         seconds[name] = train_stage(

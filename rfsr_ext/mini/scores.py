@@ -68,6 +68,7 @@ def train_iqa(dataset: Dataset, vae: AutoencoderKL, folder: Path, iterations: in
     """`MiniIQA`, by ranking; ``dataset`` gives versions of a picture with the faults a low-resolution input suffers."""
     torch.manual_seed(options.get("seed", 0) + 2)
     reward = MiniIQA()
+    vae.to(options.get("device", "cpu"))
 
     def loss(batch: dict, generator: torch.Generator) -> Tensor:
         versions = _as_sampled(batch["images"], vae, generator)
@@ -97,6 +98,7 @@ def train_preference(
     """
     torch.manual_seed(options.get("seed", 0) + 3)
     reward = MiniPreference(tokenizer)
+    vae.to(options.get("device", "cpu"))
     reward.features.load_state_dict(iqa.features.state_dict(), strict=False)  # all layers but its last
 
     def loss(batch: dict, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,9 @@ import pandas as pd
 from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.files import lock_folder, save_table
+from rfsr_ext.memory import on_device
 from rfsr_ext.models import load_model
+from rfsr_ext.processes import process_state
 from rfsr_ext.training.config import RFSRConfig
 from rfsr_ext.training.kept import find_result, samples_digest
 from rfsr_ext.training.rfsr import RFSRTrainer
@@ -119,7 +121,8 @@ def ablate(
             frame = find_result(result, settings)
             if frame is None:
                 model = base if name == "base" else RFSRTrainer(trained).train().model
-                frame = evaluate(model, samples, scorers, seeds=(seed,), name=name)
+                with on_device(model.networks.values(), process_state().device):  # where the trained ones are
+                    frame = evaluate(model, samples, scorers, seeds=(seed,), name=name)
                 save_table(result, frame)
             parts.append(frame)
         table = pd.concat(parts, ignore_index=True)

@@ -61,8 +61,8 @@ class _DecodesWith:
         return (self.decoder(latents),)
 
 
-def build_perceptual_loss(name: str) -> Distance | None:
-    """The distance of that name in `CCSRStage2Config.perceptual_loss`.
+def build_perceptual_loss(name: str, device: torch.device) -> Distance | None:
+    """The distance of that name in `CCSRStage2Config.perceptual_loss`, of images on ``device``.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError, ValueError: if its package or its weights are missing, or damaged.
@@ -70,11 +70,10 @@ def build_perceptual_loss(name: str) -> Distance | None:
     if name == "none":
         return None
     if name == "lpips-vgg":
-        metric = create_metric("lpips-vgg", as_loss=True, loss_reduction="none")
+        metric = create_metric("lpips-vgg", device=device, as_loss=True, loss_reduction="none")
         return lambda pred, target: metric(pred, target).flatten()
-    if name == "vgg":
-        return VGGFeatureLoss("imagenet").distances
-    return VGGFeatureLoss("random", _STAND_IN_LAYERS).distances
+    loss = VGGFeatureLoss("imagenet") if name == "vgg" else VGGFeatureLoss("random", _STAND_IN_LAYERS)
+    return loss.to(device).distances
 
 
 def build_discriminator(config: CCSRStage2Config) -> tuple[nn.Module, nn.Module | None]:
@@ -136,7 +135,9 @@ class DecoderTuning(Method):
         for network in (discriminator, self.describes):
             if network is not None:
                 network.to(model.device)
-        self.perceptual = build_perceptual_loss(config.perceptual_loss) if perceptual is None else perceptual
+        if perceptual is None:
+            perceptual = build_perceptual_loss(config.perceptual_loss, model.device)
+        self.perceptual = perceptual
         for network in model.networks.values():
             network.requires_grad_(False)
         decoder = Decoder(vae).requires_grad_(True)

@@ -48,7 +48,7 @@ class CCSRStageTrainer:
         judges = setup.build_judges(accelerator.device) if judges is None else judges
         kind = Consistency if isinstance(config, CCSRStage1Config) else DecoderTuning
         self.method = kind(config, self.model)
-        distance = build_perceptual_loss(config.validation_distance)
+        distance = build_perceptual_loss(config.validation_distance, self.model.device)
         self.held_out = HeldOutStability(
             self.model, validation, distance, judges, seeds=config.validation_seeds,
             max_psnr_drop=config.max_psnr_drop, seed=config.seed, batch_size=config.batch_size,
