@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 __all__ = ["available", "bytes_of", "check_opened", "hold_weights", "on_device", "ran_out"]
 
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # torch, safetensors, C++ and the threads that a library starts, each in its own words
 _LACK = re.compile(r"allocate memory|out of memory|bad_alloc|start new thread")
 
@@ -78,12 +79,34 @@ def bytes_of(modules: Iterable[nn.Module]) -> int:
 
 
 def available() -> int | None:
-    """Bytes of this machine's memory that can be had; None where the system does not say, or not as Linux does."""
+    """Bytes of memory that this process can have; None where the system does not say, or not as Linux does.
+
+    It is what the machine has, or what is left of a container's or a batch job's limit, whichever is less.
+    """
+    found = []
     with contextlib.suppress(OSError):
-        if found := re.search(
-            r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE
-        ):
-            return int(found[1]) * 1024
+        text = (_PROC / "meminfo").read_text(encoding="utf-8")
+        found += [int(kilobytes) * 1024 for kilobytes in re.findall(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)]
+        for line in (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):  # of version 2 and 1
+                root = _GROUPS / controllers
+                inner = root / path.lstrip("/")
+                around = [inner, *inner.parents]
+                found += [left for group in around[: around.index(root) + 1] if (left := _left(group)) is not None]
+    return max(0, min(found)) if found else None
+
+
+def _left(group: Path) -> int | None:
+    """Bytes up to the limit of a control group, where it has one; files that it has read can make place."""
+    for limit, used, files in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no number: no limit
+            facts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+            most, now = (int((group / name).read_text(encoding="utf-8")) for name in (limit, used))
+            return most - now + int(facts[files])
     return None
 
 
