@@ -13,7 +13,8 @@ def register(library: str) -> None:
     torch.utils.rename_privateuse1_backend(NAME)
     torch.ops.load_library(library)
     one = {"is_available": True, "is_initialized": True, "_is_in_bad_fork": False, "device_count": 1,
-           "current_device": 0, "set_device": None, "get_amp_supported_dtype": [], "manual_seed_all": None,
+           "current_device": 0, "set_device": None, "manual_seed_all": None,
+           "get_amp_supported_dtype": [torch.float16, torch.bfloat16],
            "get_rng_state": torch.zeros(1), "set_rng_state": None}  # fmt: skip
     module = SimpleNamespace(**{name: lambda *_, value=value: value for name, value in one.items()})
     torch._register_device_module(NAME, module)

@@ -1,4 +1,4 @@
-"""What users hand their own tensors to, on the CPU and elsewhere: models, rewards, losses, degradations.
+"""What users hand their own tensors to, on the CPU and elsewhere: models, rewards, losses, trainers.
 
 ``python -m tests.elsewhere.objects LIBRARY FOLDER``: the device, compiled, and where the mini model is built. Each
 object ends in a line of JSON: its name, how much was computed on the device, how far the result is from the CPU's.
@@ -27,6 +27,7 @@ from rfsr_ext.sampling import generators, sample, upscale
 from tests.elsewhere import NAME, computed, register
 from tests.models.released.reduced import REDUCED
 from tests.rewards.tiny import OriginalImageReward
+from tests.training.run_tiny import make_trainer
 
 
 def images(device: str, count: int, *size: int) -> Tensor:
@@ -100,6 +101,15 @@ def mini_build(folder: Path) -> float:
     return 0.0
 
 
+def half_precision(folder: Path, precision: str, dtype: torch.dtype) -> float:
+    """Training under autocast, whose list of operations is CUDA's here."""
+    trainer, seen = make_trainer(folder, 2, 2, mixed_precision=precision), set()
+    trainer.model.networks["unet"].conv_out.register_forward_hook(lambda module, given, made: seen.add(made.dtype))
+    history = trainer.train().history
+    assert dtype in seen and not history["skipped"].any(), (seen, history)
+    return 0.0
+
+
 def main() -> None:
     library, folder = sys.argv[1:]
     register(library)
@@ -108,6 +118,8 @@ def main() -> None:
     rewards = {name: functools.partial(create_reward, name) for name in REWARDS}
     rewards["ImageReward"] = OriginalImageReward().reward
     things = {"refusals": refusals, "mini build": lambda: mini_build(Path(folder))}
+    for precision, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16}.items():
+        things[precision] = functools.partial(half_precision, Path(folder, precision), precision, dtype)
     things |= {name: functools.partial(degradation, name) for name in DEGRADATIONS if name != "mini"}
     for compute, created in ((model, REDUCED), (reward, rewards), (loss, losses)):
         things |= {name: functools.partial(on_both, compute, create) for name, create in created.items()}
