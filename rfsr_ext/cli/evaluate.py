@@ -37,7 +37,6 @@ from rfsr_ext.evaluation import (
 from rfsr_ext.evaluation.best_of import add_reward, best_of_table
 from rfsr_ext.evaluation.folders import read_picture
 from rfsr_ext.files import make_folder, save_table
-from rfsr_ext.memory import on_device
 from rfsr_ext.metrics import METRICS, Preset, Suite, get_preset
 from rfsr_ext.models import ISRModel, load_model
 from rfsr_ext.processes import is_main, join
@@ -325,11 +324,12 @@ def evaluate_models(
     frames = [evaluate_bicubic(samples, scorers, next(iter(models.values())).scale, suite=suite)]
     spreads, paths = {name: Spread() for name in models}, []
     for name, model in models.items():
-        with on_device(model.networks.values(), device):
-            seen = spreads[name].add if stability else None
-            frames.append(evaluate(model, samples, scorers, seeds, name=name, suite=suite, on_images=seen))
-            if steps:
-                paths.append(measure_trajectory(model, samples, seeds, name=name))
+        model.to(device)
+        seen = spreads[name].add if stability else None
+        frames.append(evaluate(model, samples, scorers, seeds, name=name, suite=suite, on_images=seen))
+        if steps:
+            paths.append(measure_trajectory(model, samples, seeds, name=name))
+        model.to("cpu")  # the next one needs its memory
     frame = pd.concat(frames, ignore_index=True)
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {len(seeds)} seeds; rewards are the small stand-ins\n")
     if suite is not None:
@@ -379,8 +379,8 @@ def evaluate_best_of(
     samples, scorers = evaluation_crops(photographs("test"), size, crops, called="--crops"), held_out_scorers()
     frames = []
     for name, model in _open(names, options, size).items():
-        with on_device(model.networks.values(), device):
-            frames.append(evaluate(model, samples, scorers, range(count), name=name, suite=suite))
+        frames.append(evaluate(model.to(device), samples, scorers, range(count), name=name, suite=suite))
+        model.to("cpu")  # the next one needs its memory
     typer.echo(f"{len(samples)} held-out crops of {size} pixels, {count} results each; 95 % bootstrap over crops")
     typer.echo(suite.preset.label if suite else "rewards are the small stand-ins")
     chosen = suite.metrics if suite else ("psnr", "ssim", *REWARDS)

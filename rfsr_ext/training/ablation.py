@@ -9,7 +9,6 @@ import pandas as pd
 from rfsr_ext.data import Sample
 from rfsr_ext.evaluation.measure import Scorer, evaluate
 from rfsr_ext.files import lock_folder, save_table
-from rfsr_ext.memory import on_device
 from rfsr_ext.models import load_model
 from rfsr_ext.processes import process_state
 from rfsr_ext.training.config import RFSRConfig
@@ -121,8 +120,9 @@ def ablate(
             frame = find_result(result, settings)
             if frame is None:
                 model = base if name == "base" else RFSRTrainer(trained).train().model
-                with on_device(model.networks.values(), process_state().device):  # where the trained ones are
-                    frame = evaluate(model, samples, scorers, seeds=(seed,), name=name)
+                model.to(process_state().device)  # where the trained ones are
+                frame = evaluate(model, samples, scorers, seeds=(seed,), name=name)
+                model.to("cpu")  # the next one needs its memory
                 save_table(result, frame)
             parts.append(frame)
         table = pd.concat(parts, ignore_index=True)

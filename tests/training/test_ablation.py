@@ -23,7 +23,7 @@ def run(monkeypatch, tmp_path):
     model = SimpleNamespace(
         fingerprint=lambda: str(made.base.weight.tolist()),
         recipe=SimpleNamespace(num_inference_steps=50),
-        networks={},
+        to=lambda device: None,
         check_size=functools.partial(ISRModel.check_size, SimpleNamespace(unit=8)),
     )
 
