@@ -30,12 +30,14 @@ MEASURED = {"iterations": 2, "validate_every": 2, "checkpoint_every": 1}
 DISTANCE = {"validation_distance": "vgg-random"}
 SETTINGS = {
     "rfsr": FEW | MEASURED | {
-        "num_inference_steps": 3, "structure_window": [1, 1], "reward_window": [3, 3], "lambda_style": 10.0,
+        "num_inference_steps": 3, "structure_window": [1, 3], "reward_window": [1, 3], "lambda_style": 10.0,
+        "allow_overlap": True,
         "rewards": {"mini-iqa": 0.05, "mini-preference": 0.005}, "vgg_weights": "random", "balance_rewards": True,
         "frozen_dtype": "bfloat16", "offload_reference": True,
     },
     "kl": FEW | MEASURED | {
-        "num_inference_steps": 3, "structure_window": [1, 2], "reward_window": [3, 3], "structure_level": 2,
+        "num_inference_steps": 3, "structure_window": [1, 3], "reward_window": [1, 3], "structure_level": 2,
+        "allow_overlap": True,
         "rewards": {"mini-iqa": {"weight": 0.05, "normalize": True}}, "style_loss": "kl", "guidance_scale": 2.0,
         "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "lora_rank": 4,
     },
@@ -60,7 +62,6 @@ SETTINGS = {
 }  # fmt: skip
 QUICKLY = ("--model-option", "num_inference_steps=2")
 COMMANDS = {
-    "demo": [("demo", "--iterations", "1", "--crops", "1")],
     "evaluate": [
         ("evaluate", "mini", "--crops", "2", "--seeds", "2", "--steps", "--stability", *QUICKLY),
         ("evaluate", "mini", "--crops", "2", "--best-of", "2", "--metrics", "psnr,judge", *QUICKLY),
@@ -100,7 +101,7 @@ def run(tmp_path_factory):
     def run(script: str, argument: str, folder) -> list[dict]:
         done = subprocess.run(
             [sys.executable, "-m", f"tests.elsewhere.{script}", library, argument],
-            env=environment() | {"RFSR_DEBUG": "1"}, cwd=folder, capture_output=True, text=True, timeout=500,
+            env=environment() | {"RFSR_DEBUG": "1"}, cwd=folder, capture_output=True, text=True, timeout=1200,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-5000:]
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -120,6 +121,19 @@ def test_commands(run, group, tmp_path):
     done = run("commands", json.dumps(COMMANDS[group]), tmp_path)
     assert [line["ended"] for line in done] == [0] * len(COMMANDS[group])
     assert all(line["computed"] > 0 for line in done)
+
+
+def test_demo_in_small(run, tmp_path):
+    command = ("demo", "--output", "demo", "--iterations", "2", "--seed", "1", "--crops", "2")  # one in each window
+    (done,) = run("commands", json.dumps([command]), tmp_path)
+    assert done["ended"] == 0 and done["computed"] > 0
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert set(report["means"]) == {"bicubic", "base", "fine-tuned", "without style loss"}
+    assert {"psnr", "ssim", "mini-iqa", "mini-preference", "judge"} <= set(report["minus_base"]["fine-tuned"])
+    assert "random" in " ".join(report["stand_ins"])
+    for name in ("comparison.png", "curves.png"):
+        with Image.open(tmp_path / "demo" / name) as image:
+            assert min(image.size) > 300
 
 
 def test_models_rewards_losses_and_degradations(run, tmp_path):

@@ -573,20 +573,6 @@ def test_fetching_what_is_there_says_where(rfsr, tmp_path, monkeypatch):
     assert code == 0 and printed.out == f"musiq: {tmp_path / 'musiq_koniq_ckpt-e95806b9.pth'}\n"
 
 
-@pytest.mark.slow
-def test_demo_in_small(rfsr, tmp_path):
-    code, printed = rfsr("demo", "--output", tmp_path / "demo", "--iterations", 8, "--crops", 3)  # 8 reach both windows
-    assert code == 0
-    report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert set(report["means"]) == {"bicubic", "base", "fine-tuned", "without style loss"}
-    assert {"psnr", "ssim", "mini-iqa", "mini-preference", "judge"} <= set(report["minus_base"]["fine-tuned"])
-    assert "random" in " ".join(report["stand_ins"])
-    for name in ("comparison.png", "curves.png"):
-        with Image.open(tmp_path / "demo" / name) as image:
-            assert min(image.size) > 300
-    assert "fine-tuned" in printed.out
-
-
 def test_commands_that_one_process_runs_refuse_several(rfsr, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for command in (["demo", "--output", tmp_path], ["mini", "build"], ["data", "check", tmp_path]):

@@ -96,8 +96,8 @@ at::Tensor moved(const at::Tensor& x) { return x.defined() ? x.to(HERE) : x; }
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                        c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
                        bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups) {
-  auto shift = bias && bias->defined() ? std::optional(bias->cpu()) : std::nullopt;
-  return moved(at::convolution_symint(x.cpu(), weight.cpu(), shift, stride, padding, dilation, transposed,
+  auto shift = bias && bias->defined() ? std::optional(seen_by_cpu(*bias)) : std::nullopt;
+  return moved(at::convolution_symint(seen_by_cpu(x), seen_by_cpu(weight), shift, stride, padding, dilation, transposed,
                                       output_padding, groups));
 }
 
@@ -106,9 +106,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
     c10::SymInt groups, std::array<bool, 3> wanted) {
   std::vector<c10::SymInt> channels{transposed ? weight.sym_size(1) * groups : weight.sym_size(0)};
-  auto [a, b, c] = at::convolution_backward_symint(grad.cpu(), x.cpu(), weight.cpu(), c10::SymIntArrayRef(channels),
-                                                   stride, padding, dilation, transposed, output_padding, groups,
-                                                   wanted);
+  auto [a, b, c] = at::convolution_backward_symint(seen_by_cpu(grad), seen_by_cpu(x), seen_by_cpu(weight),
+                                                   c10::SymIntArrayRef(channels), stride, padding, dilation,
+                                                   transposed, output_padding, groups, wanted);
   return {moved(a), moved(b), moved(c)};
 }
 
