@@ -88,23 +88,23 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Run a script of `tests.elsewhere` with the device; the lines of JSON that it printed."""
+    """Run a script of `tests.elsewhere` with the device; the lines of JSON that it printed, and all that it printed."""
     library = tmp_path_factory.mktemp("device") / "elsewhere.so"
     places = [f"-I{path}" for path in cpp_extension.include_paths()]
-    places += [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    places += [f"-L{path}" for path in cpp_extension.library_paths()]
     subprocess.run(
         ["g++", "-O0", "-std=c++20", "-fPIC", "-shared", "-w", ROOT / "tests/elsewhere/device.cpp", "-o", library,
          *places, "-ltorch", "-ltorch_cpu", "-lc10"],
         check=True,
     )  # fmt: skip
 
-    def run(script: str, argument: str, folder) -> list[dict]:
+    def run(script: str, argument: str, folder) -> tuple[list[dict], str]:
         done = subprocess.run(
             [sys.executable, "-m", f"tests.elsewhere.{script}", library, argument],
             env=environment() | {"RFSR_DEBUG": "1"}, cwd=folder, capture_output=True, text=True, timeout=1200,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-5000:]
-        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stdout
 
     return run
 
@@ -118,14 +118,14 @@ def test_commands(run, group, tmp_path):
         pixels = np.random.default_rng(side).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
         for number, image in enumerate(pixels):
             Image.fromarray(image).save(tmp_path / folder / f"{number}.png")
-    done = run("commands", json.dumps(COMMANDS[group]), tmp_path)
+    done, _ = run("commands", json.dumps(COMMANDS[group]), tmp_path)
     assert [line["ended"] for line in done] == [0] * len(COMMANDS[group])
     assert all(line["computed"] > 0 for line in done)
 
 
 def test_demo_in_small(run, tmp_path):
     command = ("demo", "--output", "demo", "--iterations", "2", "--seed", "1", "--crops", "2")  # one in each window
-    (done,) = run("commands", json.dumps([command]), tmp_path)
+    (done,), printed = run("commands", json.dumps([command]), tmp_path)
     assert done["ended"] == 0 and done["computed"] > 0
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert set(report["means"]) == {"bicubic", "base", "fine-tuned", "without style loss"}
@@ -134,10 +134,12 @@ def test_demo_in_small(run, tmp_path):
     for name in ("comparison.png", "curves.png"):
         with Image.open(tmp_path / "demo" / name) as image:
             assert min(image.size) > 300
+    assert "fine-tuned" in printed
 
 
 def test_models_rewards_losses_and_degradations(run, tmp_path):
-    done = {line["name"]: line for line in run("objects", str(tmp_path), tmp_path)}
+    lines, _ = run("objects", str(tmp_path), tmp_path)
+    done = {line["name"]: line for line in lines}
     assert done.keys() >= {*REDUCED, *REWARDS, *DEGRADATIONS} - {"mini"}
     for name, line in done.items():
         assert line["computed"] > 0, line

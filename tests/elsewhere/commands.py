@@ -4,7 +4,6 @@
 Each command ends in a line of JSON: its exit code or what it said, and how much was computed on the device.
 """
 
-import importlib
 import json
 import sys
 
@@ -14,7 +13,6 @@ from tests.elsewhere import NAME, computed, register
 
 def take_by_default() -> None:
     """Have the command line find it where it looks for a GPU."""
-    importlib.import_module("rfsr_ext.cli.config")
     for module in [module for name, module in sys.modules.items() if name.startswith("rfsr_ext.cli")]:
         if hasattr(module, "choose_device"):
             module.choose_device = lambda given=None: given or NAME
